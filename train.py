@@ -1,0 +1,1413 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jax>=0.10,<0.13", "numpy>=2.0", "huggingface_hub>=0.30", "einops>=0.8", "safetensors>=0.5"]
+# ///
+"""Train a GPT to a target validation loss in the least time: one file, pure JAX, to be read from top to bottom.
+
+    python train.py                      on a CPU: a byte-level demo on Python's own source, two minutes of training
+    python cached_fineweb10B.py 9        on a TPU or GPU: fetch FineWeb (GPT-2 tokens), then
+    python train.py                      train a GPT-2-class model towards validation loss 3.28, the `speedrun` preset
+    python train.py --steps=500 @my.args every number below is a flag (--help); @FILE reads flags from a file
+
+In order: facts (config, weight table), mathematics (model, schedules, optimizers), input and output (data, log,
+checkpoint), and the loop (steps, main). Importing this file does nothing.
+
+One letter, one axis, in array names, einsum strings and the weight table alike:
+    A micro-batches of a step   B rows   T query position   S key position   L layer   D model width   V vocabulary
+    H query heads   G key/value heads   R query heads per key/value head   K head width   F mlp width   J skips
+    N tokens, or R heads of T queries, in one axis   M, N the rows (inputs) and columns (outputs) of any matrix
+
+Every device runs the same program on its own rows. Weights and optimizer state live split over the devices; a step
+gathers compute copies once, accumulates gradients locally, and reduces each gradient element once.
+"""
+import argparse
+import bisect
+import dataclasses
+import difflib
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from einops import rearrange
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+f32 = jnp.float32
+ROOT = Path(__file__).resolve().parent
+
+# What a user can mend. `command` turns each into one sentence and its exit code.
+class UsageError(ValueError): exit_code = 2        # a flag that cannot be
+class DataError(ValueError): exit_code = 3         # a shard or corpus that is missing, damaged or too small
+class CheckpointError(ValueError): exit_code = 4   # a checkpoint that is damaged or another run's
+class NonFiniteLoss(RuntimeError): exit_code = 5   # the loss became NaN or infinite
+
+
+# ---- Config ----------------------------------------------------------------------------------------------------------
+# Each field is a flag, and its comment is the flag's help.
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every number one can turn; hashable, closed over by the compiled programs. The defaults are the speedrun."""
+    # -- Run
+    preset: str = "auto"              # demo, speedrun, tiny; auto: demo on a CPU, else speedrun
+    steps: int = 1900                 # optimizer steps
+    seed: int = 0                     # of first weights, and of the data order where it is shuffled
+    optimizer: str = "muon"           # muon: matrices by Muon, the rest by Adam; adamw: everything by AdamW
+    # -- Model
+    num_layers: int = 12              # blocks
+    model_dim: int = 768              # width of the residual stream
+    num_heads: int = 6                # query heads
+    num_kv_heads: int = 0             # key and value heads, each shared by a group of query heads; 0: num_heads
+    head_dim: int = 128               # width of one head, a multiple of 4
+    mlp_dim: int = 3072               # hidden width of the ReLU^2 MLP
+    vocab_size: int = 0               # token ids there can be; 0: what the shards' meta.json says (GPT-2: 50257)
+    bos_id: int = -1                  # the token before each document; -1: what meta.json says (GPT-2: 50256)
+    tie_embed: int = 0                # 1: the head is the transposed embedding
+    skips: str = "3>6"                # the stream after block 3 re-enters before block 6; a comma list, empty: none
+    softcap: float = 15.0             # logits are cap * tanh(logits / cap); 0: off
+    rope_base: float = 1024.0         # the slowest rotation is 1/base radians per token
+    attn_scale: float = 0.12          # multiplies q.k, both of unit rms; 0: 1/sqrt(head_dim)
+    attention: str = "xla"            # implementation, a key of ATTENTION
+    attn_block: int = 512             # queries per block of the xla attention: keys out of reach are not computed
+    # -- Precision
+    compute_dtype: str = "bfloat16"   # matmul operands; weights, optimizer state, norms, softmax, loss are float32
+    residual_dtype: str = "auto"      # activations between matmuls; auto: compute_dtype
+    # -- Stages: one value, or one per stage separated by commas
+    stage_ends: str = "0.333,0.667,1" # share of the steps at which each stage ends
+    batch_tokens: str = "393216"      # tokens per optimizer step, all devices together
+    seq_len: str = "4096"             # tokens per row
+    max_doc_len: str = "896,2048,2048"  # tokens kept of a document, rows packed; 0: plain stream, no document mask
+    window_short: str = "128,384,640" # tokens a short layer looks back; 0: no limit
+    window_long: str = "384,896,1408" # tokens a long layer looks back; 0: no limit
+    stage_lr: str = "1"               # multiplies every learning rate
+    long_layers: str = "3,10"         # blocks with the long window, in every stage
+    micro_tokens: int = 4096          # tokens per device and micro-step (accumulation follows); 0: all at once
+    # -- Optimizers
+    muon_lr: float = 0.025            # Muon: spectral norm of a step, times sqrt(max(1, outputs/inputs))
+    muon_wd: float = 0.0              # decoupled: weights shrink by lr * wd per step
+    muon_momentum: str = "0.85,0.95,300"  # from, to, steps of linear warmup
+    ns_steps: int = 5                 # Newton-Schulz iterations
+    embed_lr: float = 0.3             # Adam, embedding
+    head_lr: float = 0.008            # Adam, head
+    scalar_lr: float = 0.02           # Adam, learned scalars
+    adamw_lr: float = 0.001           # AdamW, everything, with --optimizer=adamw
+    adam_beta1: float = 0.8           # decay of the gradient's mean
+    adam_beta2: float = 0.95          # decay of its square's mean
+    adam_eps: float = 1e-10           # added to the root of the square's mean
+    adam_wd: float = 0.0              # decoupled decay of Adam and AdamW, scalars excepted
+    warmup_steps: int = 0             # linear learning rate warmup
+    cooldown_frac: float = 0.4        # share of the steps over which every learning rate falls linearly
+    final_lr_scale: float = 0.1       # to this share of its peak
+    # -- Data
+    train_files: str = "fineweb10B/fineweb_train_*.bin"  # glob of training shards; empty: the embedded corpus
+    val_files: str = "fineweb10B/fineweb_val_*.bin"      # glob of validation shards; empty: the embedded corpus
+    max_epochs: int = 1               # how often the training tokens may be read
+    shuffle: int = 0                  # 1: the plain stream is read in blocks of the longest seq_len, in random order
+    # -- Evaluation
+    val_tokens: int = 10_485_760      # targets scored, from the start of the validation shards, each once
+    val_every: int = 250              # steps between evaluations, and one at the end; 0: only that
+    val_seq_len: int = 8192           # tokens per row of evaluation, of which
+    val_context: int = 2048           # the first are context only: the row before has scored them
+    val_window_short: int = 768       # tokens a short layer looks back in evaluation; 0: no limit
+    val_window_long: int = 2560       # tokens a long layer looks back in evaluation; 0: no limit
+    target_loss: float = 3.28         # the step and time at which it is reached are reported; 0: no target
+    # -- Log and checkpoint
+    log_dir: str = "logs"             # run folders are made here
+    log_every: int = 10               # steps between lines of the log
+    save_every: int = 0               # steps between checkpoints, and one at the end; 0: only that
+    resume: str = ""                  # auto: continue the newest run of this config; PATH: that run or checkpoint
+    profile: str = ""                 # START:STOP writes a JAX trace of these steps into the run folder
+    cpu_devices: int = 0              # devices to make of a CPU, each with its share of a batch; 0: one
+
+    @property
+    def kv_heads(self):
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def padded_vocab(self):
+        """Rows of the embedding: a multiple of 128, for whole vector registers and an even split over devices."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def activation_dtype(self):
+        return jnp.dtype(self.compute_dtype if self.residual_dtype == "auto" else self.residual_dtype)
+
+    @property
+    def skip_pairs(self):
+        """((source, destination), ...)"""
+        return tuple(tuple(map(int, pair.split(">"))) for pair in self.skips.split(",") if pair)
+
+PRESETS = {
+    "speedrun": {},
+    "demo": dict(
+        steps=330, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, skips="1>3", attn_scale=0.2,
+        stage_ends="1", batch_tokens="4096", seq_len="256", max_doc_len="0", window_short="0", window_long="0",
+        long_layers="", micro_tokens=1024, attn_block=256, muon_lr=0.02, muon_momentum="0.85,0.95,100", adam_beta1=0.9,
+        residual_dtype="float32", train_files="", val_files="", shuffle=1, val_tokens=262_144, val_every=110,
+        val_seq_len=256, val_context=128, val_window_short=0, val_window_long=0, target_loss=1.18),
+    "tiny": dict(
+        steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, skips="0>2", attn_scale=0.3,
+        stage_ends="0.5,1", batch_tokens="512,1024", seq_len="32,64", max_doc_len="0", window_short="16,24",
+        window_long="0", long_layers="1", micro_tokens=0, attn_block=32, compute_dtype="float32", train_files="",
+        val_files="", shuffle=1, val_tokens=2048, val_every=10, val_seq_len=64, val_context=32, val_window_short=24,
+        val_window_long=0, target_loss=0.0, log_every=5),
+}
+MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices"}  # when resuming
+SPEEDRUN_SHARDS = 9  # training shards that hold the speedrun's tokens and the document ends it does not read
+
+class Stage(NamedTuple):
+    """Steps first..last-1, which share one compiled program. The sequence-length warmup is a table of these."""
+    index: int
+    first: int
+    last: int
+    batch_tokens: int
+    seq_len: int
+    max_doc_len: int
+    windows: tuple  # per block: tokens looked back, 0: no limit
+    lr: float
+
+def stages(cfg):
+    """The stage table. Raises UsageError where a list has neither one value nor one per stage."""
+    ends = [round(float(end) * cfg.steps) for end in cfg.stage_ends.split(",")]
+
+    def column(name, kind=int):
+        values = [kind(x) for x in getattr(cfg, name).split(",")]
+        if len(values) not in (1, len(ends)):
+            raise UsageError(f"--{name}={getattr(cfg, name)} has {len(values)} values and --stage_ends={cfg.stage_ends} "
+                             f"makes {len(ends)} stages: give one value, or {len(ends)}")
+        return values * (len(ends) // len(values))
+
+    windows = [layer_windows(*pair, cfg) for pair in zip(column("window_short"), column("window_long"))]
+    return [Stage(i, *row) for i, row in enumerate(zip([0, *ends], ends, column("batch_tokens"), column("seq_len"),
+                                                       column("max_doc_len"), windows, column("stage_lr", float)))]
+
+def layer_windows(short, long, cfg):
+    long_layers = {int(x) for x in cfg.long_layers.split(",") if x}
+    return tuple(long if layer in long_layers else short for layer in range(cfg.num_layers))
+
+def val_windows(cfg):
+    return layer_windows(cfg.val_window_short, cfg.val_window_long, cfg)
+
+
+# ---- Mesh and precision ----------------------------------------------------------------------------------------------
+
+SPLIT_AXES = ("F", "HK", "GK", "V", "D")  # a weight is split over the devices along the first of these that divides
+
+def make_mesh(devices=None):
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+def split_axis(spec, cfg, num_devices):
+    """Index of the axis along which a weight and its optimizer state are split, or None: a copy on each device."""
+    axes = spec.axes.split()
+    return next((axes.index(a) for a in SPLIT_AXES if a in axes and AXIS_SIZE[a](cfg) % num_devices == 0), None)
+
+def partition(spec, cfg, num_devices):
+    axis = split_axis(spec, cfg, num_devices)
+    return P() if axis is None else P(*[None] * axis, "data")
+
+product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 operands, float32 sums
+
+def matmul(spec, x, w, out_dtype=None):
+    """einsum(spec, x, w) with operands in w's dtype, summed in float32, returned in out_dtype (default: x's).
+
+    Both gradients follow the same rule; autodiff alone would multiply float32 cotangents by bf16 operands, which makes
+    two matmuls of three float32. Each letter of an operand must occur in the other operand or in the result.
+    """
+    return _matmul(spec, x.astype(w.dtype), w).astype(out_dtype or x.dtype)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(spec, x, w):
+    return product(spec, x, w)
+
+def _matmul_backward(spec, operands, g):
+    (x, w), (x_axes, w_axes, out_axes) = operands, re.split(",|->", spec)
+    g = g.astype(w.dtype)
+    dx, dw = product(f"{out_axes},{w_axes}->{x_axes}", g, w), product(f"{x_axes},{out_axes}->{w_axes}", x, g)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+_matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backward)
+
+
+# ---- Parameters ------------------------------------------------------------------------------------------------------
+# Every weight is one row: axes, first value, optimizer group. Shapes, sharding, routing, the parameter count and the
+# checkpoint's names are read off this table. Leaves under "blocks" are stacked over L; a matrix is the last two axes.
+
+AXIS_SIZE = {
+    "L": lambda cfg: cfg.num_layers, "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
+    "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim,
+    "V": lambda cfg: cfg.padded_vocab, "J": lambda cfg: len(cfg.skip_pairs),
+}
+
+@dataclass(frozen=True)
+class Spec:
+    """One weight. Not a pytree node, so jax.tree sees each Spec as a leaf."""
+    axes: str       # "L D F": one word per array axis; "HK" is two logical axes held merged
+    init: Callable  # (key, shape) -> float32 array
+    group: str      # the optimizer rule that owns it
+
+def normal(std):
+    return lambda key, shape: std * jax.random.normal(key, shape)
+
+def uniform(std):
+    return lambda key, shape: 3 ** 0.5 * std * jax.random.uniform(key, shape, minval=-1, maxval=1)
+
+def constant(value):
+    return lambda key, shape: jnp.full(shape, value, f32)
+
+def param_specs(cfg):
+    """The weight table. Zero output projections make every block start as the identity, and a zero head every token
+    equally likely (modded-nanogpt, October 2024)."""
+    matrix = uniform(0.5 * cfg.model_dim ** -0.5)
+    table = {
+        "embed": Spec("V D", normal(1.0), "embed"),
+        "blocks": {
+            "w_q": Spec("L D HK", matrix, "muon"),
+            "w_k": Spec("L D GK", matrix, "muon"),
+            "w_v": Spec("L D GK", matrix, "muon"),
+            "w_out": Spec("L HK D", constant(0.0), "muon"),
+            "w_up": Spec("L D F", matrix, "muon"),
+            "w_down": Spec("L F D", constant(0.0), "muon"),
+            "x_mix": Spec("L", constant(1.0), "scalar"),   # weight of the residual stream as it enters a block
+            "x0_mix": Spec("L", constant(0.0), "scalar"),  # how much of the first embedding re-enters
+        },
+    }
+    if cfg.skip_pairs:
+        table["skip_mix"] = Spec("J", constant(0.2), "scalar")
+    if cfg.tie_embed:
+        return table | {"embed": Spec("V D", normal(0.02), "head")}
+    return table | {"head": Spec("D V", constant(0.0), "head")}
+
+def shape_of(spec, cfg):
+    return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
+
+def count_params(specs, cfg):
+    return sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs))
+
+def name_of(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+def init_params(key, specs, cfg):
+    """First values, keyed by name: adding a row leaves every other weight's value as it was."""
+    def init(path, spec):
+        leaf_key = jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
+        return spec.init(leaf_key, shape_of(spec, cfg)).astype(f32)
+    return jax.tree.map_with_path(init, specs)
+
+def unstack(weights):
+    """Stacked blocks -> a list of per-layer dicts: their gradients are then stacked once, not summed L times."""
+    num_layers = len(jax.tree.leaves(weights["blocks"])[0])
+    return weights | {"blocks": [jax.tree.map(lambda w: w[i], weights["blocks"]) for i in range(num_layers)]}
+
+def restack(weights):
+    return weights | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *weights["blocks"])}
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
+
+def rms_norm(x):
+    """x / rms(x) over the last axis, in float32, without parameters (arXiv:1910.07467)."""
+    y = x.astype(f32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+def rotary_table(position_T, cfg):
+    """(cos, sin) [T, K/2] of half-RoPE (arXiv:2104.09864): dim j turns with dim j + K/2. A quarter of K turns at rates
+    from 1 down to 1/rope_base per token, the other pairs stand still. q.k then sees only differences of position."""
+    quarter = cfg.head_dim // 4
+    rate = np.concatenate([cfg.rope_base ** -np.linspace(0, 1, quarter), np.zeros(quarter)])
+    angle_TK = position_T.astype(f32)[:, None] * jnp.asarray(rate, f32)
+    return jax.lax.optimization_barrier((jnp.cos(angle_TK), jnp.sin(angle_TK)))  # else each layer's fusions redo them
+
+def rotate(x_BTHK, table):
+    cos, sin = (t[:, None] for t in table)
+    a, b = jnp.split(x_BTHK.astype(f32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
+
+def document_starts(tokens_BT, position_T, carried_B, cfg):
+    """Position at which each token's document starts: the last BOS at or before it, else what was carried in."""
+    return jax.lax.cummax(jnp.where(tokens_BT == cfg.bos_id, position_T, carried_B[:, None]), axis=1)
+
+def attention_xla(q_BTHK, k_BSGK, v_BSGK, first_BT, position_T, window, cfg):
+    """Causal attention of queries at position_T over the keys first_BT..position_T. Correct everywhere.
+
+    When training (T == S) it goes by blocks of cfg.attn_block queries, each against the keys that causality and `window`
+    leave in reach; first_BT already holds the window and the document's start, exactly.
+    """
+    num_queries, num_keys, block = q_BTHK.shape[1], k_BSGK.shape[1], cfg.attn_block or q_BTHK.shape[1]
+    if num_queries != num_keys or num_queries % block:
+        block, window = num_queries, 0
+    q_BHTK, k_BGSK, v_BGSK = (z.swapaxes(1, 2) for z in (q_BTHK * (cfg.attn_scale or cfg.head_dim ** -0.5), k_BSGK, v_BSGK))
+    outputs = []
+    for start in range(0, num_queries, block):
+        here = slice(start, start + block)
+        keys = slice(max(0, start - window) if window else 0, start + num_keys - num_queries + block)
+        visible_BTS = (jnp.arange(num_keys)[keys] >= first_BT[:, here, None]) & (jnp.arange(num_keys)[keys] <= position_T[here, None])
+        q_BGNK = rearrange(q_BHTK[:, :, here], "B (G R) T K -> B G (R T) K", G=k_BSGK.shape[2])
+        y_BGNK = softmax_average(q_BGNK, k_BGSK[:, :, keys], v_BGSK[:, :, keys], visible_BTS)
+        outputs.append(rearrange(y_BGNK, "B G (R T) K -> B T (G R) K", T=block))
+    return jnp.concatenate(outputs, axis=1)
+
+@jax.custom_vjp
+def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
+    """softmax(q k) v over the visible keys; N is T queries of each of R heads. Normed q and k bound the scores, so no
+    maximum is subtracted, and the division comes last: one pass over the scores forward, one backward."""
+    return _softmax_average_forward(q_BGNK, k_BGSK, v_BGSK, visible_BTS)[0]
+
+def _softmax_average_forward(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
+    visible = jnp.tile(visible_BTS, (1, q_BGNK.shape[2] // visible_BTS.shape[1], 1))[:, None]
+    exp_BGNS = jnp.where(visible, jnp.exp(product("BGNK,BGSK->BGNS", q_BGNK, k_BGSK)), 0).astype(v_BGSK.dtype)
+    inverse_BGN1 = 1 / jnp.sum(exp_BGNS, axis=-1, keepdims=True, dtype=f32)
+    y_BGNK = product("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) * inverse_BGN1
+    return y_BGNK.astype(v_BGSK.dtype), (q_BGNK, k_BGSK, v_BGSK, exp_BGNS, inverse_BGN1, y_BGNK)
+
+def _softmax_average_backward(saved, g_BGNK):
+    q_BGNK, k_BGSK, v_BGSK, exp_BGNS, inverse_BGN1, y_BGNK = saved
+    g_BGNK = g_BGNK * inverse_BGN1
+    mean_BGN1 = jnp.sum(g_BGNK * y_BGNK, axis=-1, keepdims=True)
+    g_BGNK = g_BGNK.astype(v_BGSK.dtype)
+    dscore_BGNS = (exp_BGNS * (product("BGNK,BGSK->BGNS", g_BGNK, v_BGSK) - mean_BGN1)).astype(v_BGSK.dtype)
+    grads = (product("BGNS,BGSK->BGNK", dscore_BGNS, k_BGSK), product("BGNS,BGNK->BGSK", dscore_BGNS, q_BGNK),
+             product("BGNS,BGNK->BGSK", exp_BGNS, g_BGNK))
+    return *(grad.astype(v_BGSK.dtype) for grad in grads), None
+
+softmax_average.defvjp(_softmax_average_forward, _softmax_average_backward)
+ATTENTION = {"xla": attention_xla}  # others stand behind the same signature
+
+def attention(x_BTD, p, first_BT, position_T, table, window, cfg, cache=None):
+    """One layer's self-attention with normed queries and keys (arXiv:2010.04245). Returns (output, cache).
+
+    cache: None, or (k_BSGK, v_BSGK) whose places position_T are written before they are attended to.
+    """
+    heads = lambda w: rearrange(matmul("BTD,DN->BTN", x_BTD, w), "B T (H K) -> B T H K", K=cfg.head_dim)
+    q_BTHK, k_BTGK = (rotate(rms_norm(heads(p[name])), table) for name in ("w_q", "w_k"))
+    q_BTHK, k_BTGK, v_BTGK = (z.astype(p["w_v"].dtype) for z in (q_BTHK, k_BTGK, heads(p["w_v"])))
+    if cache is not None:
+        k_BTGK, v_BTGK = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, position_T[0], axis=1)
+                                       for old, new in zip(cache, (k_BTGK, v_BTGK)))
+    if window:
+        first_BT = jnp.maximum(first_BT, position_T - window)
+    y_BTHK = ATTENTION[cfg.attention](q_BTHK, k_BTGK, v_BTGK, first_BT, position_T, window, cfg)
+    return matmul("BTN,ND->BTD", rearrange(y_BTHK, "B T H K -> B T (H K)"), p["w_out"], x_BTD.dtype), cache
+
+def mlp(x_BTD, p):
+    """ReLU^2 (arXiv:2109.08668)."""
+    return matmul("BTF,FD->BTD", jnp.square(jax.nn.relu(matmul("BTD,DF->BTF", x_BTD, p["w_up"]))), p["w_down"])
+
+def forward(weights, tokens_BT, windows, cfg, cache=None):
+    """tokens -> (normed final activations x_BTD, cache).
+
+    weights: compute copies, blocks unstacked. windows: per block, static. cache: None, a row being positions 0..T-1; or
+    from init_cache, then the tokens are appended at cache["position"].
+    """
+    offset, carried_B = (cache["position"], cache["doc_start"]) if cache else (0, jnp.zeros(len(tokens_BT), jnp.int32))
+    position_T = offset + jnp.arange(tokens_BT.shape[1])
+    doc_start_BT = document_starts(tokens_BT, position_T, carried_B, cfg)
+    packed = any(stage.max_doc_len for stage in stages(cfg))  # in a plain stream attention crosses documents
+    first_BT = doc_start_BT if packed else jnp.zeros_like(doc_start_BT)
+    x_BTD = x0_BTD = rms_norm(weights["embed"][tokens_BT].astype(cfg.activation_dtype))
+    after, kv, table = {}, [], rotary_table(position_T, cfg)
+    for i, p in enumerate(weights["blocks"]):
+        for j, (source, destination) in enumerate(cfg.skip_pairs):
+            if destination == i:
+                x_BTD += (weights["skip_mix"][j] * after[source]).astype(x_BTD.dtype)
+        x_BTD = (p["x_mix"] * x_BTD + p["x0_mix"] * x0_BTD).astype(x_BTD.dtype)
+        y_BTD, layer_kv = attention(rms_norm(x_BTD), p, first_BT, position_T, table, windows[i], cfg, cache and cache["kv"][i])
+        x_BTD += y_BTD
+        x_BTD += mlp(rms_norm(x_BTD), p)
+        after[i] = x_BTD
+        kv.append(layer_kv)
+    cache = cache and {"position": offset + tokens_BT.shape[1], "doc_start": doc_start_BT[:, -1], "kv": kv}
+    return rms_norm(x_BTD), cache
+
+def softcapped_logits(x_ND, head_DV, cfg):
+    """Float32 logits, bounded by softcap * tanh(z / softcap) (arXiv:2408.00118)."""
+    z_NV = matmul("ND,DV->NV", x_ND, head_DV, f32)
+    return cfg.softcap * jnp.tanh(z_NV / cfg.softcap) if cfg.softcap else z_NV
+
+def mask_unused(logits_NV, cfg):
+    """Ids past vocab_size pad the table and cannot be predicted."""
+    used = jnp.arange(cfg.padded_vocab) < cfg.vocab_size
+    return logits_NV if cfg.vocab_size == cfg.padded_vocab else jnp.where(used, logits_NV, -1e30)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(x_ND, head_DV, target_N, weight_N, cfg):
+    """Sum over tokens of weight * (-log softmax(logits)[target]), in nats, float32.
+
+    Its gradient is formed along with the loss, while the logits are there (three matmuls of the head's size, not four,
+    and no logits kept). Labels are compared, not gathered: a gather's gradient would be a scatter over V.
+    """
+    return _cross_entropy_forward(x_ND, head_DV, target_N, weight_N, cfg)[0]  # the unused gradient is not computed
+
+def _cross_entropy_forward(x_ND, head_DV, target_N, weight_N, cfg):
+    logits_NV = softcapped_logits(x_ND, head_DV, cfg)
+    exp_NV = jnp.exp(mask_unused(logits_NV, cfg) - jnp.max(logits_NV, axis=1, keepdims=True))
+    sum_N = jnp.sum(exp_NV, axis=1)
+    hit_NV = jnp.arange(cfg.padded_vocab) == target_N[:, None]
+    loss = jnp.sum(weight_N * (jnp.log(sum_N) - jnp.log(jnp.sum(jnp.where(hit_NV, exp_NV, 0), axis=1))))
+    g_NV = (exp_NV / sum_N[:, None] - hit_NV) * weight_N[:, None]
+    g_NV = (g_NV * (1 - jnp.square(logits_NV / cfg.softcap)) if cfg.softcap else g_NV).astype(head_DV.dtype)
+    dx_ND, dhead_DV = product("NV,DV->ND", g_NV, head_DV), product("ND,NV->DV", x_ND.astype(head_DV.dtype), g_NV)
+    return loss, (dx_ND.astype(x_ND.dtype), dhead_DV.astype(head_DV.dtype))
+
+def _cross_entropy_backward(cfg, saved, g):
+    return *((g * grad).astype(grad.dtype) for grad in saved), None, None
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+def head_of(weights, cfg):
+    return weights["embed"].T if cfg.tie_embed else weights["head"]
+
+def loss_fn(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
+    """Summed nats of the targets, each times its weight."""
+    x_BTD, _ = forward(weights, tokens_BT, windows, cfg)
+    x_ND = rearrange(x_BTD, "B T D -> (B T) D")
+    return cross_entropy(x_ND, head_of(weights, cfg), target_BT.ravel(), weight_BT.ravel(), cfg)
+
+def init_cache(num_rows, max_len, cfg):
+    """An empty key/value cache for `decode`: max_len positions for each of num_rows sequences."""
+    zeros = lambda: jnp.zeros((num_rows, max_len, cfg.kv_heads, cfg.head_dim), cfg.compute_dtype)
+    kv = [(zeros(), zeros()) for _ in range(cfg.num_layers)]
+    return {"position": jnp.int32(0), "doc_start": jnp.zeros(num_rows, jnp.int32), "kv": kv}
+
+def decode(weights, cache, tokens_BT, cfg):
+    """Append tokens (a prompt, or one per row) to the cache. Returns float32 logits_BV of what follows, and the cache."""
+    x_BTD, cache = forward(weights, tokens_BT, val_windows(cfg), cfg, cache)
+    return mask_unused(softcapped_logits(x_BTD[:, -1], head_of(weights, cfg), cfg), cfg), cache
+
+
+# ---- Schedules -------------------------------------------------------------------------------------------------------
+# Pure functions of the step. Values are traced inside the step; shapes, which pick a program, are Python numbers.
+
+def ramp(step, steps, values):
+    """Piecewise linear through (steps, values), constant outside."""
+    return jnp.interp(jnp.asarray(step, f32), jnp.array(steps, f32), jnp.array(values, f32))
+
+def lr_scale(step, cfg):
+    """Multiplies every learning rate: up over warmup_steps, 1, then straight down to final_lr_scale at the last step."""
+    cooldown = ramp(step, [(1 - cfg.cooldown_frac) * cfg.steps, cfg.steps], [1.0, cfg.final_lr_scale])
+    return cooldown * jnp.minimum(1.0, (step + 1) / (cfg.warmup_steps + 1))
+
+def muon_momentum(step, cfg):
+    low, high, steps = map(float, cfg.muon_momentum.split(","))
+    return ramp(step, [0, max(steps, 1)], [low, high])
+
+def stage_at(step, table):
+    return next(stage for stage in table if step < stage.last)
+
+def tokens_before(step, table):
+    """Training tokens of the steps before this one."""
+    return sum((min(s.last, step) - s.first) * s.batch_tokens for s in table if s.first < step)
+
+
+# ---- Optimizers ------------------------------------------------------------------------------------------------------
+
+class Rule(NamedTuple):
+    """How one group of weights is updated."""
+    kind: str           # "muon" or "adam", a key of SLOTS
+    lr: float
+    wd: float = 0.0     # decoupled decay per unit of learning rate
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+
+SLOTS = {"muon": ("momentum",), "adam": ("m", "v")}  # optimizer state of a weight, each of its shape, float32
+
+def optimizer_rules(cfg):
+    adam = functools.partial(Rule, "adam", beta1=cfg.adam_beta1, beta2=cfg.adam_beta2, eps=cfg.adam_eps)
+    if cfg.optimizer == "adamw":
+        return dict.fromkeys(("muon", "embed", "head"), adam(cfg.adamw_lr, cfg.adam_wd)) | {"scalar": adam(cfg.adamw_lr)}
+    return {"muon": Rule("muon", cfg.muon_lr, cfg.muon_wd), "embed": adam(cfg.embed_lr, cfg.adam_wd),
+            "head": adam(cfg.head_lr, cfg.adam_wd), "scalar": adam(cfg.scalar_lr)}
+
+def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
+    """Semi-orthogonal matrix near each g[..., M, N]; leading axes are batched, the scale of g cancels.
+
+    Quintic Newton-Schulz with coefficients chosen for slope at zero: after five steps, singular values above 0.3 % of
+    the Frobenius norm land in about [0.65, 1.2], not at 1. Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = g_MN.shape[-2] <= g_MN.shape[-1]
+    x = g_MN if wide else g_MN.mT
+    x = (x / (jnp.linalg.norm(x.astype(f32), axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
+    for _ in range(num_steps):
+        gram = product("...mn,...kn->...mk", x, x).astype(dtype)
+        poly = (b * gram + c * product("...mk,...kn->...mn", gram, gram)).astype(dtype)
+        x = (a * x + product("...mk,...kn->...mn", poly, x)).astype(dtype)
+    return x if wide else x.mT
+
+def orthogonalize_spread(matrices, axes, num_devices, cfg):
+    """Orthogonalize stacked matrices [..., M, N] that are held split along `axes`, each device doing its share.
+
+    Matrices of one shape form one batch, padded to a multiple of the devices and turned so that the split axis is last.
+    An all-to-all trades a slice of every matrix for every slice of some matrices, and back: 1/num_devices of the bytes
+    that gathering the gradients would move.
+    """
+    batches, results = {}, [None] * len(matrices)
+    for i, (u, axis) in enumerate(zip(matrices, axes)):
+        turned = u.mT if axis == u.ndim - 2 else u
+        batches.setdefault((turned.shape[-2:], axis is not None and num_devices > 1), []).append((i, turned))
+    for (shape, split), members in batches.items():
+        batch = jnp.concatenate([u.reshape(-1, *shape) for _, u in members]).astype(cfg.compute_dtype)
+        if split:
+            batch = jnp.pad(batch, ((0, -len(batch) % num_devices), (0, 0), (0, 0)))
+            batch = jax.lax.all_to_all(batch, "data", split_axis=0, concat_axis=2, tiled=True)
+        batch = orthogonalize(batch, cfg.ns_steps, cfg.compute_dtype)
+        if split:
+            batch = jax.lax.all_to_all(batch, "data", split_axis=2, concat_axis=0, tiled=True)
+        for i, u in members:
+            result, batch = batch[:u.size // math.prod(shape)].reshape(u.shape), batch[u.size // math.prod(shape):]
+            results[i] = (result.mT if axes[i] == u.ndim - 2 else result).astype(f32)
+    return results
+
+def muon_direction(grad, slots, momentum):
+    """Nesterov momentum, still to be orthogonalized (Jordan et al. 2024): an average, then a step ahead along it."""
+    average = momentum * slots["momentum"] + (1 - momentum) * grad
+    return momentum * average + (1 - momentum) * grad, {"momentum": average}
+
+def adam_direction(grad, slots, step, rule):
+    """Adam (arXiv:1412.6980), bias-corrected; step counts from 0."""
+    m = rule.beta1 * slots["m"] + (1 - rule.beta1) * grad
+    v = rule.beta2 * slots["v"] + (1 - rule.beta2) * grad * grad
+    m_hat, v_hat = m / (1 - rule.beta1 ** (step + 1)), v / (1 - rule.beta2 ** (step + 1))
+    return m_hat / (jnp.sqrt(v_hat) + rule.eps), {"m": m, "v": v}
+
+def update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg):
+    """One optimizer step on this device's share of every weight. Returns (params, opt_state)."""
+    specs, tree = jax.tree.flatten(specs)
+    params, grads, slots = map(tree.flatten_up_to, (params, grads, opt_state))
+    rules = [rules[spec.group] for spec in specs]
+    directions, slots = zip(*(muon_direction(g, s, muon_momentum(step, cfg)) if rule.kind == "muon" else
+                              adam_direction(g, s, step.astype(f32), rule) for g, s, rule in zip(grads, slots, rules)))
+    directions, muon = list(directions), [i for i, rule in enumerate(rules) if rule.kind == "muon"]
+    axes = [split_axis(specs[i], cfg, num_devices) for i in muon]
+    for i, direction in zip(muon, orthogonalize_spread([directions[i] for i in muon], axes, num_devices, cfg)):
+        num_inputs, num_outputs = shape_of(specs[i], cfg)[-2:]
+        directions[i] = direction * max(1, num_outputs / num_inputs) ** 0.5
+    scale = stage.lr * lr_scale(step, cfg)
+    params = [p * (1 - scale * rule.lr * rule.wd) - scale * rule.lr * d for p, rule, d in zip(params, rules, directions)]
+    return tree.unflatten(params), tree.unflatten(slots)
+
+class Model(NamedTuple):
+    """The seam for another architecture: all that the loop asks of one. The default is this file's."""
+    specs: Callable = param_specs       # (cfg) -> nested dict of Spec
+    loss: Callable = loss_fn            # (weights, tokens_BT, target_BT, weight_BT, windows, cfg) -> summed nats
+    rules: Callable = optimizer_rules   # (cfg) -> {group: Rule}
+    init_cache: Callable = init_cache   # (num_rows, max_len, cfg) -> cache
+    decode: Callable = decode           # (weights, cache, tokens_BT, cfg) -> (logits_BV, cache)
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+# A shard is 256 little-endian int32 (magic, version, token count, zeros), then that many uint16 token ids.
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+NO_TOKEN = 0xFFFF  # stands where a row holds no token: read as BOS, never scored
+POOL = 64          # documents the packer chooses from
+
+def write_shard(path, tokens):
+    """Write uint16 tokens as a shard, atomically; a file that holds them already is left alone."""
+    header = np.zeros(256, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    blob = header.tobytes() + np.asarray(tokens, "<u2").tobytes()
+    if not path.is_file() or path.read_bytes() != blob:
+        staging = path.with_suffix(f".{os.getpid()}")
+        staging.write_bytes(blob)
+        staging.replace(path)
+
+def open_shard(path):
+    """Memory-mapped tokens of a shard. Raises DataError for anything but a whole, well-formed one."""
+    try:
+        header, size = np.fromfile(path, "<i4", 256), os.path.getsize(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    again = "Is it a token shard? Fetch it again: python cached_fineweb10B.py"
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise DataError(f"{path}: begins with {header[:2].tolist()}, wanted [{SHARD_MAGIC}, {SHARD_VERSION}]. {again}")
+    if header[2] <= 0 or size != HEADER_BYTES + 2 * int(header[2]):
+        raise DataError(f"{path}: has {size} bytes, which is not {HEADER_BYTES} and 2 for each of its {header[2]} tokens. {again}")
+    return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
+
+class Shards(NamedTuple):
+    paths: list
+    tokens: list  # of uint16 arrays
+    meta: dict    # the folder's meta.json: tokenizer, vocab_size, bos_id
+
+def open_shards(pattern):
+    """The shards of a glob, by name. Raises DataError where there are none, or one is not whole."""
+    paths = [Path(path) for path in sorted(glob.glob(pattern) or glob.glob(str(ROOT / pattern)))]
+    if not paths:
+        raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; or train on this "
+                        "machine's own text: --preset=demo")
+    tokens, file = [open_shard(path) for path in paths], paths[0].parent / "meta.json"
+    try:
+        meta = json.loads(file.read_text()) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
+        return Shards(paths, tokens, {key: kind(meta[key]) for key, kind in (("tokenizer", str), ("vocab_size", int), ("bos_id", int))})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f'{file}: {error!r}; wanted {{"tokenizer": NAME, "vocab_size": N, "bos_id": N}}') from error
+
+def plan_stream(shards, cfg):
+    """Yield (rows, tokens read) of steps 0, 1, ... from the plain stream: each token once per epoch, in order or, with
+    cfg.shuffle, by blocks of the longest row in random order. A row is a list of uint16 views, T + 1 tokens in all."""
+    table = stages(cfg)
+    block = max(stage.seq_len for stage in table)
+    blocks = [(tokens, start) for tokens in shards.tokens for start in range(0, len(tokens) - block, block)]
+    order, position = np.arange(len(blocks)), 0
+    for stage in table:
+        for _ in range(stage.first, stage.last):
+            rows = []
+            while len(rows) * stage.seq_len < stage.batch_tokens:
+                epoch, within = divmod(position, len(blocks) * block or 1)
+                if epoch >= cfg.max_epochs or not blocks:
+                    return
+                if within == 0 and cfg.shuffle:
+                    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(blocks))
+                tokens, start = blocks[order[within // block]]
+                rows.append([tokens[start + within % block:][:stage.seq_len + 1]])
+                position += stage.seq_len
+            yield rows, position
+
+def plan_packed(shards, cfg):
+    """Yield (rows, tokens read) of steps 0, 1, ..., rows packed from the beginnings of documents, each starting with BOS.
+
+    A row of T + 1 tokens takes, of the POOL next documents cut to max_doc_len, the longest that fits, again and again;
+    when none fits, the shortest is cut to fill the row. What is cut off is not read, as in the FineWeb records.
+    """
+    documents = []
+    for tokens in shards.tokens:
+        starts = np.flatnonzero(tokens == cfg.bos_id)
+        documents += zip([tokens] * len(starts), starts.tolist(), np.diff(starts, append=len(tokens)).tolist())
+    pool, doc, read = [], 0, 0
+    for stage in stages(cfg):
+        pool = sorted((min(documents[i][2], stage.max_doc_len), i) for _, i in pool)
+        for _ in range(stage.first, stage.last):
+            rows = [[] for _ in range(stage.batch_tokens // stage.seq_len)]
+            for row in rows:
+                room = stage.seq_len + 1
+                while room:
+                    while len(pool) < POOL and doc < len(documents) * cfg.max_epochs:
+                        length = documents[doc % len(documents)][2]
+                        bisect.insort(pool, (min(length, stage.max_doc_len), doc % len(documents)))
+                        doc, read = doc + 1, read + length
+                    if not pool:
+                        return
+                    length, i = pool.pop(max(0, bisect.bisect_right(pool, (room, len(documents))) - 1))
+                    tokens, start, _ = documents[i]
+                    row.append(tokens[start:start + min(length, room)])
+                    room -= len(row[-1])
+            yield rows, read
+
+def plan(shards, cfg):
+    return (plan_packed if stages(cfg)[0].max_doc_len else plan_stream)(shards, cfg)
+
+def plan_val(shards, cfg):
+    """Rows of the whole validation: row i scores the i-th val_seq_len - val_context targets, after their context."""
+    tokens, scored = shards.tokens[0][:cfg.val_tokens + 1], cfg.val_seq_len - cfg.val_context
+    nothing = np.full(cfg.val_context, NO_TOKEN, np.uint16)
+    return [[nothing[:max(-start, 0)], tokens[max(start, 0):start + cfg.val_seq_len + 1]]
+            for start in range(-cfg.val_context, cfg.val_tokens - cfg.val_context, scored)]
+
+def micro_shape(num_rows, seq_len, num_devices, micro_tokens):
+    """(A, B, T + 1): micro-steps, rows of each over all devices, tokens of each. Where there are more places than rows,
+    some stay empty: any batch runs on any number of devices."""
+    per_device = -(-num_rows // num_devices)
+    per_micro = min(per_device, max(1, micro_tokens // seq_len)) if micro_tokens else per_device
+    return -(-per_device // per_micro), per_micro * num_devices, seq_len + 1
+
+def train_shape(stage, mesh, cfg):
+    return micro_shape(stage.batch_tokens // stage.seq_len, stage.seq_len, mesh.size, cfg.micro_tokens)
+
+def val_shape(mesh, cfg):
+    num_rows = -(-cfg.val_tokens // (cfg.val_seq_len - cfg.val_context))
+    return micro_shape(num_rows, cfg.val_seq_len, mesh.size, cfg.micro_tokens or 8 * cfg.val_seq_len)
+
+def to_devices(rows, shape, mesh):
+    """Rows -> uint16 [A, B, T+1], split over B; only the rows that this process's devices hold are read."""
+    def local(index):
+        chosen = np.arange(shape[0])[:, None] * shape[1] + np.arange(shape[1])[index[1]]
+        out = np.full((*chosen.shape, shape[2]), NO_TOKEN, np.uint16)
+        for place, i in zip(out.reshape(-1, shape[2]), chosen.ravel()):
+            if i < len(rows):
+                row = np.concatenate(rows[i])
+                place[:len(row)] = row
+        return out
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, "data")), local)
+
+def train_batches(shards, first_step, mesh, cfg, depth=2):
+    """The batch of each step from first_step on, on the devices, made `depth` ahead by one thread. What a step reads is
+    a pure function of step, config and shards, however many processes share the work."""
+    def make(planned, stage):
+        return to_devices(next(planned)[0], train_shape(stage, mesh, cfg), mesh)
+
+    planned = itertools.islice(plan(shards, cfg), first_step, None)
+    with ThreadPoolExecutor(1) as pool:
+        futures = []
+        for step in range(first_step, cfg.steps):
+            futures.append(pool.submit(make, planned, stage_at(step, stages(cfg))))
+            if len(futures) > depth:
+                yield futures.pop(0).result()
+        yield from (future.result() for future in futures)
+
+
+# ---- Demo corpus and sampler -----------------------------------------------------------------------------------------
+
+NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3",
+              "distutils", "turtledemo", "ensurepip", "__pycache__"}
+
+def cache_dir():
+    """This user's own cache folder: what lies there is trusted, compiled programs among it."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speedrun-jax"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+def embedded_corpus():
+    """The interpreter's own standard library as byte shards (BOS 256), in the cache. Returns globs (train, val).
+
+    A file belongs to validation if the first byte of the SHA-256 of its relative path is below 13, about 5 % do.
+    Raises DataError where fewer than 300 files are found.
+    """
+    root, parts, count = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}, 0
+    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        *folders, base = name.split("/")
+        if NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata") or (root / name).stat().st_size > 200_000:
+            continue
+        split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
+        parts[split] += [np.array([256], np.uint16), np.frombuffer((root / name).read_bytes(), np.uint8)]
+        count += 1
+    if count < 300:
+        raise DataError(f"{root}: {count} Python files, the demo's corpus wants 300. Use a Python with its whole standard library, "
+                        "or pass --train_files and --val_files")
+    folder = cache_dir() / f"stdlib-{platform.python_version()}"
+    folder.mkdir(exist_ok=True)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}))
+    for split, arrays in parts.items():
+        write_shard(folder / f"{split}_000000.bin", np.concatenate(arrays))
+    return str(folder / "train_*.bin"), str(folder / "val_*.bin")
+
+def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
+    """Continue one prompt (token ids) by num_tokens ids, with a key/value cache, on one device."""
+    step = jax.jit(lambda w, cache, tokens: model.decode(w, cache, tokens, cfg), donate_argnums=1)
+    cache, tokens, ids = model.init_cache(1, len(prompt) + num_tokens, cfg), jnp.array([prompt]), []
+    for i in range(num_tokens):
+        logits_BV, cache = step(weights, cache, tokens)
+        key = jax.random.fold_in(jax.random.key(cfg.seed), i)
+        tokens = jax.random.categorical(key, logits_BV / temperature)[:, None]
+        ids.append(int(tokens[0, 0]))
+    return ids
+
+
+# ---- Steps -----------------------------------------------------------------------------------------------------------
+
+class State(NamedTuple):
+    """What a step takes and returns, and what a checkpoint holds."""
+    step: jax.Array
+    params: dict
+    opt_state: dict  # as params, each leaf a dict of SLOTS
+
+def state_partition(model, num_devices, cfg):
+    """PartitionSpec of every leaf of the state, off the weight table."""
+    specs, rules = model.specs(cfg), model.rules(cfg)
+    slots = lambda spec: dict.fromkeys(SLOTS[rules[spec.group].kind], partition(spec, cfg, num_devices))
+    return State(P(), jax.tree.map(lambda spec: partition(spec, cfg, num_devices), specs), jax.tree.map(slots, specs))
+
+def shardings(mesh, partitions):
+    return jax.tree.map(lambda p: NamedSharding(mesh, p), partitions, is_leaf=lambda x: isinstance(x, P))
+
+def gather(params, specs, num_devices, cfg):
+    """Compute copies, whole on every device: what is multiplied in compute_dtype, looked up or scalar in float32."""
+    def whole(spec, w):
+        axis = split_axis(spec, cfg, num_devices)
+        w = w if spec.group in ("embed", "scalar") else w.astype(cfg.compute_dtype)
+        return w if axis is None or num_devices == 1 else jax.lax.all_gather(w, "data", axis=axis, tiled=True)
+    return jax.tree.map(whole, specs, params)
+
+def reduce_grads(grads, specs, num_devices, cfg):
+    """Sum over the devices, each element once: what is kept split arrives split."""
+    def reduce(spec, g):
+        axis = split_axis(spec, cfg, num_devices)
+        return jax.lax.psum(g, "data") if axis is None else jax.lax.psum_scatter(g, "data", scatter_dimension=axis, tiled=True)
+    return jax.tree.map(reduce, specs, grads) if num_devices > 1 else grads
+
+def inputs_and_targets(tokens_BT1, cfg):
+    """uint16 rows of T + 1 -> (inputs, targets, weights) [B, T]: the target is the next token, NO_TOKEN weighs nothing."""
+    tokens_BT1, there_BT1 = tokens_BT1.astype(jnp.int32), tokens_BT1 != NO_TOKEN
+    tokens_BT1 = jnp.where(there_BT1, tokens_BT1, cfg.bos_id)
+    return tokens_BT1[:, :-1], tokens_BT1[:, 1:], there_BT1[:, 1:].astype(f32)
+
+def make_train_step(stage, model, mesh, cfg):
+    """(state, tokens uint16 [A, B, T+1]) -> (state, mean loss in nats per token). The state is donated."""
+    specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
+
+    def step_on_device(state, tokens_ABT1):
+        weights = unstack(gather(state.params, specs, n, cfg))
+
+        def micro_step(totals, tokens_BT1):
+            tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
+            loss, grads = jax.value_and_grad(model.loss)(weights, tokens_BT, target_BT, weight_BT, stage.windows, cfg)
+            return jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads)), None
+
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
+        (loss, count, grads), _ = jax.lax.scan(micro_step, (f32(0), f32(0), zeros), tokens_ABT1)
+        loss, count = jax.lax.psum((loss, count), "data")
+        grads = jax.tree.map(lambda g: g / count, reduce_grads(restack(grads), specs, n, cfg))
+        params, opt_state = update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
+        return State(state.step + 1, params, opt_state), loss / count
+
+    parts = state_partition(model, n, cfg)
+    return jax.jit(jax.shard_map(step_on_device, mesh=mesh, in_specs=(parts, P(None, "data")), out_specs=(parts, P()),
+                                 check_vma=False), donate_argnums=0)
+
+def make_eval_step(model, mesh, cfg):
+    """(params, tokens uint16 [A, B, T+1]) -> (summed nats, targets scored). The first val_context of a row score nothing."""
+    specs, n = model.specs(cfg), mesh.size
+
+    def eval_on_device(params, tokens_ABT1):
+        weights = unstack(gather(params, specs, n, cfg))
+
+        def micro_step(totals, tokens_BT1):
+            tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
+            weight_BT *= jnp.arange(weight_BT.shape[1]) >= cfg.val_context
+            loss = model.loss(weights, tokens_BT, target_BT, weight_BT, val_windows(cfg), cfg)
+            return (totals[0] + loss, totals[1] + weight_BT.sum().astype(jnp.int32)), None
+        return jax.lax.psum(jax.lax.scan(micro_step, (f32(0), jnp.int32(0)), tokens_ABT1)[0], "data")
+
+    return jax.jit(jax.shard_map(eval_on_device, mesh=mesh, in_specs=(state_partition(model, n, cfg).params, P(None, "data")),
+                                 out_specs=P(), check_vma=False))
+
+def make_init(model, mesh, cfg):
+    """() -> State at step 0, born split over the devices."""
+    def init():
+        specs, rules = model.specs(cfg), model.rules(cfg)
+        params = init_params(jax.random.key(cfg.seed), specs, cfg)
+        slots = lambda spec, p: {name: jnp.zeros_like(p) for name in SLOTS[rules[spec.group].kind]}
+        return State(jnp.int32(0), params, jax.tree.map(slots, specs, params))
+    return jax.jit(init, out_shardings=shardings(mesh, state_partition(model, mesh.size, cfg)))
+
+class Program(NamedTuple):
+    """A compiled program, and what it took."""
+    name: str
+    run: Callable
+    seconds: float
+    bytes: int  # of device memory: arguments, results and temporaries
+
+def compile_all(model, mesh, cfg):
+    """{"init", "eval" and each stage's index: Program}, lowered and compiled in parallel. Equal stages share one."""
+    init = make_init(model, mesh, cfg)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    rows = lambda shape: jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=NamedSharding(mesh, P(None, "data")))
+    state = jax.tree.map(place, jax.eval_shape(init), shardings(mesh, state_partition(model, mesh.size, cfg)))
+    alike = {stage.index: stage._replace(index=0, first=0, last=0, max_doc_len=0) for stage in stages(cfg)}
+    jobs = {"init": ("init", init, ()), "eval": ("eval", make_eval_step(model, mesh, cfg), (state.params, rows(val_shape(mesh, cfg))))}
+    for index, stage in alike.items():
+        jobs.setdefault(stage, (f"train_{index}", make_train_step(stage, model, mesh, cfg), (state, rows(train_shape(stage, mesh, cfg)))))
+
+    def build(job):
+        name, function, arguments = job
+        start = time.perf_counter()
+        run = function.lower(*arguments).compile()
+        used = run.memory_analysis()
+        size = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+        return Program(name, run, time.perf_counter() - start, size)
+    with ThreadPoolExecutor() as pool:
+        built = dict(zip(jobs, pool.map(build, jobs.values())))
+    return {key: built[alike.get(key, key)] for key in ["init", *alike, "eval"]}
+
+def flops_per_token(stage, specs, cfg):
+    """Model FLOPs of training on one token, for the MFU: 6 per matrix element (the embedding is looked up, not multiplied)
+    and 12 per query-head dimension and key that causality and window leave visible; document borders are not counted."""
+    is_matrix = lambda spec: spec.group not in ("embed", "scalar")
+    matrices = sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs) if is_matrix(spec))
+    reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in stage.windows]
+    keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
+    return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
+
+PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
+    "A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+def peak_flops(device_kind):
+    """None where the kind is not in the table; MFU is then shown as "-"."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind), None)
+
+
+# ---- Checkpoint ------------------------------------------------------------------------------------------------------
+# ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and manifest.json, which names their SHA-256.
+
+def versions():
+    return {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": sys.modules["jaxlib"].__version__, "numpy": np.__version__}
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+def sync(path):
+    """Have the operating system put a file or folder on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+def named_leaves(tree):
+    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+def save_checkpoint(state, run_folder, mesh, cfg, progress):
+    """Write a folder under a temporary name, then rename it: a checkpoint is there whole or not at all. Keeps the last two."""
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+    arrays = {file: {name: np.asarray(whole(leaf).addressable_data(0)) for name, leaf in named_leaves(tree).items()}
+              for file, tree in (("params.safetensors", state.params), ("opt.safetensors", state.opt_state))}
+    if jax.process_index() != 0:
+        return
+    final = run_folder / "ckpt" / f"step-{int(state.step):06d}"
+    staging = final.with_name(f".writing-{final.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    files = {}
+    for file, tensors in arrays.items():
+        safetensors.numpy.save_file(tensors, staging / file)
+        files[file] = {"sha256": file_sha256(staging / file), "bytes": (staging / file).stat().st_size}
+    manifest = {"step": int(state.step), "files": files, "progress": progress, "config": dataclasses.asdict(cfg), "versions": versions()}
+    (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in (*staging.iterdir(), staging):
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    staging.rename(final)
+    sync(final.parent)
+    for old in sorted(final.parent.glob("step-*"))[:-2]:
+        shutil.rmtree(old)
+
+def read_manifest(folder):
+    """The manifest of a checkpoint whose files have the sizes and hashes it names. Raises CheckpointError."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for file in ("params.safetensors", "opt.safetensors"):
+            if file_sha256(folder / file) != manifest["files"][file]["sha256"]:
+                raise CheckpointError(f"{folder / file}: damaged, its SHA-256 is not the manifest's; delete {folder}")
+        return {"step": int(manifest["step"]), "config": dict(manifest["config"]), "progress": dict(manifest["progress"])}
+    except (OSError, TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}: not a whole checkpoint ({error!r}); delete it") from error
+
+def load_checkpoint(folder, state, mesh, model, cfg):
+    """The State saved in a folder that read_manifest has passed. Raises CheckpointError where names or shapes differ."""
+    def load(file, tree, placement):
+        found, wanted = safetensors.numpy.load_file(folder / file), named_leaves(tree)
+        for name in sorted(found.keys() | wanted.keys()):
+            have, want = (f"{x[name].shape} {x[name].dtype}" if name in x else "nothing" for x in (found, wanted))
+            if have != want:
+                raise CheckpointError(f"{folder / file}: {name} is {have}, this config wants {want}")
+        put = lambda path, sharding: jax.make_array_from_callback(found[name_of(path)].shape, sharding, lambda i: found[name_of(path)][i])
+        return jax.tree.map_with_path(put, placement)
+    placement = shardings(mesh, state_partition(model, mesh.size, cfg))
+    step = jax.make_array_from_callback((), placement.step, lambda _: np.int32(read_manifest(folder)["step"]))
+    return State(step, load("params.safetensors", state.params, placement.params), load("opt.safetensors", state.opt_state, placement.opt_state))
+
+def differing_field(config, cfg):
+    """First field in which a saved config is not this one, those that may differ aside; None if they agree."""
+    mine = dataclasses.asdict(cfg)
+    return next((k for k in sorted(mine.keys() | config.keys()) if k not in MAY_DIFFER and mine.get(k) != config.get(k)), None)
+
+def find_checkpoint(cfg):
+    """(checkpoint folder, its manifest) to resume from, or None to start at step 0. Raises CheckpointError."""
+    if not cfg.resume:
+        return None
+    newest_first = lambda run: sorted(run.glob("ckpt/step-*"), reverse=True)
+    if cfg.resume == "auto":
+        agreeing = [run for run in sorted(Path(cfg.log_dir).glob("*"), reverse=True) if saved_config_agrees(run, cfg)]
+        folders = [folder for run in agreeing[:1] for folder in newest_first(run)]
+        if not folders:
+            print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
+            return None
+    else:
+        folders = [Path(cfg.resume)] if (Path(cfg.resume) / "manifest.json").exists() else newest_first(Path(cfg.resume))[:1]
+        if not folders:
+            raise CheckpointError(f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN")
+    for folder in folders:
+        try:
+            manifest = read_manifest(folder)
+            if field := differing_field(manifest["config"], cfg):
+                raise CheckpointError(f"{folder}: saved with --{field}={manifest['config'].get(field)}, but this run has "
+                                      f"{getattr(cfg, field, None)}; use the same, or start anew without --resume")
+            return folder, manifest
+        except CheckpointError as error:
+            problem = error
+            print(f"--resume: passing over {error}")
+    raise CheckpointError(f"none of the {len(folders)} checkpoints can be used, the oldest because: {problem}")
+
+def saved_config_agrees(run_folder, cfg):
+    try:
+        return differing_field(dict(json.loads((run_folder / "config.json").read_text())["config"]), cfg) is None
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+# ---- Log -------------------------------------------------------------------------------------------------------------
+
+class Run:
+    """A run's folder, its clock, and what it writes: log.txt, metrics.jsonl, the console. Only process 0 writes.
+
+    The clock counts training: it stands still for compilation, warm-up, evaluation, checkpoints and sampling.
+    """
+
+    def __init__(self, folder, specs, cfg, progress):
+        self.folder, self.cfg, self.table, self.writes = folder, cfg, stages(cfg), jax.process_index() == 0
+        self.flops = [flops_per_token(stage, specs, cfg) for stage in self.table]
+        self.peak = peak_flops(jax.devices()[0].device_kind)
+        self.total, self.since = np.array([progress.get("train_time_s", 0.0), progress.get("cpu_time_s", 0.0)]), None
+        self.reached, self.created, self.passing = progress.get("target_reached"), time.perf_counter(), False
+        self.marked, self.steps, self.waited = self.total[0], 0, 0.0
+        if self.writes:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def now(self):
+        return np.array([time.perf_counter(), time.process_time()])
+
+    def start(self):
+        self.since = self.now()
+
+    def stop(self):
+        self.total, self.since = self.seconds(), None
+
+    def seconds(self):
+        """Of training so far: [wall, cpu]."""
+        return self.total + (0 if self.since is None else self.now() - self.since)
+
+    def progress(self):
+        return dict(zip(("train_time_s", "cpu_time_s"), self.seconds().tolist())) | {"target_reached": self.reached}
+
+    def append(self, name, text):
+        if self.writes:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def line(self, text, passing=False):
+        """To log.txt and the console; on a terminal the next line takes the place of a passing one."""
+        self.append("log.txt", text)
+        if self.writes:
+            terminal = sys.stdout.isatty()
+            print(("\r\x1b[K" if self.passing else "") + text, end="" if terminal and passing else "\n", flush=True)
+            self.passing = terminal and passing
+
+    def settle(self, step, loss):
+        """Wait for the loss of a dispatched step; its metrics. Raises NonFiniteLoss."""
+        stage, loss = stage_at(step, self.table), float(loss)
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"the training loss of step {step + 1} is {loss}. Usual causes: too high a learning rate (--muon_lr, "
+                                f"--embed_lr, --head_lr), a narrow --compute_dtype, damaged data. Checkpoints in {self.folder} stand")
+        wall, cpu = self.seconds().tolist()
+        self.steps += 1
+        step_s = (wall - self.marked) / self.steps
+        speed = stage.batch_tokens / step_s
+        row = {"step": step + 1, "tokens": tokens_before(step + 1, self.table), "train_time_s": wall, "cpu_time_s": cpu,
+               "wall_s": time.perf_counter() - self.created, "train_loss": loss, "lr": stage.lr * float(lr_scale(step, self.cfg)),
+               "step_ms": 1e3 * step_s, "tokens_per_s": speed, "stage": stage.index, "input_wait_ms": 1e3 * self.waited / self.steps}
+        return row | ({"mfu": speed * self.flops[stage.index] / self.peak / jax.device_count()} if self.peak else {})
+
+    def write(self, row):
+        """A step's line and metrics row; averages since the last one."""
+        left = tokens_before(self.cfg.steps, self.table) - row["tokens"]
+        val = f" val_loss:{row['val_loss']:.4f}" if "val_loss" in row else ""
+        mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
+        self.line(f"step:{row['step']}/{self.cfg.steps} train_loss:{row['train_loss']:.4f}{val} train_time:{row['train_time_s']:.3f}s "
+                  f"step:{row['step_ms']:.1f}ms tok/s:{human(row['tokens_per_s'])} mfu:{mfu} wait:{row['input_wait_ms']:.1f}ms "
+                  f"eta:{left / row['tokens_per_s']:.0f}s", passing=not val)
+        self.metrics(row)
+        self.marked, self.steps, self.waited = row["train_time_s"], 0, 0.0
+
+    def metrics(self, row):
+        self.append("metrics.jsonl", json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}))
+
+    def seal(self):
+        """The log's last line: SHA-256 of all bytes above it."""
+        self.append("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}" if self.writes else "")
+
+def human(number):
+    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k"
+
+def loss_svg(rows, cfg):
+    """A picture of metrics rows against steps: training loss (line), validation loss (dots), target, stages."""
+    train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+    val = [(row["step"], row["val_loss"], row["train_time_s"]) for row in rows if "val_loss" in row]
+    low = min(loss for _, loss, *_ in [*train, *val]) - 0.05
+    high = max(loss for _, loss, *_ in [*train[len(train) // 20:], *val]) + 0.05
+    x = lambda step: f"{60 + 700 * step / cfg.steps:.1f}"
+    y = lambda loss, up=0: f"{30 + 330 * (high - min(loss, high)) / (high - low) - up:.1f}"
+    text = lambda px, py, words, anchor="middle": f'<text x="{px}" y="{py}" text-anchor="{anchor}">{words}</text>'
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 420" font-family="system-ui,sans-serif" font-size="12">',
+             "<style>text{fill:#333}path{fill:none;stroke:#8886}.train{stroke:#6c93c7}.goal{stroke:#2a8a4a;stroke-dasharray:5 4}"
+             "circle{fill:#c0392b}@media(prefers-color-scheme:dark){svg{background:#16181d}text{fill:#ddd}}</style>"]
+    for i in range(6):
+        loss, step = low + (high - low) * i / 5, cfg.steps * i // 5
+        parts += [f'<path d="M60 {y(loss)}H760"/>', text(54, y(loss, -4), f"{loss:.2f}", "end"), text(x(step), 378, step)]
+    parts += [f'<path d="M{x(stage.first)} 30V360"/>' for stage in stages(cfg)[1:]]
+    if cfg.target_loss > low:
+        parts += [f'<path class="goal" d="M60 {y(cfg.target_loss)}H760"/>', text(64, y(cfg.target_loss, 4), f"target {cfg.target_loss:g}", "start")]
+    parts.append(f'<path class="train" d="M{"L".join(f"{x(step)} {y(loss)}" for step, loss in train)}"/>')
+    for step, loss, _ in val:
+        parts += [f'<circle cx="{x(step)}" cy="{y(loss)}" r="3.5"/>', text(x(step), y(loss, 8), f"{loss:.3f}")]
+    parts += [text(410, 18, f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {val[-1][2]:.1f} s of training"),
+              text(410, 402, "step; dots: validation, line: training batch, nats per token"), "</svg>"]
+    return "\n".join(parts)
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with UsageError for an error, and @FILE in which # starts a comment and a line may hold several flags."""
+    def error(self, message):
+        raise UsageError(f"{message} (python train.py --help lists all flags)")
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+def parse_flags(argv):
+    """argv -> {field: value} of the flags given. Raises UsageError, naming the nearest flag for a typo."""
+    parser = Parser(prog="train.py", description=__doc__.split("\n\nIn order")[0], fromfile_prefix_chars="@", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    fields, group = {field.name: field for field in dataclasses.fields(Config)}, parser
+    for line in Path(__file__).read_text().split("class Config:")[1].split("@property")[0].splitlines():
+        if title := re.fullmatch(r"    # -- (.*)", line):
+            group = parser.add_argument_group(title[1])
+        elif entry := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
+            field = fields[entry[1]]
+            group.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(),
+                               help=f"{entry[2]} (default: {field.default!r})".replace("%", "%%"))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
+        parser.error(f"{unknown[0]}: there is no such flag; the nearest is --{near}")
+    return vars(given)
+
+def choose_preset(given):
+    """(preset, why). Raises UsageError, and DataError on an accelerator without shards."""
+    fetch = f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`"
+    if (asked := given.get("preset", "auto")) != "auto":
+        if asked not in PRESETS:
+            raise UsageError(f"--preset={asked}: there are {', '.join(PRESETS)} and auto")
+        return asked, "asked for"
+    if jax.default_backend() == "cpu":
+        return "demo", ("JAX sees only a CPU, so a small byte-level model learns Python from this machine's standard library. "
+                        f"The real thing: {fetch}, then `python train.py`, on a TPU VM or a GPU machine")
+    kind, pattern = jax.devices()[0].device_kind, given.get("train_files", Config.train_files)
+    if not (glob.glob(pattern) or glob.glob(str(ROOT / pattern))):
+        raise DataError(f"JAX sees a {kind}, but no shards match {pattern}: fetch them with {fetch}; --preset=demo needs none")
+    return "speedrun", f"JAX sees {jax.device_count()} x {kind}, and there are shards"
+
+def validate(cfg):
+    """Raises UsageError for a config that cannot run."""
+    def need(ok, name, wanted):
+        if not ok:
+            raise UsageError(f"--{name}={getattr(cfg, name)}: wanted {wanted}")
+    try:
+        table, pairs, ends = stages(cfg), cfg.skip_pairs, [float(x) for x in cfg.stage_ends.split(",")]
+        jnp.dtype(cfg.compute_dtype), cfg.activation_dtype, muon_momentum(0, cfg)
+        trace = [int(x) for x in (cfg.profile or "0:1").split(":")]
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"a flag's value cannot be read: {error}") from error
+    for name in ("steps", "num_layers", "model_dim", "num_heads", "mlp_dim", "val_tokens", "log_every", "max_epochs"):
+        need(getattr(cfg, name) >= 1, name, "at least 1")
+    need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
+    need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
+    need(all(0 <= a < b < cfg.num_layers for a, b in pairs), "skips", f"A>B with A < B < {cfg.num_layers}, comma-separated")
+    need(cfg.attention in ATTENTION, "attention", " or ".join(ATTENTION))
+    need(cfg.optimizer in ("muon", "adamw"), "optimizer", "muon or adamw")
+    need(sorted(ends) == ends and ends[0] > 0 and ends[-1] == 1, "stage_ends", "rising shares of the steps, the last 1")
+    need(0 <= cfg.val_context < cfg.val_seq_len, "val_context", f"less than --val_seq_len={cfg.val_seq_len}")
+    need(len(trace) == 2 and 0 <= trace[0] < trace[1], "profile", "START:STOP")
+    need(len({bool(stage.max_doc_len) for stage in table}) == 1, "max_doc_len", "documents packed in all stages, or in none")
+    for stage in table:
+        need(stage.seq_len >= 2 and max(s.seq_len for s in table) % stage.seq_len == 0, "seq_len", "lengths that divide the longest")
+        need(stage.batch_tokens >= 1 and stage.batch_tokens % stage.seq_len == 0, "batch_tokens", f"multiples of --seq_len={cfg.seq_len}")
+
+def configure(argv):
+    """Flags -> (Config, why this preset); sets JAX up. Raises UsageError, DataError."""
+    given = parse_flags(argv)
+    if num_devices := (PRESETS.get(given.get("preset", "demo"), {}) | given).get("cpu_devices"):
+        jax.config.update("jax_num_cpu_devices", num_devices)  # before anything asks for a device
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
+        jax.config.update("jax_compilation_cache_max_size", 4 << 30)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    preset, why = choose_preset(given)
+    cfg = Config(**PRESETS[preset] | given | {"preset": preset})
+    validate(cfg)
+    return cfg, why
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+def open_data(cfg):
+    """(training shards, validation shards, a line about the plan, config completed from meta.json), all checked.
+    Raises DataError."""
+    corpus = embedded_corpus() if not (cfg.train_files and cfg.val_files) else ("", "")
+    train, val = open_shards(cfg.train_files or corpus[0]), open_shards(cfg.val_files or corpus[1])
+    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or train.meta["vocab_size"],
+                              bos_id=cfg.bos_id if cfg.bos_id >= 0 else train.meta["bos_id"])
+    if val.meta != train.meta:
+        raise DataError(f"{val.paths[0]}: made with {val.meta}, but the training shards with {train.meta}")
+    for path, tokens in zip(train.paths + val.paths, train.tokens + val.tokens):
+        if (largest := int(tokens.max())) >= cfg.vocab_size:
+            raise DataError(f"{path}: holds token {largest}, but the vocabulary has {cfg.vocab_size}. If another tokenizer made it, "
+                            "say so in its folder's meta.json")
+    if len(val.tokens[0]) <= cfg.val_tokens:
+        raise DataError(f"{val.paths[0]}: too short for --val_tokens={cfg.val_tokens}; {len(val.tokens[0]) - 1} fit")
+    reads = [read for _, read in plan(train, cfg)]  # once through, before anything is compiled: seconds per billion tokens
+    if len(reads) < cfg.steps:
+        low, high = 0, cfg.steps  # stages shrink with --steps, so the largest that fits is searched for
+        while high - low > 1:
+            middle = dataclasses.replace(cfg, steps=(low + high) // 2)
+            low, high = (middle.steps, high) if sum(1 for _ in plan(train, middle)) == middle.steps else (low, middle.steps)
+        raise DataError(f"{sum(map(len, train.tokens))} training tokens in {len(train.paths)} shards are too few for {cfg.steps} steps: "
+                        f"--steps={low} fits; or fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
+    trained = tokens_before(cfg.steps, stages(cfg))
+    return train, val, f"{reads[-1]} tokens read for {trained} trained on, {1 - trained / reads[-1]:.1%} cut off", cfg
+
+def describe(run, why, argv, train, val, note, specs, programs, cfg):
+    """The head of the log: with it the run can be repeated."""
+    devices, scored = jax.devices(), hashlib.sha256(val.tokens[0][:cfg.val_tokens + 1].tobytes()).hexdigest()
+    run.append("log.txt", Path(__file__).read_text() + "\n" + "=" * 120)
+    run.line(f"preset: {cfg.preset} ({why})")
+    run.line(f"argv: {shlex.join(argv)}")
+    run.line("config: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+    run.line("versions: " + " ".join(f"{k}={v}" for k, v in versions().items()) + f" platform={platform.platform()}")
+    run.line(f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes, {os.cpu_count()} host cores")
+    with ThreadPoolExecutor() as pool:
+        for path, tokens, digest in zip(train.paths + val.paths, train.tokens + val.tokens, pool.map(file_sha256, train.paths + val.paths)):
+            run.line(f"data: {path.name} tokens:{len(tokens)} sha256:{digest}")
+    run.line(f"data: tokenizer {val.meta['tokenizer']}, vocabulary {cfg.vocab_size}; {note}")
+    run.line(f"data: validation scores {cfg.val_tokens} targets; sha256 of these and the token before them:{scored}")
+    run.line(f"parameters: {count_params(specs, cfg)}")
+    for program in dict.fromkeys(programs.values()):
+        run.line(f"compiled: {program.name} in {program.seconds:.1f}s, {program.bytes / 2**30:.2f} GiB per device")
+
+def warm_up(programs, mesh, cfg):
+    """Run every training program once on a throw-away state and empty rows, so that the first step finds all loaded."""
+    state = programs["init"].run()
+    for stage in stages(cfg):
+        state, _ = programs[stage.index].run(state, to_devices([], train_shape(stage, mesh, cfg), mesh))
+    jax.block_until_ready(state)
+
+def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
+    """Dispatch a step, then wait for the loss of the one before. Returns (state, last metrics)."""
+    due = lambda every, done: bool(every) and done % every == 0
+    trace = [int(x) for x in cfg.profile.split(":")] if cfg.profile else [None, None]
+    pending = None
+    run.start()
+    for step in range(int(state.step), cfg.steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        run.waited += time.perf_counter() - asked
+        if step == trace[0]:
+            jax.profiler.start_trace(str(run.folder / "profile"))
+        state, loss = programs[stage_at(step, run.table).index].run(state, batch)
+        if pending:
+            row = run.settle(*pending)
+            if due(cfg.log_every, row["step"]):
+                run.write(row)
+        pending, done, last = (step, loss), step + 1, step + 1 == cfg.steps
+        if done == trace[1]:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+        evaluates, saves = last or due(cfg.val_every, done), last or due(cfg.save_every, done)
+        if evaluates or saves:
+            row, pending = run.settle(*pending), None
+            jax.block_until_ready(state)
+            run.stop()
+            if evaluates:
+                row["val_loss"] = evaluate(programs["eval"].run, state, val_rows, cfg)
+                if row["val_loss"] <= cfg.target_loss and not run.reached:
+                    run.reached = {"step": done, "train_time_s": run.seconds()[0]}
+            if evaluates or due(cfg.log_every, done):
+                run.write(row)
+            if saves:
+                save_checkpoint(state, run.folder, mesh, cfg, run.progress())
+            run.start()
+    run.stop()
+    return state, row
+
+def evaluate(eval_step, state, val_rows, cfg):
+    """Validation loss in nats per token, each of the first val_tokens targets scored once."""
+    nats, count = eval_step(state.params, val_rows)
+    assert int(count) == cfg.val_tokens, f"{count} targets scored, wanted {cfg.val_tokens}"
+    return float(nats) / cfg.val_tokens
+
+def report(state, row, run, meta, model, cfg):
+    """The end of the log: result, picture, samples of a byte-level model, what to do next."""
+    memory = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
+    run.line(f"final: step:{row['step']}/{cfg.steps} tokens:{row['tokens']} val_loss:{row['val_loss']:.4f} "
+             f"train_time:{row['train_time_s']:.3f}s cpu_time:{row['cpu_time_s']:.1f}s wall:{time.perf_counter() - run.created:.1f}s"
+             + (f" peak_memory:{memory / 2**30:.2f}GiB" if memory else ""))
+    if cfg.target_loss:
+        run.line(f"target: {cfg.target_loss:g} " + ("reached at step {step} after {train_time_s:.3f}s".format(**run.reached) if run.reached else "not reached"))
+    run.metrics({k: row[k] for k in ("step", "tokens", "train_time_s", "cpu_time_s", "val_loss")}
+                | ({"target_reached_step": run.reached["step"]} if run.reached else {}))
+    if run.writes:
+        rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        (run.folder / "loss.svg").write_text(loss_svg(rows, cfg))
+    if meta["tokenizer"] == "bytes" and jax.process_count() == 1:
+        copies = jax.jit(lambda params: unstack(gather(params, model.specs(cfg), 1, cfg)))
+        weights = copies(jax.device_put(jax.tree.map(np.asarray, state.params), jax.devices()[0]))
+        for prompt in ("def main(", "class "):
+            ids = sample(weights, [cfg.bos_id, *prompt.encode()], 200, model, cfg)
+            run.line(f"sample: {prompt}{bytes(i for i in ids if i < 256).decode(errors='replace')}")
+    run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
+    if cfg.preset != "speedrun":
+        run.line("next: look at loss.svg; `python train.py --seed=1`; `python train.py --help`; and on a TPU VM or a GPU machine "
+                 f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`")
+
+def main(argv=None, model=None):
+    """Train. argv: flags, by default the command line's. model: a Model, to put another architecture through the same loop.
+
+    Returns the run's folder. Raises UsageError, DataError and CheckpointError before anything is compiled, and NonFiniteLoss.
+    """
+    argv, model = sys.argv[1:] if argv is None else argv, model or Model()
+    cfg, why = configure(argv)
+    print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
+    train, val, note, cfg = open_data(cfg)
+    checkpoint, manifest = find_checkpoint(cfg) or (None, {"step": 0, "progress": {}})
+    if manifest["step"] >= cfg.steps:
+        print(f"{checkpoint} is that run's last step, nothing is left to train")
+        return checkpoint.parent.parent
+    mesh, specs = make_mesh(), model.specs(cfg)
+    print("compiling; the next time it is cached ...", flush=True)
+    programs = compile_all(model, mesh, cfg)
+    folder = Path(cfg.log_dir) / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
+    run = Run(checkpoint.parent.parent if checkpoint else folder, specs, cfg, manifest["progress"])
+    describe(run, why, argv, train, val, note, specs, programs, cfg)
+    if run.writes:
+        (run.folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), "meta": val.meta}, indent=1))
+    warm_up(programs, mesh, cfg)
+    state = programs["init"].run()
+    if checkpoint:
+        state = load_checkpoint(checkpoint, state, mesh, model, cfg)
+        run.line(f"resumed: {checkpoint} at step {manifest['step']}")
+    val_rows = to_devices(plan_val(val, cfg), val_shape(mesh, cfg), mesh)
+    state, row = train_loop(state, run, programs, train_batches(train, manifest["step"], mesh, cfg), val_rows, mesh, cfg)
+    report(state, row, run, val.meta, model, cfg)
+    run.seal()
+    return run.folder
+
+def command():
+    """main() for the shell: for what a user can mend, one sentence and an exit code instead of a traceback."""
+    try:
+        main()
+    except (UsageError, DataError, CheckpointError, NonFiniteLoss) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+if __name__ == "__main__":
+    sys.exit(command())
