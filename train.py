@@ -9,8 +9,8 @@
     python train.py                      train a GPT-2-class model towards validation loss 3.28, the `speedrun` preset
     python train.py --steps=500 @my.args every number below is a flag (--help); @FILE reads flags from a file
 
-In order: facts (config, weight table), mathematics (model, schedules, optimizers), input and output (data, log,
-checkpoint), and the loop (steps, main). Importing this file does nothing.
+In order: facts (config, weight table), mathematics (model, schedules, optimizers), input and output (data, checkpoint,
+log), and the loop (steps, main). Importing this file does nothing.
 
 One letter, one axis, in array names, einsum strings and the weight table alike:
     A micro-batches of a step   B rows   T query position   S key position   L layer   D model width   V vocabulary
@@ -20,25 +20,8 @@ One letter, one axis, in array names, einsum strings and the weight table alike:
 Every device runs the same program on its own rows. Weights and optimizer state live split over the devices; a step
 gathers compute copies once, accumulates gradients locally, and reduces each gradient element once.
 """
-import argparse
-import bisect
-import dataclasses
-import difflib
-import functools
-import glob
-import hashlib
-import itertools
-import json
-import math
-import os
-import platform
-import re
-import shlex
-import shutil
-import sys
-import sysconfig
-import time
-import zlib
+import argparse, bisect, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os, platform, re, shlex
+import shutil, sys, sysconfig, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +37,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 f32 = jnp.float32
 ROOT = Path(__file__).resolve().parent
 
-# What a user can mend. `command` turns each into one sentence and its exit code.
+# What a user can mend; `command` turns each into one sentence and its exit code.
 class UsageError(ValueError): exit_code = 2        # a flag that cannot be
 class DataError(ValueError): exit_code = 3         # a shard or corpus that is missing, damaged or too small
 class CheckpointError(ValueError): exit_code = 4   # a checkpoint that is damaged or another run's
@@ -62,11 +45,10 @@ class NonFiniteLoss(RuntimeError): exit_code = 5   # the loss became NaN or infi
 
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
-# Each field is a flag, and its comment is the flag's help.
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every number one can turn; hashable, closed over by the compiled programs. The defaults are the speedrun."""
+    """Every number one can turn; the defaults are the speedrun. Each field is a flag, its comment the flag's help."""
     # -- Run
     preset: str = "auto"              # demo, speedrun, tiny; auto: demo on a CPU, else speedrun
     steps: int = 1900                 # optimizer steps
@@ -123,7 +105,7 @@ class Config:
     max_epochs: int = 1               # how often the training tokens may be read
     shuffle: int = 0                  # 1: the plain stream is read in blocks of the longest seq_len, in random order
     # -- Evaluation
-    val_tokens: int = 10_485_760      # targets scored, from the start of the validation shards, each once
+    val_tokens: int = 10_485_760      # targets scored, from the start of the first validation shard, each once
     val_every: int = 250              # steps between evaluations, and one at the end; 0: only that
     val_seq_len: int = 8192           # tokens per row of evaluation, of which
     val_context: int = 2048           # the first are context only: the row before has scored them
@@ -153,8 +135,7 @@ class Config:
 
     @property
     def skip_pairs(self):
-        """((source, destination), ...)"""
-        return tuple(tuple(map(int, pair.split(">"))) for pair in self.skips.split(",") if pair)
+        return tuple(tuple(int(block) for block in pair.split(">")) for pair in self.skips.split(",") if pair)
 
 PRESETS = {
     "speedrun": {},
@@ -188,24 +169,25 @@ class Stage(NamedTuple):
 def stages(cfg):
     """The stage table. Raises UsageError where a list has neither one value nor one per stage."""
     ends = [round(float(end) * cfg.steps) for end in cfg.stage_ends.split(",")]
-
     def column(name, kind=int):
         values = [kind(x) for x in getattr(cfg, name).split(",")]
         if len(values) not in (1, len(ends)):
-            raise UsageError(f"--{name}={getattr(cfg, name)} has {len(values)} values and --stage_ends={cfg.stage_ends} "
-                             f"makes {len(ends)} stages: give one value, or {len(ends)}")
+            raise UsageError(f"--{name}={getattr(cfg, name)}: wanted one value, or one for each of the {len(ends)} stages "
+                             f"of --stage_ends={cfg.stage_ends}")
         return values * (len(ends) // len(values))
-
     windows = [layer_windows(*pair, cfg) for pair in zip(column("window_short"), column("window_long"))]
-    return [Stage(i, *row) for i, row in enumerate(zip([0, *ends], ends, column("batch_tokens"), column("seq_len"),
-                                                       column("max_doc_len"), windows, column("stage_lr", float)))]
+    return [Stage(*row) for row in zip(range(len(ends)), [0, *ends], ends, column("batch_tokens"), column("seq_len"),
+                                       column("max_doc_len"), windows, column("stage_lr", float))]
+
+def val_stage(cfg):
+    """Validation as a stage: one batch, whose rows score all but their context."""
+    num_rows = -(-cfg.val_tokens // (cfg.val_seq_len - cfg.val_context))
+    windows = layer_windows(cfg.val_window_short, cfg.val_window_long, cfg)
+    return Stage(-1, 0, 0, num_rows * cfg.val_seq_len, cfg.val_seq_len, 0, windows, 0.0)
 
 def layer_windows(short, long, cfg):
-    long_layers = {int(x) for x in cfg.long_layers.split(",") if x}
+    long_layers = [int(x) for x in cfg.long_layers.split(",") if x]
     return tuple(long if layer in long_layers else short for layer in range(cfg.num_layers))
-
-def val_windows(cfg):
-    return layer_windows(cfg.val_window_short, cfg.val_window_long, cfg)
 
 
 # ---- Mesh and precision ----------------------------------------------------------------------------------------------
@@ -255,8 +237,7 @@ _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backwar
 AXIS_SIZE = {
     "L": lambda cfg: cfg.num_layers, "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
     "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim,
-    "V": lambda cfg: cfg.padded_vocab, "J": lambda cfg: len(cfg.skip_pairs),
-}
+    "V": lambda cfg: cfg.padded_vocab, "J": lambda cfg: len(cfg.skip_pairs)}
 
 @dataclass(frozen=True)
 class Spec:
@@ -265,14 +246,9 @@ class Spec:
     init: Callable  # (key, shape) -> float32 array
     group: str      # the optimizer rule that owns it
 
-def normal(std):
-    return lambda key, shape: std * jax.random.normal(key, shape)
-
-def uniform(std):
-    return lambda key, shape: 3 ** 0.5 * std * jax.random.uniform(key, shape, minval=-1, maxval=1)
-
-def constant(value):
-    return lambda key, shape: jnp.full(shape, value, f32)
+def normal(std): return lambda key, shape: std * jax.random.normal(key, shape)
+def uniform(std): return lambda key, shape: 3 ** 0.5 * std * jax.random.uniform(key, shape, minval=-1, maxval=1)
+def constant(value): return lambda key, shape: jnp.full(shape, value, f32)
 
 def param_specs(cfg):
     """The weight table. Zero output projections make every block start as the identity, and a zero head every token
@@ -290,12 +266,13 @@ def param_specs(cfg):
             "x_mix": Spec("L", constant(1.0), "scalar"),   # weight of the residual stream as it enters a block
             "x0_mix": Spec("L", constant(0.0), "scalar"),  # how much of the first embedding re-enters
         },
+        "head": Spec("D V", constant(0.0), "head"),
+        "skip_mix": Spec("J", constant(0.2), "scalar"),
     }
-    if cfg.skip_pairs:
-        table["skip_mix"] = Spec("J", constant(0.2), "scalar")
     if cfg.tie_embed:
-        return table | {"embed": Spec("V D", normal(0.02), "head")}
-    return table | {"head": Spec("D V", constant(0.0), "head")}
+        table["embed"] = Spec("V D", normal(0.02), "head")
+    absent = {"head"} if cfg.tie_embed else set()
+    return {name: row for name, row in table.items() if name not in absent | (set() if cfg.skips else {"skip_mix"})}
 
 def shape_of(spec, cfg):
     return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
@@ -334,33 +311,31 @@ def rotary_table(position_T, cfg):
     from 1 down to 1/rope_base per token, the other pairs stand still. q.k then sees only differences of position."""
     quarter = cfg.head_dim // 4
     rate = np.concatenate([cfg.rope_base ** -np.linspace(0, 1, quarter), np.zeros(quarter)])
-    angle_TK = position_T.astype(f32)[:, None] * jnp.asarray(rate, f32)
+    angle_TK = jnp.outer(position_T.astype(f32), jnp.asarray(rate, f32))
     return jax.lax.optimization_barrier((jnp.cos(angle_TK), jnp.sin(angle_TK)))  # else each layer's fusions redo them
 
 def rotate(x_BTHK, table):
-    cos, sin = (t[:, None] for t in table)
+    cos, sin = (t[None, :, None] for t in table)
     a, b = jnp.split(x_BTHK.astype(f32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
-
-def document_starts(tokens_BT, position_T, carried_B, cfg):
-    """Position at which each token's document starts: the last BOS at or before it, else what was carried in."""
-    return jax.lax.cummax(jnp.where(tokens_BT == cfg.bos_id, position_T, carried_B[:, None]), axis=1)
 
 def attention_xla(q_BTHK, k_BSGK, v_BSGK, first_BT, position_T, window, cfg):
     """Causal attention of queries at position_T over the keys first_BT..position_T. Correct everywhere.
 
-    When training (T == S) it goes by blocks of cfg.attn_block queries, each against the keys that causality and `window`
+    When training (T == S) it goes by blocks of cfg.attn_block queries, each against the keys that causality and window
     leave in reach; first_BT already holds the window and the document's start, exactly.
     """
     num_queries, num_keys, block = q_BTHK.shape[1], k_BSGK.shape[1], cfg.attn_block or q_BTHK.shape[1]
     if num_queries != num_keys or num_queries % block:
         block, window = num_queries, 0
-    q_BHTK, k_BGSK, v_BGSK = (z.swapaxes(1, 2) for z in (q_BTHK * (cfg.attn_scale or cfg.head_dim ** -0.5), k_BSGK, v_BSGK))
+    scale = cfg.attn_scale or cfg.head_dim ** -0.5
+    q_BHTK, k_BGSK, v_BGSK = (z.swapaxes(1, 2) for z in (q_BTHK * scale, k_BSGK, v_BSGK))
     outputs = []
     for start in range(0, num_queries, block):
         here = slice(start, start + block)
         keys = slice(max(0, start - window) if window else 0, start + num_keys - num_queries + block)
-        visible_BTS = (jnp.arange(num_keys)[keys] >= first_BT[:, here, None]) & (jnp.arange(num_keys)[keys] <= position_T[here, None])
+        key_11S = jnp.arange(num_keys)[None, None, keys]
+        visible_BTS = (key_11S >= first_BT[:, here, None]) & (key_11S <= position_T[None, here, None])
         q_BGNK = rearrange(q_BHTK[:, :, here], "B (G R) T K -> B G (R T) K", G=k_BSGK.shape[2])
         y_BGNK = softmax_average(q_BGNK, k_BGSK[:, :, keys], v_BGSK[:, :, keys], visible_BTS)
         outputs.append(rearrange(y_BGNK, "B G (R T) K -> B T (G R) K", T=block))
@@ -404,7 +379,7 @@ def attention(x_BTD, p, first_BT, position_T, table, window, cfg, cache=None):
         k_BTGK, v_BTGK = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, position_T[0], axis=1)
                                        for old, new in zip(cache, (k_BTGK, v_BTGK)))
     if window:
-        first_BT = jnp.maximum(first_BT, position_T - window)
+        first_BT = jnp.maximum(first_BT, (position_T - window)[None])
     y_BTHK = ATTENTION[cfg.attention](q_BTHK, k_BTGK, v_BTGK, first_BT, position_T, window, cfg)
     return matmul("BTN,ND->BTD", rearrange(y_BTHK, "B T H K -> B T (H K)"), p["w_out"], x_BTD.dtype), cache
 
@@ -420,7 +395,7 @@ def forward(weights, tokens_BT, windows, cfg, cache=None):
     """
     offset, carried_B = (cache["position"], cache["doc_start"]) if cache else (0, jnp.zeros(len(tokens_BT), jnp.int32))
     position_T = offset + jnp.arange(tokens_BT.shape[1])
-    doc_start_BT = document_starts(tokens_BT, position_T, carried_B, cfg)
+    doc_start_BT = jax.lax.cummax(jnp.where(tokens_BT == cfg.bos_id, position_T[None], carried_B[:, None]), axis=1)
     packed = any(stage.max_doc_len for stage in stages(cfg))  # in a plain stream attention crosses documents
     first_BT = doc_start_BT if packed else jnp.zeros_like(doc_start_BT)
     x_BTD = x0_BTD = rms_norm(weights["embed"][tokens_BT].astype(cfg.activation_dtype))
@@ -430,11 +405,12 @@ def forward(weights, tokens_BT, windows, cfg, cache=None):
             if destination == i:
                 x_BTD += (weights["skip_mix"][j] * after[source]).astype(x_BTD.dtype)
         x_BTD = (p["x_mix"] * x_BTD + p["x0_mix"] * x0_BTD).astype(x_BTD.dtype)
-        y_BTD, layer_kv = attention(rms_norm(x_BTD), p, first_BT, position_T, table, windows[i], cfg, cache and cache["kv"][i])
+        layer_cache = cache and cache["kv"][i]
+        y_BTD, layer_cache = attention(rms_norm(x_BTD), p, first_BT, position_T, table, windows[i], cfg, layer_cache)
         x_BTD += y_BTD
         x_BTD += mlp(rms_norm(x_BTD), p)
         after[i] = x_BTD
-        kv.append(layer_kv)
+        kv.append(layer_cache)
     cache = cache and {"position": offset + tokens_BT.shape[1], "doc_start": doc_start_BT[:, -1], "kv": kv}
     return rms_norm(x_BTD), cache
 
@@ -445,8 +421,8 @@ def softcapped_logits(x_ND, head_DV, cfg):
 
 def mask_unused(logits_NV, cfg):
     """Ids past vocab_size pad the table and cannot be predicted."""
-    used = jnp.arange(cfg.padded_vocab) < cfg.vocab_size
-    return logits_NV if cfg.vocab_size == cfg.padded_vocab else jnp.where(used, logits_NV, -1e30)
+    used_1V = jnp.arange(cfg.padded_vocab)[None] < cfg.vocab_size
+    return logits_NV if cfg.vocab_size == cfg.padded_vocab else jnp.where(used_1V, logits_NV, -1e30)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(x_ND, head_DV, target_N, weight_N, cfg):
@@ -461,7 +437,7 @@ def _cross_entropy_forward(x_ND, head_DV, target_N, weight_N, cfg):
     logits_NV = softcapped_logits(x_ND, head_DV, cfg)
     exp_NV = jnp.exp(mask_unused(logits_NV, cfg) - jnp.max(logits_NV, axis=1, keepdims=True))
     sum_N = jnp.sum(exp_NV, axis=1)
-    hit_NV = jnp.arange(cfg.padded_vocab) == target_N[:, None]
+    hit_NV = jnp.arange(cfg.padded_vocab)[None] == target_N[:, None]
     loss = jnp.sum(weight_N * (jnp.log(sum_N) - jnp.log(jnp.sum(jnp.where(hit_NV, exp_NV, 0), axis=1))))
     g_NV = (exp_NV / sum_N[:, None] - hit_NV) * weight_N[:, None]
     g_NV = (g_NV * (1 - jnp.square(logits_NV / cfg.softcap)) if cfg.softcap else g_NV).astype(head_DV.dtype)
@@ -478,8 +454,7 @@ def head_of(weights, cfg):
 
 def loss_fn(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
     """Summed nats of the targets, each times its weight."""
-    x_BTD, _ = forward(weights, tokens_BT, windows, cfg)
-    x_ND = rearrange(x_BTD, "B T D -> (B T) D")
+    x_ND = rearrange(forward(weights, tokens_BT, windows, cfg)[0], "B T D -> (B T) D")
     return cross_entropy(x_ND, head_of(weights, cfg), target_BT.ravel(), weight_BT.ravel(), cfg)
 
 def init_cache(num_rows, max_len, cfg):
@@ -490,7 +465,7 @@ def init_cache(num_rows, max_len, cfg):
 
 def decode(weights, cache, tokens_BT, cfg):
     """Append tokens (a prompt, or one per row) to the cache. Returns float32 logits_BV of what follows, and the cache."""
-    x_BTD, cache = forward(weights, tokens_BT, val_windows(cfg), cfg, cache)
+    x_BTD, cache = forward(weights, tokens_BT, val_stage(cfg).windows, cfg, cache)
     return mask_unused(softcapped_logits(x_BTD[:, -1], head_of(weights, cfg), cfg), cfg), cache
 
 
@@ -574,8 +549,9 @@ def orthogonalize_spread(matrices, axes, num_devices, cfg):
         if split:
             batch = jax.lax.all_to_all(batch, "data", split_axis=2, concat_axis=0, tiled=True)
         for i, u in members:
-            result, batch = batch[:u.size // math.prod(shape)].reshape(u.shape), batch[u.size // math.prod(shape):]
-            results[i] = (result.mT if axes[i] == u.ndim - 2 else result).astype(f32)
+            count = u.size // math.prod(shape)
+            result, batch = batch[:count].reshape(u.shape).astype(f32), batch[count:]
+            results[i] = result.mT if axes[i] == u.ndim - 2 else result
     return results
 
 def muon_direction(grad, slots, momentum):
@@ -595,9 +571,10 @@ def update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg
     specs, tree = jax.tree.flatten(specs)
     params, grads, slots = map(tree.flatten_up_to, (params, grads, opt_state))
     rules = [rules[spec.group] for spec in specs]
-    directions, slots = zip(*(muon_direction(g, s, muon_momentum(step, cfg)) if rule.kind == "muon" else
-                              adam_direction(g, s, step.astype(f32), rule) for g, s, rule in zip(grads, slots, rules)))
-    directions, muon = list(directions), [i for i, rule in enumerate(rules) if rule.kind == "muon"]
+    directions, slots = map(list, zip(*(
+        muon_direction(g, s, muon_momentum(step, cfg)) if rule.kind == "muon" else adam_direction(g, s, step.astype(f32), rule)
+        for g, s, rule in zip(grads, slots, rules))))
+    muon = [i for i, rule in enumerate(rules) if rule.kind == "muon"]
     axes = [split_axis(specs[i], cfg, num_devices) for i in muon]
     for i, direction in zip(muon, orthogonalize_spread([directions[i] for i in muon], axes, num_devices, cfg)):
         num_inputs, num_outputs = shape_of(specs[i], cfg)[-2:]
@@ -622,6 +599,11 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 NO_TOKEN = 0xFFFF  # stands where a row holds no token: read as BOS, never scored
 POOL = 64          # documents the packer chooses from
 
+class Shards(NamedTuple):
+    paths: list
+    tokens: list  # of uint16 arrays, memory-mapped
+    meta: dict    # the folder's meta.json: tokenizer, vocab_size, bos_id
+
 def write_shard(path, tokens):
     """Write uint16 tokens as a shard, atomically; a file that holds them already is left alone."""
     header = np.zeros(256, "<i4")
@@ -634,47 +616,42 @@ def write_shard(path, tokens):
 
 def open_shard(path):
     """Memory-mapped tokens of a shard. Raises DataError for anything but a whole, well-formed one."""
+    again = "Is it a token shard? Fetch it again: python cached_fineweb10B.py"
     try:
         header, size = np.fromfile(path, "<i4", 256), os.path.getsize(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    again = "Is it a token shard? Fetch it again: python cached_fineweb10B.py"
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise DataError(f"{path}: begins with {header[:2].tolist()}, wanted [{SHARD_MAGIC}, {SHARD_VERSION}]. {again}")
     if header[2] <= 0 or size != HEADER_BYTES + 2 * int(header[2]):
-        raise DataError(f"{path}: has {size} bytes, which is not {HEADER_BYTES} and 2 for each of its {header[2]} tokens. {again}")
+        raise DataError(f"{path}: {size} bytes, which is not {HEADER_BYTES} + 2 for each of its {header[2]} tokens. {again}")
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
-
-class Shards(NamedTuple):
-    paths: list
-    tokens: list  # of uint16 arrays
-    meta: dict    # the folder's meta.json: tokenizer, vocab_size, bos_id
 
 def open_shards(pattern):
     """The shards of a glob, by name. Raises DataError where there are none, or one is not whole."""
     paths = [Path(path) for path in sorted(glob.glob(pattern) or glob.glob(str(ROOT / pattern)))]
     if not paths:
-        raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; or train on this "
-                        "machine's own text: --preset=demo")
+        raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; "
+                        "or train on this machine's own text: --preset=demo")
     tokens, file = [open_shard(path) for path in paths], paths[0].parent / "meta.json"
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
     try:
-        meta = json.loads(file.read_text()) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
-        return Shards(paths, tokens, {key: kind(meta[key]) for key, kind in (("tokenizer", str), ("vocab_size", int), ("bos_id", int))})
+        meta = json.loads(file.read_text()) if file.exists() else meta
+        return Shards(paths, tokens, {k: kind(meta[k]) for k, kind in zip(("tokenizer", "vocab_size", "bos_id"), (str, int, int))})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f'{file}: {error!r}; wanted {{"tokenizer": NAME, "vocab_size": N, "bos_id": N}}') from error
+        raise DataError(f"{file}: {error!r}; wanted tokenizer, vocab_size and bos_id") from error
 
 def plan_stream(shards, cfg):
     """Yield (rows, tokens read) of steps 0, 1, ... from the plain stream: each token once per epoch, in order or, with
     cfg.shuffle, by blocks of the longest row in random order. A row is a list of uint16 views, T + 1 tokens in all."""
-    table = stages(cfg)
-    block = max(stage.seq_len for stage in table)
+    block = max(stage.seq_len for stage in stages(cfg))
     blocks = [(tokens, start) for tokens in shards.tokens for start in range(0, len(tokens) - block, block)]
     order, position = np.arange(len(blocks)), 0
-    for stage in table:
+    for stage in stages(cfg):
         for _ in range(stage.first, stage.last):
             rows = []
-            while len(rows) * stage.seq_len < stage.batch_tokens:
-                epoch, within = divmod(position, len(blocks) * block or 1)
+            for _ in range(stage.batch_tokens // stage.seq_len):
+                epoch, within = divmod(position, block * len(blocks) or 1)
                 if epoch >= cfg.max_epochs or not blocks:
                     return
                 if within == 0 and cfg.shuffle:
@@ -685,7 +662,7 @@ def plan_stream(shards, cfg):
             yield rows, position
 
 def plan_packed(shards, cfg):
-    """Yield (rows, tokens read) of steps 0, 1, ..., rows packed from the beginnings of documents, each starting with BOS.
+    """Yield (rows, tokens read) of steps 0, 1, ..., rows packed from the beginnings of documents, each led by BOS.
 
     A row of T + 1 tokens takes, of the POOL next documents cut to max_doc_len, the longest that fits, again and again;
     when none fits, the shortest is cut to fill the row. What is cut off is not read, as in the FineWeb records.
@@ -719,31 +696,25 @@ def plan(shards, cfg):
 
 def plan_val(shards, cfg):
     """Rows of the whole validation: row i scores the i-th val_seq_len - val_context targets, after their context."""
-    tokens, scored = shards.tokens[0][:cfg.val_tokens + 1], cfg.val_seq_len - cfg.val_context
-    nothing = np.full(cfg.val_context, NO_TOKEN, np.uint16)
-    return [[nothing[:max(-start, 0)], tokens[max(start, 0):start + cfg.val_seq_len + 1]]
-            for start in range(-cfg.val_context, cfg.val_tokens - cfg.val_context, scored)]
+    tokens, nothing = shards.tokens[0][:cfg.val_tokens + 1], np.full(cfg.val_context, NO_TOKEN, np.uint16)
+    starts = range(-cfg.val_context, cfg.val_tokens - cfg.val_context, cfg.val_seq_len - cfg.val_context)
+    return [[nothing[:max(-start, 0)], tokens[max(start, 0):start + cfg.val_seq_len + 1]] for start in starts]
 
-def micro_shape(num_rows, seq_len, num_devices, micro_tokens):
+def batch_shape(stage, num_devices, cfg):
     """(A, B, T + 1): micro-steps, rows of each over all devices, tokens of each. Where there are more places than rows,
     some stay empty: any batch runs on any number of devices."""
-    per_device = -(-num_rows // num_devices)
-    per_micro = min(per_device, max(1, micro_tokens // seq_len)) if micro_tokens else per_device
-    return -(-per_device // per_micro), per_micro * num_devices, seq_len + 1
+    per_device = -(-stage.batch_tokens // stage.seq_len // num_devices)
+    limit = cfg.micro_tokens or (1 << 16 if stage.index < 0 else stage.batch_tokens)
+    per_micro = min(per_device, max(1, limit // stage.seq_len))
+    return -(-per_device // per_micro), per_micro * num_devices, stage.seq_len + 1
 
-def train_shape(stage, mesh, cfg):
-    return micro_shape(stage.batch_tokens // stage.seq_len, stage.seq_len, mesh.size, cfg.micro_tokens)
-
-def val_shape(mesh, cfg):
-    num_rows = -(-cfg.val_tokens // (cfg.val_seq_len - cfg.val_context))
-    return micro_shape(num_rows, cfg.val_seq_len, mesh.size, cfg.micro_tokens or 8 * cfg.val_seq_len)
-
-def to_devices(rows, shape, mesh):
+def to_devices(rows, stage, mesh, cfg):
     """Rows -> uint16 [A, B, T+1], split over B; only the rows that this process's devices hold are read."""
+    num_micro, num_rows, width = shape = batch_shape(stage, mesh.size, cfg)
     def local(index):
-        chosen = np.arange(shape[0])[:, None] * shape[1] + np.arange(shape[1])[index[1]]
-        out = np.full((*chosen.shape, shape[2]), NO_TOKEN, np.uint16)
-        for place, i in zip(out.reshape(-1, shape[2]), chosen.ravel()):
+        chosen = np.arange(num_micro)[:, None] * num_rows + np.arange(num_rows)[index[1]]
+        out = np.full((*chosen.shape, width), NO_TOKEN, np.uint16)
+        for place, i in zip(out.reshape(-1, width), chosen.ravel()):
             if i < len(rows):
                 row = np.concatenate(rows[i])
                 place[:len(row)] = row
@@ -751,16 +722,14 @@ def to_devices(rows, shape, mesh):
     return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, "data")), local)
 
 def train_batches(shards, first_step, mesh, cfg, depth=2):
-    """The batch of each step from first_step on, on the devices, made `depth` ahead by one thread. What a step reads is
-    a pure function of step, config and shards, however many processes share the work."""
-    def make(planned, stage):
-        return to_devices(next(planned)[0], train_shape(stage, mesh, cfg), mesh)
-
-    planned = itertools.islice(plan(shards, cfg), first_step, None)
+    """Each step's batch from first_step on, on the devices, made `depth` ahead by one thread. What a step reads is a
+    pure function of step, config and shards, however many processes share the work."""
+    planned, table = itertools.islice(plan(shards, cfg), first_step, None), stages(cfg)
+    make = lambda step: to_devices(next(planned)[0], stage_at(step, table), mesh, cfg)
     with ThreadPoolExecutor(1) as pool:
         futures = []
         for step in range(first_step, cfg.steps):
-            futures.append(pool.submit(make, planned, stage_at(step, stages(cfg))))
+            futures.append(pool.submit(make, step))
             if len(futures) > depth:
                 yield futures.pop(0).result()
         yield from (future.result() for future in futures)
@@ -786,14 +755,15 @@ def embedded_corpus():
     root, parts, count = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}, 0
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         *folders, base = name.split("/")
-        if NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata") or (root / name).stat().st_size > 200_000:
+        too_large = (root / name).stat().st_size > 200_000
+        if too_large or NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata"):
             continue
         split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
         parts[split] += [np.array([256], np.uint16), np.frombuffer((root / name).read_bytes(), np.uint8)]
         count += 1
     if count < 300:
-        raise DataError(f"{root}: {count} Python files, the demo's corpus wants 300. Use a Python with its whole standard library, "
-                        "or pass --train_files and --val_files")
+        raise DataError(f"{root}: {count} Python files, the demo's corpus wants 300. Use a Python with its whole standard "
+                        "library, or pass --train_files and --val_files")
     folder = cache_dir() / f"stdlib-{platform.python_version()}"
     folder.mkdir(exist_ok=True)
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}))
@@ -821,14 +791,12 @@ class State(NamedTuple):
     params: dict
     opt_state: dict  # as params, each leaf a dict of SLOTS
 
-def state_partition(model, num_devices, cfg):
-    """PartitionSpec of every leaf of the state, off the weight table."""
+def state_shardings(model, mesh, cfg):
+    """Sharding of every leaf of the state, off the weight table."""
     specs, rules = model.specs(cfg), model.rules(cfg)
-    slots = lambda spec: dict.fromkeys(SLOTS[rules[spec.group].kind], partition(spec, cfg, num_devices))
-    return State(P(), jax.tree.map(lambda spec: partition(spec, cfg, num_devices), specs), jax.tree.map(slots, specs))
-
-def shardings(mesh, partitions):
-    return jax.tree.map(lambda p: NamedSharding(mesh, p), partitions, is_leaf=lambda x: isinstance(x, P))
+    place = lambda spec: NamedSharding(mesh, partition(spec, cfg, mesh.size))
+    slots = lambda spec: dict.fromkeys(SLOTS[rules[spec.group].kind], place(spec))
+    return State(NamedSharding(mesh, P()), jax.tree.map(place, specs), jax.tree.map(slots, specs))
 
 def gather(params, specs, num_devices, cfg):
     """Compute copies, whole on every device: what is multiplied in compute_dtype, looked up or scalar in float32."""
@@ -842,13 +810,14 @@ def reduce_grads(grads, specs, num_devices, cfg):
     """Sum over the devices, each element once: what is kept split arrives split."""
     def reduce(spec, g):
         axis = split_axis(spec, cfg, num_devices)
-        return jax.lax.psum(g, "data") if axis is None else jax.lax.psum_scatter(g, "data", scatter_dimension=axis, tiled=True)
+        return (jax.lax.psum(g, "data") if axis is None else
+                jax.lax.psum_scatter(g, "data", scatter_dimension=axis, tiled=True))
     return jax.tree.map(reduce, specs, grads) if num_devices > 1 else grads
 
 def inputs_and_targets(tokens_BT1, cfg):
-    """uint16 rows of T + 1 -> (inputs, targets, weights) [B, T]: the target is the next token, NO_TOKEN weighs nothing."""
-    tokens_BT1, there_BT1 = tokens_BT1.astype(jnp.int32), tokens_BT1 != NO_TOKEN
-    tokens_BT1 = jnp.where(there_BT1, tokens_BT1, cfg.bos_id)
+    """uint16 rows of T + 1 -> inputs, targets, weights [B, T]: the target is the next token, NO_TOKEN weighs nothing."""
+    there_BT1 = tokens_BT1 != NO_TOKEN
+    tokens_BT1 = jnp.where(there_BT1, tokens_BT1.astype(jnp.int32), cfg.bos_id)
     return tokens_BT1[:, :-1], tokens_BT1[:, 1:], there_BT1[:, 1:].astype(f32)
 
 def make_train_step(stage, model, mesh, cfg):
@@ -860,7 +829,8 @@ def make_train_step(stage, model, mesh, cfg):
 
         def micro_step(totals, tokens_BT1):
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
-            loss, grads = jax.value_and_grad(model.loss)(weights, tokens_BT, target_BT, weight_BT, stage.windows, cfg)
+            value_and_grad = jax.value_and_grad(model.loss)
+            loss, grads = value_and_grad(weights, tokens_BT, target_BT, weight_BT, stage.windows, cfg)
             return jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads)), None
 
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
@@ -870,26 +840,24 @@ def make_train_step(stage, model, mesh, cfg):
         params, opt_state = update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
         return State(state.step + 1, params, opt_state), loss / count
 
-    parts = state_partition(model, n, cfg)
+    parts = jax.tree.map(lambda sharding: sharding.spec, state_shardings(model, mesh, cfg))
     return jax.jit(jax.shard_map(step_on_device, mesh=mesh, in_specs=(parts, P(None, "data")), out_specs=(parts, P()),
                                  check_vma=False), donate_argnums=0)
 
 def make_eval_step(model, mesh, cfg):
-    """(params, tokens uint16 [A, B, T+1]) -> (summed nats, targets scored). The first val_context of a row score nothing."""
-    specs, n = model.specs(cfg), mesh.size
-
+    """(params, tokens uint16 [A, B, T+1]) -> (summed nats, targets scored). A row's first val_context score nothing."""
     def eval_on_device(params, tokens_ABT1):
-        weights = unstack(gather(params, specs, n, cfg))
+        weights = unstack(gather(params, model.specs(cfg), mesh.size, cfg))
 
         def micro_step(totals, tokens_BT1):
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
-            weight_BT *= jnp.arange(weight_BT.shape[1]) >= cfg.val_context
-            loss = model.loss(weights, tokens_BT, target_BT, weight_BT, val_windows(cfg), cfg)
+            weight_BT *= jnp.arange(cfg.val_seq_len)[None] >= cfg.val_context
+            loss = model.loss(weights, tokens_BT, target_BT, weight_BT, val_stage(cfg).windows, cfg)
             return (totals[0] + loss, totals[1] + weight_BT.sum().astype(jnp.int32)), None
         return jax.lax.psum(jax.lax.scan(micro_step, (f32(0), jnp.int32(0)), tokens_ABT1)[0], "data")
 
-    return jax.jit(jax.shard_map(eval_on_device, mesh=mesh, in_specs=(state_partition(model, n, cfg).params, P(None, "data")),
-                                 out_specs=P(), check_vma=False))
+    parts = jax.tree.map(lambda sharding: sharding.spec, state_shardings(model, mesh, cfg).params)
+    return jax.jit(jax.shard_map(eval_on_device, mesh=mesh, in_specs=(parts, P(None, "data")), out_specs=P(), check_vma=False))
 
 def make_init(model, mesh, cfg):
     """() -> State at step 0, born split over the devices."""
@@ -898,60 +866,55 @@ def make_init(model, mesh, cfg):
         params = init_params(jax.random.key(cfg.seed), specs, cfg)
         slots = lambda spec, p: {name: jnp.zeros_like(p) for name in SLOTS[rules[spec.group].kind]}
         return State(jnp.int32(0), params, jax.tree.map(slots, specs, params))
-    return jax.jit(init, out_shardings=shardings(mesh, state_partition(model, mesh.size, cfg)))
+    return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
 class Program(NamedTuple):
-    """A compiled program, and what it took."""
+    """A compiled program, and what it took: seconds, and bytes of arguments, results and temporaries per device."""
     name: str
     run: Callable
     seconds: float
-    bytes: int  # of device memory: arguments, results and temporaries
+    bytes: int
 
 def compile_all(model, mesh, cfg):
-    """{"init", "eval" and each stage's index: Program}, lowered and compiled in parallel. Equal stages share one."""
-    init = make_init(model, mesh, cfg)
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    rows = lambda shape: jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=NamedSharding(mesh, P(None, "data")))
-    state = jax.tree.map(place, jax.eval_shape(init), shardings(mesh, state_partition(model, mesh.size, cfg)))
+    """{"init", "eval" and each stage's index: Program}, lowered and compiled in parallel. Stages alike share one."""
+    init, rows = make_init(model, mesh, cfg), NamedSharding(mesh, P(None, "data"))
+    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                         jax.eval_shape(init), state_shardings(model, mesh, cfg))
+    batch = lambda stage: jax.ShapeDtypeStruct(batch_shape(stage, mesh.size, cfg), jnp.uint16, sharding=rows)
     alike = {stage.index: stage._replace(index=0, first=0, last=0, max_doc_len=0) for stage in stages(cfg)}
-    jobs = {"init": ("init", init, ()), "eval": ("eval", make_eval_step(model, mesh, cfg), (state.params, rows(val_shape(mesh, cfg))))}
+    jobs = {"init": ("init", init), "eval": ("eval", make_eval_step(model, mesh, cfg), state.params, batch(val_stage(cfg)))}
     for index, stage in alike.items():
-        jobs.setdefault(stage, (f"train_{index}", make_train_step(stage, model, mesh, cfg), (state, rows(train_shape(stage, mesh, cfg)))))
+        jobs.setdefault(stage, (f"train_{index}", make_train_step(stage, model, mesh, cfg), state, batch(stage)))
 
     def build(job):
-        name, function, arguments = job
-        start = time.perf_counter()
+        (name, function, *arguments), start = job, time.perf_counter()
         run = function.lower(*arguments).compile()
         used = run.memory_analysis()
         size = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
         return Program(name, run, time.perf_counter() - start, size)
     with ThreadPoolExecutor() as pool:
         built = dict(zip(jobs, pool.map(build, jobs.values())))
-    return {key: built[alike.get(key, key)] for key in ["init", *alike, "eval"]}
+    return {key: built[alike.get(key, key)] for key in ("init", *alike, "eval")}
 
 def flops_per_token(stage, specs, cfg):
-    """Model FLOPs of training on one token, for the MFU: 6 per matrix element (the embedding is looked up, not multiplied)
-    and 12 per query-head dimension and key that causality and window leave visible; document borders are not counted."""
+    """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
+    of each query head and key that causality and window leave visible; document borders are not counted."""
     is_matrix = lambda spec: spec.group not in ("embed", "scalar")
     matrices = sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs) if is_matrix(spec))
     reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in stage.windows]
     keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
 
-PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it
+PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not here, MFU is shown as "-"
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
     "A100": 312e12, "H100": 989e12, "H200": 989e12}
 
-def peak_flops(device_kind):
-    """None where the kind is not in the table; MFU is then shown as "-"."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind), None)
-
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
-# ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and manifest.json, which names their SHA-256.
+# ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and a manifest.json that names their SHA-256.
 
 def versions():
-    return {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": sys.modules["jaxlib"].__version__, "numpy": np.__version__}
+    return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform()}
 
 def file_sha256(path):
     with open(path, "rb") as file:
@@ -963,25 +926,25 @@ def sync(path):
     os.fsync(descriptor)
     os.close(descriptor)
 
-def named_leaves(tree):
-    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+def checkpoint_files(state):
+    """{file name: {tensor name: leaf}}"""
+    named = lambda tree: {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {"params.safetensors": named(state.params), "opt.safetensors": named(state.opt_state)}
 
 def save_checkpoint(state, run_folder, mesh, cfg, progress):
-    """Write a folder under a temporary name, then rename it: a checkpoint is there whole or not at all. Keeps the last two."""
+    """Write under a temporary name, then rename: a checkpoint is there whole, or not at all. The last two are kept."""
     whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
-    arrays = {file: {name: np.asarray(whole(leaf).addressable_data(0)) for name, leaf in named_leaves(tree).items()}
-              for file, tree in (("params.safetensors", state.params), ("opt.safetensors", state.opt_state))}
-    if jax.process_index() != 0:
-        return
+    arrays = jax.tree.map(lambda leaf: np.asarray(whole(leaf).addressable_data(0)), checkpoint_files(state))
     final = run_folder / "ckpt" / f"step-{int(state.step):06d}"
     staging = final.with_name(f".writing-{final.name}")
+    if jax.process_index() != 0:
+        return
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    files = {}
     for file, tensors in arrays.items():
         safetensors.numpy.save_file(tensors, staging / file)
-        files[file] = {"sha256": file_sha256(staging / file), "bytes": (staging / file).stat().st_size}
-    manifest = {"step": int(state.step), "files": files, "progress": progress, "config": dataclasses.asdict(cfg), "versions": versions()}
+    manifest = {"step": int(state.step), "sha256": {file: file_sha256(staging / file) for file in arrays},
+                "progress": progress, "config": dataclasses.asdict(cfg), "versions": versions()}
     (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in (*staging.iterdir(), staging):
         sync(path)
@@ -992,50 +955,53 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress):
         shutil.rmtree(old)
 
 def read_manifest(folder):
-    """The manifest of a checkpoint whose files have the sizes and hashes it names. Raises CheckpointError."""
+    """The manifest of a checkpoint whose files have the hashes it names. Raises CheckpointError."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for file in ("params.safetensors", "opt.safetensors"):
-            if file_sha256(folder / file) != manifest["files"][file]["sha256"]:
+            if file_sha256(folder / file) != manifest["sha256"][file]:
                 raise CheckpointError(f"{folder / file}: damaged, its SHA-256 is not the manifest's; delete {folder}")
         return {"step": int(manifest["step"]), "config": dict(manifest["config"]), "progress": dict(manifest["progress"])}
     except (OSError, TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error!r}); delete it") from error
 
-def load_checkpoint(folder, state, mesh, model, cfg):
-    """The State saved in a folder that read_manifest has passed. Raises CheckpointError where names or shapes differ."""
-    def load(file, tree, placement):
-        found, wanted = safetensors.numpy.load_file(folder / file), named_leaves(tree)
+def load_checkpoint(folder, step, state):
+    """The State at `step` saved in a folder that read_manifest has passed, placed as `state` is. Raises CheckpointError
+    where names, shapes or dtypes differ."""
+    trees = []
+    for (file, wanted), tree in zip(checkpoint_files(state).items(), (state.params, state.opt_state)):
+        found = safetensors.numpy.load_file(folder / file)
         for name in sorted(found.keys() | wanted.keys()):
             have, want = (f"{x[name].shape} {x[name].dtype}" if name in x else "nothing" for x in (found, wanted))
             if have != want:
                 raise CheckpointError(f"{folder / file}: {name} is {have}, this config wants {want}")
-        put = lambda path, sharding: jax.make_array_from_callback(found[name_of(path)].shape, sharding, lambda i: found[name_of(path)][i])
-        return jax.tree.map_with_path(put, placement)
-    placement = shardings(mesh, state_partition(model, mesh.size, cfg))
-    step = jax.make_array_from_callback((), placement.step, lambda _: np.int32(read_manifest(folder)["step"]))
-    return State(step, load("params.safetensors", state.params, placement.params), load("opt.safetensors", state.opt_state, placement.opt_state))
+        put = lambda path, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, found[name_of(path)].__getitem__)
+        trees.append(jax.tree.map_with_path(put, tree))
+    return State(jax.device_put(np.int32(step), state.step.sharding), *trees)
 
 def differing_field(config, cfg):
     """First field in which a saved config is not this one, those that may differ aside; None if they agree."""
     mine = dataclasses.asdict(cfg)
-    return next((k for k in sorted(mine.keys() | config.keys()) if k not in MAY_DIFFER and mine.get(k) != config.get(k)), None)
+    return next((k for k in sorted(mine | config) if k not in MAY_DIFFER and mine.get(k) != config.get(k)), None)
+
+def agrees(run_folder, cfg):
+    try:
+        return differing_field(dict(json.loads((run_folder / "config.json").read_text())["config"]), cfg) is None
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 def find_checkpoint(cfg):
-    """(checkpoint folder, its manifest) to resume from, or None to start at step 0. Raises CheckpointError."""
-    if not cfg.resume:
-        return None
-    newest_first = lambda run: sorted(run.glob("ckpt/step-*"), reverse=True)
+    """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError."""
+    runs = [Path(cfg.resume)] if cfg.resume else []
     if cfg.resume == "auto":
-        agreeing = [run for run in sorted(Path(cfg.log_dir).glob("*"), reverse=True) if saved_config_agrees(run, cfg)]
-        folders = [folder for run in agreeing[:1] for folder in newest_first(run)]
-        if not folders:
+        runs = [run for run in sorted(Path(cfg.log_dir).glob("*"), reverse=True) if agrees(run, cfg)][:1]
+    newest_first = lambda run: [run] if (run / "manifest.json").exists() else sorted(run.glob("ckpt/step-*"), reverse=True)
+    folders = [folder for run in runs for folder in newest_first(run)]
+    if not folders and cfg.resume in ("", "auto"):
+        if cfg.resume:
             print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
-            return None
-    else:
-        folders = [Path(cfg.resume)] if (Path(cfg.resume) / "manifest.json").exists() else newest_first(Path(cfg.resume))[:1]
-        if not folders:
-            raise CheckpointError(f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN")
+        return None, {"step": 0, "progress": {}}
+    problem = f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN"
     for folder in folders:
         try:
             manifest = read_manifest(folder)
@@ -1044,15 +1010,9 @@ def find_checkpoint(cfg):
                                       f"{getattr(cfg, field, None)}; use the same, or start anew without --resume")
             return folder, manifest
         except CheckpointError as error:
-            problem = error
-            print(f"--resume: passing over {error}")
-    raise CheckpointError(f"none of the {len(folders)} checkpoints can be used, the oldest because: {problem}")
-
-def saved_config_agrees(run_folder, cfg):
-    try:
-        return differing_field(dict(json.loads((run_folder / "config.json").read_text())["config"]), cfg) is None
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
+            problem = str(error)
+            print(f"--resume={cfg.resume}: passing over {problem}")
+    raise CheckpointError(problem)
 
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
@@ -1065,29 +1025,28 @@ class Run:
 
     def __init__(self, folder, specs, cfg, progress):
         self.folder, self.cfg, self.table, self.writes = folder, cfg, stages(cfg), jax.process_index() == 0
+        kind = jax.devices()[0].device_kind
+        self.peak = next((peak * jax.device_count() for name, peak in PEAK_FLOPS.items() if name in kind), None)
         self.flops = [flops_per_token(stage, specs, cfg) for stage in self.table]
-        self.peak = peak_flops(jax.devices()[0].device_kind)
-        self.total, self.since = np.array([progress.get("train_time_s", 0.0), progress.get("cpu_time_s", 0.0)]), None
-        self.reached, self.created, self.passing = progress.get("target_reached"), time.perf_counter(), False
-        self.marked, self.steps, self.waited = self.total[0], 0, 0.0
+        self.total = np.array([progress.get("train_time_s", 0.0), progress.get("cpu_time_s", 0.0)])
+        self.reached, self.since, self.created, self.passing = progress.get("target_reached"), None, time.perf_counter(), False
+        self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
         if self.writes:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def now(self):
-        return np.array([time.perf_counter(), time.process_time()])
-
     def start(self):
-        self.since = self.now()
+        self.since = np.array([time.perf_counter(), time.process_time()])
 
     def stop(self):
         self.total, self.since = self.seconds(), None
 
     def seconds(self):
         """Of training so far: [wall, cpu]."""
-        return self.total + (0 if self.since is None else self.now() - self.since)
+        now = np.array([time.perf_counter(), time.process_time()])
+        return self.total + (0 if self.since is None else now - self.since)
 
     def progress(self):
-        return dict(zip(("train_time_s", "cpu_time_s"), self.seconds().tolist())) | {"target_reached": self.reached}
+        return dict(zip(("train_time_s", "cpu_time_s"), self.seconds().tolist()), target_reached=self.reached)
 
     def append(self, name, text):
         if self.writes:
@@ -1106,25 +1065,26 @@ class Run:
         """Wait for the loss of a dispatched step; its metrics. Raises NonFiniteLoss."""
         stage, loss = stage_at(step, self.table), float(loss)
         if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the training loss of step {step + 1} is {loss}. Usual causes: too high a learning rate (--muon_lr, "
-                                f"--embed_lr, --head_lr), a narrow --compute_dtype, damaged data. Checkpoints in {self.folder} stand")
+            raise NonFiniteLoss(f"the training loss of step {step + 1} is {loss}. Usual causes: a learning rate too high "
+                                f"(--muon_lr, --embed_lr, --head_lr), a narrow --compute_dtype, damaged data. The "
+                                f"checkpoints in {self.folder} stand")
         wall, cpu = self.seconds().tolist()
         self.steps += 1
         step_s = (wall - self.marked) / self.steps
-        speed = stage.batch_tokens / step_s
         row = {"step": step + 1, "tokens": tokens_before(step + 1, self.table), "train_time_s": wall, "cpu_time_s": cpu,
-               "wall_s": time.perf_counter() - self.created, "train_loss": loss, "lr": stage.lr * float(lr_scale(step, self.cfg)),
-               "step_ms": 1e3 * step_s, "tokens_per_s": speed, "stage": stage.index, "input_wait_ms": 1e3 * self.waited / self.steps}
-        return row | ({"mfu": speed * self.flops[stage.index] / self.peak / jax.device_count()} if self.peak else {})
+               "wall_s": time.perf_counter() - self.created, "train_loss": loss, "stage": stage.index, "step_ms": 1e3 * step_s,
+               "lr": stage.lr * float(lr_scale(step, self.cfg)), "tokens_per_s": stage.batch_tokens / step_s,
+               "input_wait_ms": 1e3 * self.waited / self.steps}
+        return row | ({"mfu": row["tokens_per_s"] * self.flops[stage.index] / self.peak} if self.peak else {})
 
     def write(self, row):
-        """A step's line and metrics row; averages since the last one."""
+        """A step's line and metrics row; times are means since the last one."""
         left = tokens_before(self.cfg.steps, self.table) - row["tokens"]
         val = f" val_loss:{row['val_loss']:.4f}" if "val_loss" in row else ""
-        mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
+        mfu, speed = f"{row['mfu']:.1%}" if self.peak else "-", row["tokens_per_s"]
         self.line(f"step:{row['step']}/{self.cfg.steps} train_loss:{row['train_loss']:.4f}{val} train_time:{row['train_time_s']:.3f}s "
-                  f"step:{row['step_ms']:.1f}ms tok/s:{human(row['tokens_per_s'])} mfu:{mfu} wait:{row['input_wait_ms']:.1f}ms "
-                  f"eta:{left / row['tokens_per_s']:.0f}s", passing=not val)
+                  f"step:{row['step_ms']:.1f}ms tok/s:{f'{speed / 1e6:.2f}M' if speed >= 1e6 else f'{speed / 1e3:.1f}k'} "
+                  f"mfu:{mfu} wait:{row['input_wait_ms']:.1f}ms eta:{left / speed:.0f}s", not val)
         self.metrics(row)
         self.marked, self.steps, self.waited = row["train_time_s"], 0, 0.0
 
@@ -1135,15 +1095,12 @@ class Run:
         """The log's last line: SHA-256 of all bytes above it."""
         self.append("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}" if self.writes else "")
 
-def human(number):
-    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k"
-
 def loss_svg(rows, cfg):
     """A picture of metrics rows against steps: training loss (line), validation loss (dots), target, stages."""
     train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
     val = [(row["step"], row["val_loss"], row["train_time_s"]) for row in rows if "val_loss" in row]
-    low = min(loss for _, loss, *_ in [*train, *val]) - 0.05
-    high = max(loss for _, loss, *_ in [*train[len(train) // 20:], *val]) + 0.05
+    low = min(loss for _, loss, *_ in train + val) - 0.05
+    high = max(loss for _, loss, *_ in train[len(train) // 20:] + val) + 0.05
     x = lambda step: f"{60 + 700 * step / cfg.steps:.1f}"
     y = lambda loss, up=0: f"{30 + 330 * (high - min(loss, high)) / (high - low) - up:.1f}"
     text = lambda px, py, words, anchor="middle": f'<text x="{px}" y="{py}" text-anchor="{anchor}">{words}</text>'
@@ -1155,12 +1112,13 @@ def loss_svg(rows, cfg):
         parts += [f'<path d="M60 {y(loss)}H760"/>', text(54, y(loss, -4), f"{loss:.2f}", "end"), text(x(step), 378, step)]
     parts += [f'<path d="M{x(stage.first)} 30V360"/>' for stage in stages(cfg)[1:]]
     if cfg.target_loss > low:
-        parts += [f'<path class="goal" d="M60 {y(cfg.target_loss)}H760"/>', text(64, y(cfg.target_loss, 4), f"target {cfg.target_loss:g}", "start")]
+        parts += [f'<path class="goal" d="M60 {y(cfg.target_loss)}H760"/>',
+                  text(64, y(cfg.target_loss, 4), f"target {cfg.target_loss:g}", "start")]
     parts.append(f'<path class="train" d="M{"L".join(f"{x(step)} {y(loss)}" for step, loss in train)}"/>')
     for step, loss, _ in val:
         parts += [f'<circle cx="{x(step)}" cy="{y(loss)}" r="3.5"/>', text(x(step), y(loss, 8), f"{loss:.3f}")]
-    parts += [text(410, 18, f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {val[-1][2]:.1f} s of training"),
-              text(410, 402, "step; dots: validation, line: training batch, nats per token"), "</svg>"]
+    title = f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {val[-1][2]:.1f} s of training"
+    parts += [text(410, 18, title), text(410, 402, "step; dots: validation, line: training batch, nats per token"), "</svg>"]
     return "\n".join(parts)
 
 
@@ -1176,16 +1134,16 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(argv):
     """argv -> {field: value} of the flags given. Raises UsageError, naming the nearest flag for a typo."""
-    parser = Parser(prog="train.py", description=__doc__.split("\n\nIn order")[0], fromfile_prefix_chars="@", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser = Parser(prog="train.py", description=__doc__.split("\n\nIn order")[0], fromfile_prefix_chars="@",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     fields, group = {field.name: field for field in dataclasses.fields(Config)}, parser
     for line in Path(__file__).read_text().split("class Config:")[1].split("@property")[0].splitlines():
         if title := re.fullmatch(r"    # -- (.*)", line):
             group = parser.add_argument_group(title[1])
         elif entry := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
             field = fields[entry[1]]
-            group.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(),
-                               help=f"{entry[2]} (default: {field.default!r})".replace("%", "%%"))
+            words = f"{entry[2]} (default: {field.default!r})".replace("%", "%%")
+            group.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=words)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
@@ -1194,10 +1152,10 @@ def parse_flags(argv):
 
 def choose_preset(given):
     """(preset, why). Raises UsageError, and DataError on an accelerator without shards."""
-    fetch = f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`"
-    if (asked := given.get("preset", "auto")) != "auto":
+    fetch, asked = f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`", given.get("preset", "auto")
+    if asked != "auto":
         if asked not in PRESETS:
-            raise UsageError(f"--preset={asked}: there are {', '.join(PRESETS)} and auto")
+            raise UsageError(f"--preset={asked}: wanted {', '.join(PRESETS)} or auto")
         return asked, "asked for"
     if jax.default_backend() == "cpu":
         return "demo", ("JAX sees only a CPU, so a small byte-level model learns Python from this machine's standard library. "
@@ -1222,7 +1180,8 @@ def validate(cfg):
         need(getattr(cfg, name) >= 1, name, "at least 1")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
-    need(all(0 <= a < b < cfg.num_layers for a, b in pairs), "skips", f"A>B with A < B < {cfg.num_layers}, comma-separated")
+    need(all(len(pair) == 2 and 0 <= pair[0] < pair[1] < cfg.num_layers for pair in pairs), "skips",
+         f"A>B with A < B < {cfg.num_layers}, separated by commas")
     need(cfg.attention in ATTENTION, "attention", " or ".join(ATTENTION))
     need(cfg.optimizer in ("muon", "adamw"), "optimizer", "muon or adamw")
     need(sorted(ends) == ends and ends[0] > 0 and ends[-1] == 1, "stage_ends", "rising shares of the steps, the last 1")
@@ -1230,7 +1189,7 @@ def validate(cfg):
     need(len(trace) == 2 and 0 <= trace[0] < trace[1], "profile", "START:STOP")
     need(len({bool(stage.max_doc_len) for stage in table}) == 1, "max_doc_len", "documents packed in all stages, or in none")
     for stage in table:
-        need(stage.seq_len >= 2 and max(s.seq_len for s in table) % stage.seq_len == 0, "seq_len", "lengths that divide the longest")
+        need(stage.seq_len >= 2 and max(s.seq_len for s in table) % stage.seq_len == 0, "seq_len", "divisors of the longest")
         need(stage.batch_tokens >= 1 and stage.batch_tokens % stage.seq_len == 0, "batch_tokens", f"multiples of --seq_len={cfg.seq_len}")
 
 def configure(argv):
@@ -1261,32 +1220,35 @@ def open_data(cfg):
         raise DataError(f"{val.paths[0]}: made with {val.meta}, but the training shards with {train.meta}")
     for path, tokens in zip(train.paths + val.paths, train.tokens + val.tokens):
         if (largest := int(tokens.max())) >= cfg.vocab_size:
-            raise DataError(f"{path}: holds token {largest}, but the vocabulary has {cfg.vocab_size}. If another tokenizer made it, "
-                            "say so in its folder's meta.json")
+            raise DataError(f"{path}: holds token {largest}, but the vocabulary has {cfg.vocab_size}. If another tokenizer "
+                            "made it, say so in its folder's meta.json")
     if len(val.tokens[0]) <= cfg.val_tokens:
         raise DataError(f"{val.paths[0]}: too short for --val_tokens={cfg.val_tokens}; {len(val.tokens[0]) - 1} fit")
-    reads = [read for _, read in plan(train, cfg)]  # once through, before anything is compiled: seconds per billion tokens
+    reads = [read for _, read in plan(train, cfg)]  # once through before anything is compiled: seconds per billion tokens
     if len(reads) < cfg.steps:
         low, high = 0, cfg.steps  # stages shrink with --steps, so the largest that fits is searched for
         while high - low > 1:
             middle = dataclasses.replace(cfg, steps=(low + high) // 2)
-            low, high = (middle.steps, high) if sum(1 for _ in plan(train, middle)) == middle.steps else (low, middle.steps)
-        raise DataError(f"{sum(map(len, train.tokens))} training tokens in {len(train.paths)} shards are too few for {cfg.steps} steps: "
-                        f"--steps={low} fits; or fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
+            fits = sum(1 for _ in plan(train, middle)) == middle.steps
+            low, high = (middle.steps, high) if fits else (low, middle.steps)
+        raise DataError(f"{sum(map(len, train.tokens))} training tokens in {len(train.paths)} shards are too few for {cfg.steps} "
+                        f"steps: --steps={low} fits; or fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
     trained = tokens_before(cfg.steps, stages(cfg))
     return train, val, f"{reads[-1]} tokens read for {trained} trained on, {1 - trained / reads[-1]:.1%} cut off", cfg
 
 def describe(run, why, argv, train, val, note, specs, programs, cfg):
     """The head of the log: with it the run can be repeated."""
     devices, scored = jax.devices(), hashlib.sha256(val.tokens[0][:cfg.val_tokens + 1].tobytes()).hexdigest()
+    pairs = lambda items: " ".join(f"{name}={value}" for name, value in items.items())
     run.append("log.txt", Path(__file__).read_text() + "\n" + "=" * 120)
     run.line(f"preset: {cfg.preset} ({why})")
     run.line(f"argv: {shlex.join(argv)}")
-    run.line("config: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
-    run.line("versions: " + " ".join(f"{k}={v}" for k, v in versions().items()) + f" platform={platform.platform()}")
+    run.line(f"config: {pairs(dataclasses.asdict(cfg))}")
+    run.line(f"versions: {pairs(versions())}")
     run.line(f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes, {os.cpu_count()} host cores")
+    paths = train.paths + val.paths
     with ThreadPoolExecutor() as pool:
-        for path, tokens, digest in zip(train.paths + val.paths, train.tokens + val.tokens, pool.map(file_sha256, train.paths + val.paths)):
+        for path, tokens, digest in zip(paths, train.tokens + val.tokens, pool.map(file_sha256, paths)):
             run.line(f"data: {path.name} tokens:{len(tokens)} sha256:{digest}")
     run.line(f"data: tokenizer {val.meta['tokenizer']}, vocabulary {cfg.vocab_size}; {note}")
     run.line(f"data: validation scores {cfg.val_tokens} targets; sha256 of these and the token before them:{scored}")
@@ -1298,7 +1260,7 @@ def warm_up(programs, mesh, cfg):
     """Run every training program once on a throw-away state and empty rows, so that the first step finds all loaded."""
     state = programs["init"].run()
     for stage in stages(cfg):
-        state, _ = programs[stage.index].run(state, to_devices([], train_shape(stage, mesh, cfg), mesh))
+        state, _ = programs[stage.index].run(state, to_devices([], stage, mesh, cfg))
     jax.block_until_ready(state)
 
 def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
@@ -1328,7 +1290,9 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
             jax.block_until_ready(state)
             run.stop()
             if evaluates:
-                row["val_loss"] = evaluate(programs["eval"].run, state, val_rows, cfg)
+                nats, count = programs["eval"].run(state.params, val_rows)
+                assert int(count) == cfg.val_tokens, f"{count} targets scored, wanted {cfg.val_tokens}"
+                row["val_loss"] = float(nats) / cfg.val_tokens
                 if row["val_loss"] <= cfg.target_loss and not run.reached:
                     run.reached = {"step": done, "train_time_s": run.seconds()[0]}
             if evaluates or due(cfg.log_every, done):
@@ -1339,21 +1303,15 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
     run.stop()
     return state, row
 
-def evaluate(eval_step, state, val_rows, cfg):
-    """Validation loss in nats per token, each of the first val_tokens targets scored once."""
-    nats, count = eval_step(state.params, val_rows)
-    assert int(count) == cfg.val_tokens, f"{count} targets scored, wanted {cfg.val_tokens}"
-    return float(nats) / cfg.val_tokens
-
 def report(state, row, run, meta, model, cfg):
     """The end of the log: result, picture, samples of a byte-level model, what to do next."""
     memory = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
+    target = "reached at step {step} after {train_time_s:.3f}s".format(**run.reached) if run.reached else "not reached"
     run.line(f"final: step:{row['step']}/{cfg.steps} tokens:{row['tokens']} val_loss:{row['val_loss']:.4f} "
-             f"train_time:{row['train_time_s']:.3f}s cpu_time:{row['cpu_time_s']:.1f}s wall:{time.perf_counter() - run.created:.1f}s"
-             + (f" peak_memory:{memory / 2**30:.2f}GiB" if memory else ""))
-    if cfg.target_loss:
-        run.line(f"target: {cfg.target_loss:g} " + ("reached at step {step} after {train_time_s:.3f}s".format(**run.reached) if run.reached else "not reached"))
-    run.metrics({k: row[k] for k in ("step", "tokens", "train_time_s", "cpu_time_s", "val_loss")}
+             f"train_time:{row['train_time_s']:.3f}s cpu_time:{row['cpu_time_s']:.1f}s "
+             f"wall:{time.perf_counter() - run.created:.1f}s" + (f" peak_memory:{memory / 2**30:.2f}GiB" if memory else "")
+             + (f" target:{cfg.target_loss:g} {target}" if cfg.target_loss else ""))
+    run.metrics({key: row[key] for key in ("step", "tokens", "train_time_s", "cpu_time_s", "val_loss")}
                 | ({"target_reached_step": run.reached["step"]} if run.reached else {}))
     if run.writes:
         rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -1366,19 +1324,19 @@ def report(state, row, run, meta, model, cfg):
             run.line(f"sample: {prompt}{bytes(i for i in ids if i < 256).decode(errors='replace')}")
     run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
     if cfg.preset != "speedrun":
-        run.line("next: look at loss.svg; `python train.py --seed=1`; `python train.py --help`; and on a TPU VM or a GPU machine "
-                 f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`")
+        run.line("next: look at loss.svg; `python train.py --seed=1`; `python train.py --help`; and on a TPU VM or a GPU "
+                 f"machine `python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`")
 
 def main(argv=None, model=None):
-    """Train. argv: flags, by default the command line's. model: a Model, to put another architecture through the same loop.
+    """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop.
 
-    Returns the run's folder. Raises UsageError, DataError and CheckpointError before anything is compiled, and NonFiniteLoss.
+    Returns the run's folder. Raises UsageError, DataError and CheckpointError before compiling, and NonFiniteLoss.
     """
     argv, model = sys.argv[1:] if argv is None else argv, model or Model()
     cfg, why = configure(argv)
     print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
     train, val, note, cfg = open_data(cfg)
-    checkpoint, manifest = find_checkpoint(cfg) or (None, {"step": 0, "progress": {}})
+    checkpoint, manifest = find_checkpoint(cfg)
     if manifest["step"] >= cfg.steps:
         print(f"{checkpoint} is that run's last step, nothing is left to train")
         return checkpoint.parent.parent
@@ -1393,9 +1351,9 @@ def main(argv=None, model=None):
     warm_up(programs, mesh, cfg)
     state = programs["init"].run()
     if checkpoint:
-        state = load_checkpoint(checkpoint, state, mesh, model, cfg)
+        state = load_checkpoint(checkpoint, manifest["step"], state)
         run.line(f"resumed: {checkpoint} at step {manifest['step']}")
-    val_rows = to_devices(plan_val(val, cfg), val_shape(mesh, cfg), mesh)
+    val_rows = to_devices(plan_val(val, cfg), val_stage(cfg), mesh, cfg)
     state, row = train_loop(state, run, programs, train_batches(train, manifest["step"], mesh, cfg), val_rows, mesh, cfg)
     report(state, row, run, val.meta, model, cfg)
     run.seal()
