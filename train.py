@@ -259,8 +259,8 @@ def param_specs(cfg):
     }
     if cfg.tie_embed:
         table["embed"] = Spec("V D", normal(0.02), "head")
-    absent = {"head"} if cfg.tie_embed else set()
-    return {name: row for name, row in table.items() if name not in absent | (set() if cfg.skips else {"skip_mix"})}
+    unused = ["head"] * cfg.tie_embed + ["skip_mix"] * (not cfg.skips)
+    return {name: row for name, row in table.items() if name not in unused}
 
 def shape_of(spec, cfg): return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
 def count_params(specs, cfg): return sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs))
@@ -633,26 +633,24 @@ def plan_packed(shards, cfg):
     A row of T + 1 tokens takes, of the POOL next documents cut to max_doc_len, the longest that fits, again and again;
     when none fits, the shortest is cut to fill the row. What is cut off is not read, as in the FineWeb records.
     """
-    documents = []
-    for tokens in shards.tokens:
-        starts = np.flatnonzero(tokens == cfg.bos_id)
-        documents += zip([tokens] * len(starts), starts.tolist(), np.diff(starts, append=len(tokens)).tolist())
-    pool, doc, read = [], 0, 0
+    def documents():
+        for tokens in shards.tokens * cfg.max_epochs:
+            starts = np.flatnonzero(tokens == cfg.bos_id)
+            yield from zip(starts.tolist(), np.diff(starts, append=len(tokens)).tolist(), itertools.repeat(tokens))
+    queue, pool, read = enumerate(documents()), [], 0
     for stage in stages(cfg):
-        pool = sorted((min(documents[i][2], stage.max_doc_len), i) for _, i in pool)
+        pool = sorted((min(length, stage.max_doc_len), order, start, length, tokens) for _, order, start, length, tokens in pool)
         for _ in range(stage.first, stage.last):
             rows = [[] for _ in range(stage.batch_tokens // stage.seq_len)]
             for row in rows:
                 room = stage.seq_len + 1
                 while room:
-                    while len(pool) < POOL and doc < len(documents) * cfg.max_epochs:
-                        length = documents[doc % len(documents)][2]
-                        bisect.insort(pool, (min(length, stage.max_doc_len), doc % len(documents)))
-                        doc, read = doc + 1, read + length
+                    for order, (start, length, tokens) in itertools.islice(queue, POOL - len(pool)):
+                        bisect.insort(pool, (min(length, stage.max_doc_len), order, start, length, tokens))
+                        read += length
                     if not pool:
                         return
-                    length, i = pool.pop(max(0, bisect.bisect_right(pool, (room, len(documents))) - 1))
-                    tokens, start, _ = documents[i]
+                    length, _, start, _, tokens = pool.pop(max(0, bisect.bisect_right(pool, (room, math.inf)) - 1))
                     row.append(tokens[start:start + min(length, room)])
                     room -= len(row[-1])
             yield rows, read
@@ -1073,10 +1071,11 @@ def parse_flags(argv):
     """argv -> {field: value} of the flags given. Raises UsageError, naming the nearest flag for a typo."""
     def fail(message):
         raise UsageError(f"{message} (python train.py --help lists all flags)")
-    parser = argparse.ArgumentParser(usage="python train.py [--preset=NAME] [--FIELD=VALUE ...] [@FILE]", description=__doc__.split("\n\nIn order")[0], fromfile_prefix_chars="@",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error, parser.convert_arg_line_to_args = fail, lambda line: shlex.split(line, comments=True)  # @FILE: # comments
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--preset=NAME] [--FIELD=VALUE ...] [@FILE]", description=__doc__.split("\n\nIn order")[0],
+        fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, parser.convert_arg_line_to_args = fail, lambda line: shlex.split(line, comments=True)
     fields, group = {field.name: field for field in dataclasses.fields(Config)}, parser
     for line in Path(__file__).read_text().split("class Config:")[1].split("PRESETS = ")[0].splitlines():
         if title := re.fullmatch(r"    # -- (.*)", line):

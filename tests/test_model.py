@@ -1,0 +1,425 @@
+"""The weight table and the model, against the float64 GPT of numpy_gpt.py and against what each part promises."""
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import numpy_gpt
+from train import (
+    Config, Spec, attention_xla, constant, count_params, cross_entropy, decode, forward, gather, head_of, init_cache,
+    init_params, loss_fn, mask_unused, matmul, name_of, normal, optimizer_rules, param_specs, rotary_table, rotate,
+    rms_norm, shape_of, softcapped_logits, softmax_average, stages, unstack, restack)
+
+BOS, ROWS, LENGTH = 7, 2, 22
+BASE = Config(
+    num_layers=3, model_dim=20, num_heads=6, num_kv_heads=2, head_dim=12, mlp_dim=37, vocab_size=131, bos_id=BOS, skips="0>2",
+    softcap=5.0, rope_base=50.0, attn_scale=0.25, attn_block=11, compute_dtype="float32", stage_ends="1", batch_tokens="44",
+    seq_len="22", max_doc_len="0", window_short="0", window_long="0", long_layers="1", val_window_short=0, val_window_long=0)
+config = functools.partial(dataclasses.replace, BASE)
+CASES = {
+    "plain, a key head per query head, no skips": config(num_kv_heads=0, skips=""),
+    "packed, one key head, deep, two skips": config(num_layers=4, num_kv_heads=1, skips="0>2,1>3", max_doc_len="22"),
+    "packed, short and long windows": config(max_doc_len="22", window_short="5", window_long="13", val_window_short=5,
+                                             val_window_long=13),
+    "tied, no softcap, default scale, whole attention, two skips into one block": config(
+        num_kv_heads=3, tie_embed=1, softcap=0.0, attn_scale=0.0, attn_block=0, skips="0>2,1>2", window_short="4",
+        val_window_short=4),
+}
+PLAIN, PACKED, WINDOWS, TIED = CASES.values()
+each_case = pytest.mark.parametrize("cfg", CASES.values(), ids=CASES.keys())
+
+
+def shapes(cfg):
+    return jax.tree.map(lambda spec: shape_of(spec, cfg), param_specs(cfg))
+
+def random_weights(cfg, seed=0):
+    return numpy_gpt.random_weights(cfg, shapes(cfg), seed)
+
+def random_tokens(cfg, rows=ROWS, length=LENGTH, seed=1):
+    """Tokens with a BOS about every sixth, the first token not one."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, cfg.vocab_size, (rows, length))
+    tokens[rng.random(tokens.shape) < 0.16] = BOS
+    tokens[:, 0] = 3
+    return tokens
+
+@functools.cache
+def compiled(cfg):
+    """(stacked weights, tokens, targets, target weights) -> (logits, loss, gradients), all in one program."""
+    windows = stages(cfg)[0].windows
+    def run(weights, tokens_BT, target_BT, weight_BT):
+        copies = lambda weights: unstack(gather(weights, param_specs(cfg), 1, cfg))
+        x_BTD, _ = forward(copies(weights), tokens_BT, windows, cfg)
+        x_ND = x_BTD.reshape(-1, cfg.model_dim)
+        logits = mask_unused(softcapped_logits(x_ND, head_of(copies(weights), cfg), cfg), cfg)
+        loss, grads = jax.value_and_grad(lambda w: loss_fn(copies(w), tokens_BT, target_BT, weight_BT, windows, cfg))(weights)
+        return logits.reshape(*tokens_BT.shape, -1), loss, grads
+    return jax.jit(run)
+
+def model_logits(weights, tokens, cfg):
+    return np.array(compiled(cfg)(weights, tokens, np.zeros_like(tokens), np.ones(tokens.shape, np.float32))[0])
+
+def oracle_logits(weights, tokens, cfg):
+    return numpy_gpt.logits(weights, tokens, stages(cfg)[0].windows, cfg, packed=cfg.max_doc_len != "0")
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of the jaxprs inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+def dots(function, *args):
+    return [e for e in equations(jax.make_jaxpr(function)(*args).jaxpr) if e.primitive.name == "dot_general"]
+
+
+# ---- The whole model -------------------------------------------------------------------------------------------------
+
+@each_case
+def test_logits_and_loss_are_those_of_a_plain_float64_gpt(cfg):
+    weights, tokens, targets = random_weights(cfg), random_tokens(cfg), random_tokens(cfg, seed=2)
+    weight = np.random.default_rng(3).choice([0.0, 0.5, 1.0], tokens.shape).astype(np.float32)
+    logits, loss, _ = compiled(cfg)(weights, tokens, targets, weight)
+    expected = oracle_logits(weights, tokens, cfg)
+    assert expected.std() > 0.5  # the comparison is not one of zeros
+    np.testing.assert_allclose(logits[..., :cfg.vocab_size], expected, atol=2e-4)
+    assert np.all(logits[..., cfg.vocab_size:] < -1e29)
+    np.testing.assert_allclose(loss, (numpy_gpt.nats(expected, targets) * weight).sum(), rtol=1e-5)
+
+@each_case
+def test_the_gradient_of_every_weight_is_the_slope_of_the_float64_loss(cfg):
+    weights, tokens, targets = random_weights(cfg), random_tokens(cfg), random_tokens(cfg, seed=2)
+    grads = compiled(cfg)(weights, tokens, targets, np.ones(tokens.shape, np.float32))[2]
+    leaves, tree = jax.tree.flatten(weights)
+    rng, step = np.random.default_rng(4), 1e-5
+    for i, (path, grad) in enumerate(jax.tree.leaves_with_path(grads)):
+        direction = rng.standard_normal(grad.shape)
+        def loss_at(distance):
+            moved = [leaf + distance * direction if j == i else leaf for j, leaf in enumerate(leaves)]
+            return numpy_gpt.nats(oracle_logits(tree.unflatten(moved), tokens, cfg), targets).sum()
+        slope, size = (loss_at(step) - loss_at(-step)) / (2 * step), np.linalg.norm(grad)
+        assert size > 1e-3, name_of(path)
+        np.testing.assert_allclose(np.vdot(grad, direction), slope, atol=1e-3 * size, err_msg=name_of(path))
+
+def test_bfloat16_stays_near_the_float64_gpt():
+    cfg = dataclasses.replace(WINDOWS, compute_dtype="bfloat16", softcap=15.0)
+    weights, tokens, targets = random_weights(cfg), random_tokens(cfg), random_tokens(cfg, seed=2)
+    logits, loss, grads = compiled(cfg)(weights, tokens, targets, np.ones(tokens.shape, np.float32))
+    expected = oracle_logits(weights, tokens, cfg)
+    assert np.sqrt(np.mean((logits[..., :cfg.vocab_size] - expected) ** 2)) < 0.03 * expected.std()
+    np.testing.assert_allclose(loss, numpy_gpt.nats(expected, targets).sum(), rtol=0.005)
+    assert {grad.dtype.name for grad in jax.tree.leaves(grads)} == {"float32"}  # of the float32 masters
+
+def test_the_first_loss_is_the_log_of_the_vocabulary_size():
+    weights, tokens = init_params(jax.random.key(5), param_specs(PLAIN), PLAIN), random_tokens(PLAIN)
+    _, loss, _ = compiled(PLAIN)(weights, tokens, random_tokens(PLAIN, seed=6), np.ones(tokens.shape, np.float32))
+    np.testing.assert_allclose(loss / tokens.size, math.log(PLAIN.vocab_size), rtol=1e-6)
+
+def test_the_first_loss_of_a_tied_head_is_near_the_log_of_the_vocabulary_size():
+    weights, tokens = init_params(jax.random.key(5), param_specs(TIED), TIED), random_tokens(TIED)
+    _, loss, _ = compiled(TIED)(weights, tokens, random_tokens(TIED, seed=6), np.ones(tokens.shape, np.float32))
+    np.testing.assert_allclose(loss / tokens.size, math.log(TIED.vocab_size), atol=0.1)
+
+
+# ---- Which token sees which ------------------------------------------------------------------------------------------
+
+def positions_changed_by(place, weights, tokens, cfg):
+    """Positions of row 0 whose logits change when its token at `place` does; no other row may change."""
+    other = tokens.copy()
+    other[0, place] = tokens[0, place] + 1 if tokens[0, place] + 1 not in (BOS, cfg.vocab_size) else 0
+    changed = np.any(model_logits(weights, tokens, cfg) != model_logits(weights, other, cfg), axis=-1)
+    assert not changed[1:].any(), "rows of a batch depend on each other"
+    return set(np.flatnonzero(changed[0]))
+
+@each_case
+def test_a_later_token_cannot_change_an_earlier_logit(cfg):
+    weights, tokens = random_weights(cfg), random_tokens(cfg)
+    for place in np.flatnonzero(tokens[0] != BOS):
+        assert min(positions_changed_by(place, weights, tokens, cfg)) == place
+
+def test_a_later_bos_cannot_change_an_earlier_logit():
+    weights, tokens = random_weights(PACKED), random_tokens(PACKED)
+    other = tokens.copy()
+    other[:, 15] = BOS
+    before, after = model_logits(weights, tokens, PACKED), model_logits(weights, other, PACKED)
+    assert np.array_equal(before[:, :15], after[:, :15]) and np.all(np.any(before[:, 15] != after[:, 15], axis=-1))
+
+def test_one_layer_sees_a_token_at_the_windows_edge_and_none_outside_it():
+    window, cfg = 5, config(num_layers=1, skips="", long_layers="", window_short="5")
+    weights, tokens = random_weights(cfg), random_tokens(cfg)
+    for place in np.flatnonzero(tokens[0] != BOS):
+        seen_by = set(range(place, min(place + window, LENGTH - 1) + 1))
+        assert positions_changed_by(place, weights, tokens, cfg) == seen_by
+
+def test_when_documents_are_packed_a_token_changes_its_own_document_only():
+    weights, tokens = random_weights(PACKED), random_tokens(PACKED)
+    borders = [*np.flatnonzero(tokens[0] == BOS), LENGTH]
+    assert len(borders) >= 4
+    for place in np.flatnonzero(tokens[0] != BOS):
+        end = next(border for border in borders if border > place)
+        assert positions_changed_by(place, weights, tokens, PACKED) == set(range(place, end))
+
+def test_in_a_plain_stream_a_token_changes_later_documents_too():
+    weights, tokens = random_weights(PLAIN), random_tokens(PLAIN)
+    for place in np.flatnonzero(tokens[0] != BOS):
+        assert positions_changed_by(place, weights, tokens, PLAIN) == set(range(place, LENGTH))
+
+
+# ---- Rotary positions ------------------------------------------------------------------------------------------------
+
+def rotated_copies(vector, positions, cfg):
+    """One vector at each of these positions: [T, K]."""
+    x_BTHK = jnp.tile(jnp.asarray(vector, jnp.float32)[None, None, None], (1, len(positions), 1, 1))
+    return np.float64(rotate(x_BTHK, rotary_table(jnp.array(positions), cfg)))[0, :, 0]
+
+def test_rotated_q_dot_k_depends_on_the_difference_of_positions_only():
+    rng, cfg, positions = np.random.default_rng(0), config(head_dim=20), range(40)
+    q, k = (rotated_copies(rng.standard_normal(20), positions, cfg) for _ in "qk")
+    score = q @ k.T
+    for difference in range(-39, 40):
+        diagonal = np.diagonal(score, difference)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-4)
+    assert np.std([score[0, s] for s in range(40)]) > 0.5
+
+def test_half_of_the_dims_do_not_rotate_and_the_others_turn_at_rates_from_one_to_one_over_base():
+    vector, cfg, positions = np.random.default_rng(1).standard_normal(20), config(head_dim=20), [0, 1, 17, 4099]
+    found = rotated_copies(vector, positions, cfg)
+    expected = np.array([numpy_gpt.rotated(vector, position, cfg) for position in positions])
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    still = [*range(5, 10), *range(15, 20)]
+    assert np.array_equal(found[:, still], np.float32(vector)[None, still].repeat(4, axis=0))
+    first, last = (np.unwrap(np.angle(rotated_copies(vector, range(60), cfg) @ [np.eye(20)[j], 1j * np.eye(20)[j + 10]] if False
+                   else rotated_copies(vector, range(60), cfg)[:, j] + 1j * rotated_copies(vector, range(60), cfg)[:, j + 10]))
+                   for j in (0, 4))
+    np.testing.assert_allclose(np.diff(first), 1.0, atol=1e-3)
+    np.testing.assert_allclose(np.diff(last), 1 / cfg.rope_base, atol=1e-3)
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def compiled_attention(block, window, length=24):
+    """(q, k, v, first, cotangent) -> (output, gradients of output . cotangent)."""
+    def run(q_BTHK, k_BSGK, v_BSGK, first_BT, g_BTHK):
+        cfg, position_T = config(attn_block=block), jnp.arange(length)
+        y, pull = jax.vjp(lambda *qkv: attention_xla(*qkv, first_BT, position_T, window, cfg), q_BTHK, k_BSGK, v_BSGK)
+        return y, pull(g_BTHK)
+    return jax.jit(run)
+
+def attention_inputs(window, length=24):
+    rng = np.random.default_rng(0)
+    q, g, k, v = (np.float32(rng.standard_normal((2, length, heads, 12))) for heads in (6, 6, 2, 2))
+    begins = rng.random((2, length)) < 0.15
+    first = np.maximum.accumulate(np.where(begins, np.arange(length)[None], 0), axis=1)
+    return q, k, v, np.maximum(first, np.arange(length)[None] - window) if window else first, g
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_blocks_of_queries_change_neither_attention_nor_its_gradients(window):
+    inputs = attention_inputs(window)
+    whole = compiled_attention(0, window)(*inputs)
+    for block in (6, 8, 5):  # 5 does not divide the length
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), compiled_attention(block, window)(*inputs), whole)
+
+def test_attention_and_its_gradients_are_those_of_softmax_written_out():
+    inputs = attention_inputs(7)
+    def plain(q_BTHK, k_BSGK, v_BSGK, first_BT):
+        k_BSHK, v_BSHK = (jnp.repeat(z, 3, axis=2) for z in (k_BSGK, v_BSGK))
+        score = 0.25 * jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK)
+        t, s = jnp.arange(24)[None, None, :, None], jnp.arange(24)[None, None, None]
+        visible = (s <= t) & (s >= first_BT[:, None, :, None])
+        return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(jnp.where(visible, score, -jnp.inf)), v_BSHK)
+    y, pull = jax.vjp(lambda *qkv: plain(*qkv, inputs[3]), *inputs[:3])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), compiled_attention(6, 7)(*inputs),
+                 (y, pull(inputs[4])))
+
+def test_blocks_do_not_compute_the_keys_that_causality_and_window_put_out_of_reach():
+    def scores(block, window):
+        run = compiled_attention(block, window)
+        return sum(e.outvars[0].aval.size for e in dots(run, *attention_inputs(window)) if 12 not in e.outvars[0].aval.shape)
+    keys = lambda block, window: sum(min(start, window or start) + block for start in range(0, 24, block)) * block
+    for block, window in [(6, 0), (6, 7)]:
+        assert scores(block, window) * 24 * 24 == scores(0, window) * keys(block, window)
+
+def test_softmax_average_has_the_gradients_of_plain_autodiff():
+    rng = np.random.default_rng(0)
+    q_BGNK, k_BGSK, v_BGSK, g_BGNK = (np.float32(rng.standard_normal((2, 3, n, 4))) for n in (2 * 5, 7, 7, 2 * 5))
+    visible_BTS = rng.random((2, 5, 7)) < 0.5
+    visible_BTS[..., 2] = True
+    def plain(q, k, v):
+        score = jnp.einsum("BGRTK,BGSK->BGRTS", q.reshape(2, 3, 2, 5, 4), k)
+        p = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], score, -jnp.inf))
+        return jnp.einsum("BGRTS,BGSK->BGRTK", p, v).reshape(2, 3, 10, 4)
+    both = [jax.vjp(f, q_BGNK, k_BGSK, v_BGSK) for f in (lambda *qkv: softmax_average(*qkv, visible_BTS), plain)]
+    (y, grads), (expected_y, expected) = [(y, pull(g_BGNK)) for y, pull in both]
+    np.testing.assert_allclose(y, expected_y, atol=1e-5)
+    for grad, want in zip(grads, expected):
+        np.testing.assert_allclose(grad, want, atol=2e-5)
+
+
+# ---- Matmul and cross-entropy ----------------------------------------------------------------------------------------
+
+def test_matmul_has_the_gradients_of_plain_autodiff():
+    rng = np.random.default_rng(0)
+    x, w, g = (np.float32(rng.standard_normal(shape)) for shape in ((2, 3, 5), (5, 7), (2, 3, 7)))
+    y, pull = jax.vjp(functools.partial(matmul, "BTD,DF->BTF"), x, w)
+    expected_y, expected = jax.vjp(lambda x, w: jnp.einsum("btd,df->btf", x, w), x, w)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), (y, pull(g)), (expected_y, expected(g)))
+
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+def test_matmul_multiplies_bfloat16_operands_and_returns_gradients_in_the_operands_dtypes(x_dtype):
+    rng = np.random.default_rng(0)
+    x, w, g = (jnp.asarray(rng.standard_normal(shape), dtype) for shape, dtype in
+               (((2, 30, 50), x_dtype), ((50, 70), "bfloat16"), ((2, 30, 70), x_dtype)))
+    run = lambda x, w, g: (lambda y, pull: (y, *pull(g)))(*jax.vjp(functools.partial(matmul, "BTD,DF->BTF"), x, w))
+    y, dx, dw = run(x, w, g)
+    assert (y.dtype, dx.dtype, dw.dtype) == (x.dtype, x.dtype, w.dtype)
+    x, w, g = (np.float64(z.astype(jnp.bfloat16)) for z in (x, w, g))  # what the operands are, to the last bit
+    for found, exact in [(y, x @ w), (dx, g @ w.T), (dw, np.einsum("btd,btf->df", x, g))]:
+        one_rounding = 2.0 ** -8 * np.abs(exact) + 1e-4
+        assert np.all(np.abs(np.float64(found) - exact) <= one_rounding)
+    for dot in dots(run, jnp.asarray(x, x_dtype), jnp.asarray(w, jnp.bfloat16), jnp.asarray(g, x_dtype)):
+        assert [v.aval.dtype.name for v in (*dot.invars, *dot.outvars)] == ["bfloat16", "bfloat16", "float32"]
+
+def test_matmul_can_return_float32_from_bfloat16():
+    x, w = jnp.full((1, 3), 1 + 2 ** -7, jnp.bfloat16), jnp.full((3, 1), 1 + 2 ** -7, jnp.bfloat16)
+    assert float(matmul("ND,DV->NV", x, w, jnp.float32)[0, 0]) == 3 * (1 + 2 ** -7) ** 2
+
+@pytest.mark.parametrize("residual", ["auto", "float32"])
+@pytest.mark.parametrize("tie", [0, 1])
+def test_no_matmul_of_a_bfloat16_training_loss_has_a_float32_operand(tie, residual):
+    cfg = config(compute_dtype="bfloat16", residual_dtype=residual, tie_embed=tie, max_doc_len="22", window_short="5")
+    tokens, weights = random_tokens(cfg), random_weights(cfg)
+    loss = lambda w: loss_fn(unstack(gather(w, param_specs(cfg), 1, cfg)), tokens, tokens, jnp.ones(tokens.shape),
+                             stages(cfg)[0].windows, cfg)
+    found = dots(jax.value_and_grad(loss), weights)
+    assert len(found) >= 3 * (6 * cfg.num_layers + 1)
+    assert {v.aval.dtype.name for dot in found for v in dot.invars} == {"bfloat16"}
+    assert {v.aval.dtype.name for dot in found for v in dot.outvars} == {"float32"}
+    assert sum(any(cfg.padded_vocab in v.aval.shape for v in dot.invars + dot.outvars) for dot in found) == 3
+
+def head_inputs(cfg, scale=1.0):
+    rng = np.random.default_rng(0)
+    x_ND, head_DV = (np.float32(scale * rng.standard_normal(shape)) for shape in ((17, 20), (20, cfg.padded_vocab)))
+    return x_ND, head_DV, rng.integers(0, cfg.vocab_size, 17), np.float32(rng.choice([0, 0.3, 1], 17))
+
+@pytest.mark.parametrize("softcap", [5.0, 0.0])
+@pytest.mark.parametrize("vocab_size", [131, 128])
+def test_cross_entropy_and_its_gradients_are_those_of_plain_autodiff(vocab_size, softcap):
+    cfg = config(softcap=softcap, vocab_size=vocab_size)
+    x_ND, head_DV, target_N, weight_N = head_inputs(cfg)
+    def plain(x, head):
+        z = (x @ head)[:, :vocab_size]
+        z = softcap * jnp.tanh(z / softcap) if softcap else z
+        return jnp.sum(-jax.nn.log_softmax(z)[np.arange(17), target_N] * weight_N)
+    found, expected = (jax.jit(jax.value_and_grad(lambda x, head: 3.7 * f(x, head), argnums=(0, 1)))(x_ND, head_DV) for f in
+                       (lambda x, head: cross_entropy(x, head, target_N, weight_N, cfg), plain))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+    np.testing.assert_allclose(cross_entropy(x_ND, head_DV, target_N, weight_N, cfg) * 3.7, expected[0], rtol=1e-5)
+
+def test_cross_entropy_of_logits_far_apart_is_large_and_not_infinite():
+    cfg = config(softcap=0.0)
+    x_ND, head_DV, target_N, weight_N = head_inputs(cfg, scale=7.0)
+    z = np.float64(x_ND) @ np.float64(head_DV)[:, :cfg.vocab_size]
+    expected = numpy_gpt.nats(z, target_N)
+    assert expected.max() > 200
+    np.testing.assert_allclose(cross_entropy(x_ND, head_DV, target_N, weight_N, cfg), (expected * weight_N).sum(), rtol=1e-4)
+
+def test_a_target_of_weight_zero_gives_no_loss_and_no_gradient():
+    x_ND, head_DV, target_N, _ = head_inputs(BASE)
+    loss, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(x_ND, head_DV, target_N, np.zeros(17, np.float32), BASE)
+    assert loss == 0 and not any(np.any(grad) for grad in grads)
+
+def test_rms_norm_gives_unit_rms_in_the_inputs_dtype_and_survives_zeros():
+    x = np.random.default_rng(0).standard_normal((3, 5, 23)) * 10.0 ** np.arange(-1, 2)[:, None, None]
+    np.testing.assert_allclose(rms_norm(jnp.float32(x)), numpy_gpt.rms_norm(x), rtol=2e-5)
+    assert rms_norm(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert np.array_equal(rms_norm(jnp.zeros((2, 3))), np.zeros((2, 3)))
+
+
+# ---- Decoding with a cache -------------------------------------------------------------------------------------------
+
+@functools.cache
+def compiled_decode(cfg):
+    return jax.jit(lambda weights, cache, tokens: decode(unstack(weights), cache, tokens, cfg))
+
+@pytest.mark.parametrize("cfg", [WINDOWS, TIED], ids=["packed, windows", "plain, tied"])
+@pytest.mark.parametrize("prompt", [1, 9])
+def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row_at_every_position(cfg, prompt):
+    weights, tokens = random_weights(cfg), random_tokens(cfg)
+    whole, cache = model_logits(weights, tokens, cfg), init_cache(ROWS, LENGTH + 3, cfg)
+    for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, LENGTH))]:
+        logits, cache = compiled_decode(cfg)(weights, cache, tokens[:, start:stop])
+        np.testing.assert_allclose(logits[:, :cfg.vocab_size], whole[:, stop - 1, :cfg.vocab_size], atol=1e-4, err_msg=f"{stop}")
+    assert int(cache["position"]) == LENGTH
+
+def test_the_cache_holds_key_value_heads_in_compute_dtype_not_query_heads_in_float32():
+    cfg = config(compute_dtype="bfloat16")
+    kv = jax.eval_shape(lambda: init_cache(5, 31, cfg))["kv"]
+    assert [[(z.shape, z.dtype) for z in layer] for layer in kv] == 3 * [2 * [((5, 31, 2, 12), jnp.bfloat16)]]
+
+
+# ---- The weight table ------------------------------------------------------------------------------------------------
+
+@each_case
+def test_every_weight_has_the_shape_and_group_its_row_says(cfg):
+    specs = param_specs(cfg)
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), specs, cfg))
+    assert jax.tree.structure(params) == jax.tree.structure(specs)
+    sizes = {"L": cfg.num_layers, "D": 20, "F": 37, "HK": 72, "GK": (cfg.num_kv_heads or 6) * 12, "V": 256,
+             "J": len(cfg.skips.split(","))}
+    for (path, spec), weight in zip(jax.tree.leaves_with_path(specs), jax.tree.leaves(params)):
+        assert weight.shape == tuple(sizes[letter] for letter in spec.axes.split()), name_of(path)
+        assert weight.dtype == jnp.float32
+        assert spec.axes.startswith("L") == ("blocks" in name_of(path))
+        assert (spec.group == "scalar") == (len(weight.shape) == 1)
+        for optimizer in ("muon", "adamw"):
+            assert spec.group in optimizer_rules(dataclasses.replace(cfg, optimizer=optimizer))
+
+def test_the_weights_are_counted_as_by_hand():
+    attention, rest = 20 * (72 + 24 + 24 + 72), 2 * 20 * 37
+    assert count_params(param_specs(BASE), BASE) == 3 * (attention + rest + 2) + 2 * 256 * 20 + 1
+    gpt2 = Config(vocab_size=50257)
+    assert count_params(param_specs(gpt2), gpt2) == 2 * 50304 * 768 + 12 * (4 * 768 ** 2 + 2 * 768 * 3072 + 2) + 1
+
+def test_a_tied_head_and_a_model_without_skips_have_no_weights_for_them():
+    assert "head" not in param_specs(TIED) and "skip_mix" not in param_specs(PLAIN)
+    assert {"head", "skip_mix"} <= set(param_specs(BASE))
+
+def test_grouped_queries_shrink_keys_and_values_and_nothing_else():
+    few, many = shapes(config(num_kv_heads=2))["blocks"], shapes(config(num_kv_heads=0))["blocks"]
+    assert {name for name in few if few[name] != many[name]} == {"w_k", "w_v"}
+    assert [few[name][-1] * 3 for name in ("w_k", "w_v")] == [many[name][-1] for name in ("w_k", "w_v")] == [72, 72]
+
+def test_a_new_row_of_the_table_leaves_every_other_weights_first_value():
+    specs, key = param_specs(BASE), jax.random.key(3)
+    larger = {"new": Spec("D F", normal(1.0), "muon")} | specs
+    larger["blocks"] = {"another": Spec("L D", constant(2.0), "scalar")} | dict(reversed(specs["blocks"].items()))
+    old, new = init_params(key, specs, BASE), init_params(key, larger, BASE)
+    for path, leaf in jax.tree.leaves_with_path(old):
+        assert np.array_equal(leaf, functools.reduce(lambda tree, k: tree[k.key], path, new)), name_of(path)
+
+def test_first_values_depend_on_the_seed_and_differ_between_rows():
+    a, b = (init_params(jax.random.key(seed), param_specs(BASE), BASE) for seed in (0, 1))
+    assert not np.array_equal(a["embed"], b["embed"]) and not np.array_equal(a["blocks"]["w_k"], a["blocks"]["w_v"])
+    assert not np.array_equal(a["blocks"]["w_q"][0], a["blocks"]["w_q"][1])
+
+def test_first_values_have_the_spread_the_table_names():
+    cfg = config(model_dim=80, vocab_size=1024)
+    p = init_params(jax.random.key(0), param_specs(cfg), cfg)
+    np.testing.assert_allclose([np.std(p["embed"]), np.mean(p["embed"])], [1.0, 0.0], atol=0.02)
+    for name in ("w_q", "w_k", "w_v", "w_up"):
+        w = p["blocks"][name]
+        np.testing.assert_allclose(np.std(w), 0.5 * 80 ** -0.5, rtol=0.03)
+        assert np.abs(w).max() <= 3 ** 0.5 * 0.5 * 80 ** -0.5
+    assert not np.any(p["head"]) and not np.any(p["blocks"]["w_out"]) and not np.any(p["blocks"]["w_down"])
+
+def test_unstacked_and_restacked_weights_are_the_same_weights():
+    weights = jax.tree.map(jnp.asarray, random_weights(BASE))
+    jax.tree.map(np.testing.assert_array_equal, restack(unstack(weights)), weights)
+    assert [layer["w_q"].shape for layer in unstack(weights)["blocks"]] == 3 * [(20, 72)]
