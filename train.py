@@ -1,11 +1,11 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax>=0.10,<0.13", "numpy>=2.0", "huggingface_hub>=0.30", "einops>=0.8", "safetensors>=0.5"]
+# dependencies = ["jax>=0.10,<0.13", "numpy>=2.0,<3", "einops>=0.8,<0.9", "safetensors>=0.5,<1", "huggingface_hub>=2.4,<3"]
 # ///
 """Train a GPT to a target validation loss in the least time: one file, pure JAX, to be read from top to bottom.
 
     python train.py                      on a CPU: a byte-level demo on Python's own source, two minutes of training
-    python cached_fineweb10B.py 9        on a TPU or GPU: fetch FineWeb (GPT-2 tokens), then
+    python cached_fineweb10B.py 10       on a TPU or GPU: fetch FineWeb (GPT-2 tokens), then
     python train.py                      train a GPT-2-class model towards validation loss 3.28, the `speedrun` preset
     python train.py --steps=500 @my.args every number below is a flag (--help); @FILE reads flags from a file
 
@@ -141,7 +141,7 @@ PRESETS = {
         val_window_long=0, target_loss=0.0, log_every=5),
 }
 MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices"}  # when resuming
-SPEEDRUN_SHARDS = 9  # training shards that hold the speedrun's tokens and the document ends it does not read
+SPEEDRUN_SHARDS = 10  # training shards that hold the speedrun's tokens and the document ends it does not read
 
 class Stage(NamedTuple):
     """Steps first..last-1, which share one compiled program. The sequence-length warmup is a table of these."""
