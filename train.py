@@ -191,10 +191,6 @@ def split_axis(spec, cfg, num_devices):
     axes = spec.axes.split()
     return next((axes.index(a) for a in SPLIT_AXES if a in axes and AXIS_SIZE[a](cfg) % num_devices == 0), None)
 
-def partition(spec, cfg, num_devices):
-    axis = split_axis(spec, cfg, num_devices)
-    return P() if axis is None else P(*[None] * axis, "data")
-
 product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 operands, float32 sums
 
 def matmul(spec, x, w, out_dtype=None):
@@ -757,7 +753,9 @@ class State(NamedTuple):
 def state_shardings(model, mesh, cfg):
     """Sharding of every leaf of the state, off the weight table."""
     specs, rules = model.specs(cfg), model.rules(cfg)
-    place = lambda spec: NamedSharding(mesh, partition(spec, cfg, mesh.size))
+    def place(spec):
+        axis = split_axis(spec, cfg, mesh.size)
+        return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, "data"))
     slots = lambda spec: dict.fromkeys(SLOTS[rules[spec.group].kind], place(spec))
     return State(NamedSharding(mesh, P()), jax.tree.map(place, specs), jax.tree.map(slots, specs))
 
@@ -870,8 +868,7 @@ PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 # ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and a manifest.json that names their SHA-256.
 
-def versions():
-    return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform()}
+def versions(): return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform()}
 
 def file_sha256(path):
     with open(path, "rb") as file:
@@ -940,12 +937,13 @@ def find_checkpoint(cfg):
             return differing_field(dict(json.loads((run / "config.json").read_text())["config"]), cfg) is None
         except (OSError, ValueError, TypeError, KeyError):
             return False
-    folders, auto = [Path(cfg.resume)] if (Path(cfg.resume) / "manifest.json").exists() else [], cfg.resume == "auto"
-    runs = [run for run in sorted(Path(cfg.log_dir).glob("*"), reverse=True) if agrees(run)][:1] if auto else [Path(cfg.resume)]
-    folders = folders or [folder for run in runs for folder in sorted(run.glob("ckpt/step-*"), reverse=True)]
-    if auto and not folders:
-        print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
-    if not cfg.resume or auto and not folders:
+    auto, path = cfg.resume == "auto", Path(cfg.resume)
+    runs = [run for run in sorted(Path(cfg.log_dir).glob("*"), reverse=True) if agrees(run)][:1] if auto else [path]
+    folders = [folder for run in runs if cfg.resume for folder in sorted(run.glob("ckpt/step-*"), reverse=True)]
+    folders = [path] if not auto and (path / "manifest.json").exists() else folders
+    if not folders and (auto or not cfg.resume):
+        if auto:
+            print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
         return None, {"step": 0, "progress": {}}
     problem = f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN"
     for folder in folders:
@@ -956,8 +954,7 @@ def find_checkpoint(cfg):
                                       f"{getattr(cfg, field, None)}; use the same, or start anew without --resume")
             return folder, manifest
         except CheckpointError as error:
-            problem = str(error)
-            print(f"--resume={cfg.resume}: passing over {problem}")
+            print(f"--resume={cfg.resume}: passing over {(problem := str(error))}")
     raise CheckpointError(problem)
 
 
@@ -1178,21 +1175,18 @@ def open_data(cfg):
 
 def describe(run, why, argv, train, val, notes, cfg):
     """The head of the log: with it the run can be repeated."""
-    devices, scored = jax.devices(), hashlib.sha256(val.tokens[0][:cfg.val_tokens + 1].tobytes()).hexdigest()
-    pairs = lambda items: " ".join(f"{name}={value}" for name, value in items.items())
     run.append("log.txt", Path(__file__).read_text() + "\n" + "=" * 120)
-    run.line(f"preset: {cfg.preset} ({why})")
-    run.line(f"argv: {shlex.join(argv)}")
-    run.line(f"config: {pairs(dataclasses.asdict(cfg))}")
-    run.line(f"versions: {pairs(versions())}")
-    run.line(f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes, {os.cpu_count()} host cores")
-    paths = train.paths + val.paths
+    pairs = lambda items: " ".join(f"{name}={value}" for name, value in items.items())
+    count, kind, paths = jax.device_count(), jax.devices()[0].device_kind, train.paths + val.paths
     with ThreadPoolExecutor() as pool:
-        for path, tokens, digest in zip(paths, train.tokens + val.tokens, pool.map(file_sha256, paths)):
-            run.line(f"data: {path.name} tokens:{len(tokens)} sha256:{digest}")
-    run.line(f"data: validation scores {cfg.val_tokens} targets; sha256 of these and the token before them:{scored}")
-    for note in notes:
-        run.line(note)
+        files = [f"data: {path.name} tokens:{len(tokens)} sha256:{digest}" for path, tokens, digest
+                 in zip(paths, train.tokens + val.tokens, pool.map(file_sha256, paths))]
+    scored = hashlib.sha256(val.tokens[0][:cfg.val_tokens + 1].tobytes()).hexdigest()
+    for text in (f"preset: {cfg.preset} ({why})", f"argv: {shlex.join(argv)}", f"config: {pairs(dataclasses.asdict(cfg))}",
+                 f"versions: {pairs(versions())}",
+                 f"devices: {count} x {kind}, {jax.process_count()} processes, {os.cpu_count()} host cores", *files,
+                 f"data: validation scores {cfg.val_tokens} targets; sha256 of these and the token before them:{scored}", *notes):
+        run.line(text)
 
 def warm_up(programs, mesh, cfg):
     """Run every training program once on a throw-away state and empty rows, so that the first step finds all loaded."""
@@ -1255,8 +1249,8 @@ def report(state, row, run, meta, model, cfg):
         rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
         (run.folder / "loss.svg").write_text(loss_svg(rows, cfg))
     if meta["tokenizer"] == "bytes" and jax.process_count() == 1:
-        copies = jax.jit(lambda params: unstack(gather(params, model.specs(cfg), 1, cfg)))
-        weights = copies(jax.device_put(jax.tree.map(np.asarray, state.params), jax.devices()[0]))
+        whole = jax.device_put(jax.tree.map(np.asarray, state.params), jax.devices()[0])
+        weights = unstack(gather(whole, model.specs(cfg), 1, cfg))
         for prompt in ("def main(", "class "):
             ids = sample(weights, [cfg.bos_id, *prompt.encode()], 200, model, cfg)
             run.line(f"sample: {prompt}{bytes(i for i in ids if i < 256).decode(errors='replace')}")
