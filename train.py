@@ -435,17 +435,17 @@ def decode(weights, cache, tokens_BT, cfg):
 # Pure functions of the step. Values are traced inside the step; shapes, which pick a program, are Python numbers.
 
 def ramp(step, steps, values):
-    """Piecewise linear through (steps, values), constant outside."""
-    return jnp.interp(jnp.asarray(step, f32), jnp.array(steps, f32), jnp.array(values, f32))
+    """Piecewise linear through (steps, values), constant outside. A Python step gives a Python number, off the device."""
+    return float(np.interp(step, steps, values)) if isinstance(step, int) else jnp.interp(step, jnp.array(steps), jnp.array(values))
 
 def lr_scale(step, cfg):
     """Multiplies every learning rate: up over warmup_steps, 1, then straight down to final_lr_scale at the last step."""
-    cooldown = ramp(step, [(1 - cfg.cooldown_frac) * cfg.steps, cfg.steps], [1.0, cfg.final_lr_scale])
-    return cooldown * jnp.minimum(1.0, (step + 1) / (cfg.warmup_steps + 1))
+    cooldown = ramp(step, [(1 - cfg.cooldown_frac) * cfg.steps, float(cfg.steps)], [1.0, cfg.final_lr_scale])
+    return cooldown * ramp(step, [-1.0, float(cfg.warmup_steps)], [0.0, 1.0])
 
 def muon_momentum(step, cfg):
     low, high, steps = map(float, cfg.muon_momentum.split(","))
-    return ramp(step, [0, max(steps, 1)], [low, high])
+    return ramp(step, [0.0, max(steps, 1.0)], [low, high])
 
 def stage_at(step, table): return next(stage for stage in table if step < stage.last)
 
@@ -1013,7 +1013,7 @@ class Run:
         step_s = (wall - self.marked) / self.steps
         row = {"step": step + 1, "tokens": tokens_before(step + 1, self.table), "train_time_s": wall, "cpu_time_s": cpu,
                "wall_s": time.perf_counter() - self.created, "train_loss": loss, "stage": stage.index, "step_ms": 1e3 * step_s,
-               "lr": stage.lr * float(lr_scale(step, self.cfg)), "tokens_per_s": stage.batch_tokens / step_s,
+               "lr": stage.lr * lr_scale(step, self.cfg), "tokens_per_s": stage.batch_tokens / step_s,
                "input_wait_ms": 1e3 * self.waited / self.steps}
         return row | ({"mfu": row["tokens_per_s"] * self.flops[stage.index] / self.peak} if self.peak else {})
 
