@@ -43,9 +43,7 @@ class DataError(ValueError): exit_code = 3         # a shard or corpus that is m
 class CheckpointError(ValueError): exit_code = 4   # a checkpoint that is damaged or another run's
 class NonFiniteLoss(RuntimeError): exit_code = 5   # the loss became NaN or infinite
 
-
 # ---- Config ----------------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Every number one can turn; the defaults are the speedrun. Each field is a flag, its comment the flag's help."""
@@ -179,9 +177,7 @@ def layer_windows(short, long, cfg):
 
 def layer_list(text): return [int(layer) for layer in text.split(",") if layer]
 
-
 # ---- Mesh and precision ----------------------------------------------------------------------------------------------
-
 SPLIT_AXES = ("F", "HK", "GK", "V", "D")  # a weight is split over the devices along the first of these that divides
 
 def make_mesh(devices=None):
@@ -197,10 +193,8 @@ product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 oper
 
 def matmul(spec, x, w, out_dtype=None):
     """einsum(spec, x, w) with operands in w's dtype, summed in float32, returned in out_dtype (default: x's).
-
     Both gradients follow the same rule; autodiff alone would multiply float32 cotangents by bf16 operands, which makes
-    two matmuls of three float32. Each letter of an operand must occur in the other operand or in the result.
-    """
+    two matmuls of three float32. Each letter of an operand must occur in the other operand or in the result."""
     return _matmul(spec, x.astype(w.dtype), w).astype(out_dtype or x.dtype)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -215,11 +209,9 @@ def _matmul_backward(spec, operands, g):
 
 _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backward)
 
-
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 # Every weight is one row: axes, first value, optimizer group. Shapes, sharding, routing, the parameter count and the
 # checkpoint's names are read off this table. Leaves under "blocks" are stacked over L; a matrix is the last two axes.
-
 AXIS_SIZE = {
     "L": lambda cfg: cfg.num_layers, "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
     "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim,
@@ -279,9 +271,7 @@ def unstack(weights):
 def restack(weights):
     return weights | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *weights["blocks"])}
 
-
 # ---- Model -----------------------------------------------------------------------------------------------------------
-
 def rms_norm(x):
     """x / rms(x) over the last axis, in float32, without parameters (arXiv:1910.07467)."""
     y = x.astype(f32)
@@ -302,10 +292,8 @@ def rotate(x_BTHK, table):
 
 def attention_xla(q_BTHK, k_BSGK, v_BSGK, first_BT, position_T, window, cfg):
     """Causal attention of queries at position_T over the keys first_BT..position_T. Correct everywhere.
-
     When training (T == S) it goes by blocks of cfg.attn_block queries, each against the keys that causality and window
-    leave in reach; first_BT already holds the window and the document's start, exactly.
-    """
+    leave in reach; first_BT already holds the window and the document's start, exactly."""
     num_queries, num_keys, block = q_BTHK.shape[1], k_BSGK.shape[1], cfg.attn_block or q_BTHK.shape[1]
     if num_queries != num_keys or num_queries % block:
         block, window = num_queries, 0
@@ -341,9 +329,7 @@ def offset_keys(k_BSGK):
 
 def attention(x_BTD, p, first_BT, position_T, table, window, offset, cfg, cache=None):
     """One layer's self-attention with normed queries and keys (arXiv:2010.04245). Returns (output, cache).
-
-    cache: None, or (k_BSGK, v_BSGK) whose places position_T are written before they are attended to.
-    """
+    cache: None, or (k_BSGK, v_BSGK) whose places position_T are written before they are attended to."""
     heads = lambda w: rearrange(matmul("BTD,DN->BTN", x_BTD, w), "B T (H K) -> B T H K", K=cfg.head_dim)
     q_BTHK, k_BTGK = (rotate(rms_norm(heads(p[name])), table) for name in ("w_q", "w_k"))
     q_BTHK, k_BTGK, v_BTGK = (z.astype(p["w_v"].dtype) for z in (q_BTHK, k_BTGK, heads(p["w_v"])))
@@ -362,10 +348,8 @@ def mlp(x_BTD, p):
 
 def forward(weights, tokens_BT, windows, cfg, cache=None):
     """tokens -> (normed final activations x_BTD, cache).
-
     weights: compute copies, blocks unstacked. windows: per block, static. cache: None, a row being positions 0..T-1; or
-    from init_cache, then the tokens are appended at cache["position"].
-    """
+    from init_cache, then the tokens are appended at cache["position"]."""
     offset, carried_B = (cache["position"], cache["doc_start"]) if cache else (0, jnp.zeros(len(tokens_BT), jnp.int32))
     position_T = offset + jnp.arange(tokens_BT.shape[1])
     doc_start_BT = jax.lax.cummax(jnp.where(tokens_BT == cfg.bos_id, position_T[None], carried_B[:, None]), axis=1)
@@ -400,10 +384,8 @@ def mask_unused(logits_NV, cfg):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(x_ND, head_DV, target_N, weight_N, cfg):
     """Sum over tokens of weight * (-log softmax(logits)[target]), in nats, float32.
-
     Its gradient is formed along with the loss, while the logits are there (three matmuls of the head's size, not four,
-    and no logits kept). Labels are compared, not gathered: a gather's gradient would be a scatter over V.
-    """
+    and no logits kept). Labels are compared, not gathered: a gather's gradient would be a scatter over V."""
     return _cross_entropy_forward(x_ND, head_DV, target_N, weight_N, cfg)[0]  # the unused gradient is not computed
 
 def _cross_entropy_forward(x_ND, head_DV, target_N, weight_N, cfg):
@@ -440,10 +422,8 @@ def decode(weights, cache, tokens_BT, cfg):
     x_BTD, cache = forward(weights, tokens_BT, val_stage(cfg).windows, cfg, cache)
     return mask_unused(softcapped_logits(x_BTD[:, -1], head_of(weights, cfg), cfg), cfg), cache
 
-
 # ---- Schedules -------------------------------------------------------------------------------------------------------
 # Pure functions of the step. Values are traced inside the step; shapes, which pick a program, are Python numbers.
-
 def ramp(step, steps, values):
     """Piecewise linear through (steps, values), constant outside. A Python step gives a Python number, off the device."""
     return float(np.interp(step, steps, values)) if isinstance(step, int) else jnp.interp(step, jnp.array(steps), jnp.array(values))
@@ -463,9 +443,7 @@ def tokens_before(step, table):
     """Training tokens of the steps before this one."""
     return sum((min(s.last, step) - s.first) * s.batch_tokens for s in table if s.first < step)
 
-
 # ---- Optimizers ------------------------------------------------------------------------------------------------------
-
 class Rule(NamedTuple):
     """How one group of weights is updated. kind: "muon" or "adam"; wd: decoupled decay per unit of learning rate."""
     kind: str
@@ -486,10 +464,8 @@ def optimizer_rules(cfg):
 
 def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
     """Semi-orthogonal matrix near each g[..., M, N]; leading axes are batched, the scale of g cancels.
-
     Quintic Newton-Schulz with coefficients chosen for slope at zero: after five steps, singular values above 0.3 % of
-    the Frobenius norm land in about [0.65, 1.2], not at 1. Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon
-    """
+    the Frobenius norm land in about [0.65, 1.2], not at 1. Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon"""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = g_MN.shape[-2] <= g_MN.shape[-1]
     x = g_MN if wide else g_MN.mT
@@ -502,11 +478,9 @@ def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
 
 def orthogonalize_spread(matrices, axes, num_devices, cfg):
     """Orthogonalize stacked matrices [..., M, N] that are held split along `axes`, each device doing its share.
-
     Matrices of one shape form one batch, padded to a multiple of the devices and turned so that the split axis is last.
     An all-to-all trades a slice of every matrix for every slice of some matrices, and back: 1/num_devices of the bytes
-    that gathering the gradients would move.
-    """
+    that gathering the gradients would move."""
     batches, results = {}, [None] * len(matrices)
     for i, (u, axis) in enumerate(zip(matrices, axes)):
         turned = u.mT if axis == u.ndim - 2 else u
@@ -562,10 +536,8 @@ class Model(NamedTuple):
     init_cache: Callable = init_cache   # (num_rows, max_len, cfg) -> cache
     decode: Callable = decode           # (weights, cache, tokens_BT, cfg) -> (logits_BV, cache)
 
-
 # ---- Data ------------------------------------------------------------------------------------------------------------
 # A shard is 256 little-endian int32 (magic, version, token count, zeros), then that many uint16 token ids.
-
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 NO_TOKEN = 0xFFFF  # stands where a row holds no token: read as BOS, never scored
 POOL = 64          # documents the packer chooses from
@@ -635,10 +607,8 @@ def plan_stream(shards, cfg):
 
 def plan_packed(shards, cfg):
     """Yield (rows, tokens read) of steps 0, 1, ..., rows packed from the beginnings of documents, each led by BOS.
-
     A row of T + 1 tokens takes, of the POOL next documents cut to max_doc_len, the longest that fits, again and again;
-    when none fits, the shortest is cut to fill the row. What is cut off is not read, as in the FineWeb records.
-    """
+    when none fits, the shortest is cut to fill the row. What is cut off is not read, as in the FineWeb records."""
     def documents():
         for tokens in shards.tokens * cfg.max_epochs:
             starts = np.flatnonzero(tokens == cfg.bos_id)
@@ -703,9 +673,7 @@ def train_batches(shards, first_step, mesh, cfg, depth=2):
                 yield futures.pop(0).result()
         yield from (future.result() for future in futures)
 
-
 # ---- Demo corpus and sampler -----------------------------------------------------------------------------------------
-
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3",
               "distutils", "turtledemo", "ensurepip", "__pycache__"}
 
@@ -717,10 +685,8 @@ def cache_dir():
 
 def embedded_corpus():
     """The interpreter's own standard library as byte shards (BOS 256), in the cache. Returns globs (train, val).
-
     A file belongs to validation if the first byte of the SHA-256 of its relative path is below 13, about 5 % do.
-    Raises DataError where fewer than 300 files are found.
-    """
+    Raises DataError where fewer than 300 files are found."""
     root, parts, count = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}, 0
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         *folders, base = name.split("/")
@@ -751,9 +717,7 @@ def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
         ids.append(int(tokens[0, 0]))
     return ids
 
-
 # ---- Steps -----------------------------------------------------------------------------------------------------------
-
 class State(NamedTuple):
     """What a step takes and returns, and what a checkpoint holds."""
     step: jax.Array
@@ -794,23 +758,19 @@ def inputs_and_targets(tokens_BT1, cfg):
 def make_train_step(stage, model, mesh, cfg):
     """(state, tokens uint16 [A, B, T+1]) -> (state, mean loss in nats per token). The state is donated."""
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
-
     def step_on_device(state, tokens_ABT1):
         weights = unstack(gather(state.params, specs, n, cfg))
-
         def micro_step(totals, tokens_BT1):
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
             value_and_grad = jax.value_and_grad(model.loss)
             loss, grads = value_and_grad(weights, tokens_BT, target_BT, weight_BT, stage.windows, cfg)
             return jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads)), None
-
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
         (loss, count, grads), _ = jax.lax.scan(micro_step, (f32(0), f32(0), zeros), tokens_ABT1)
         loss, count = jax.lax.psum((loss, count), "data")
         grads = jax.tree.map(lambda g: g / count, reduce_grads(restack(grads), specs, n, cfg))
         params, opt_state = update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
         return State(state.step + 1, params, opt_state), loss / count
-
     parts = jax.tree.map(lambda sharding: sharding.spec, state_shardings(model, mesh, cfg))
     return jax.jit(jax.shard_map(step_on_device, mesh=mesh, in_specs=(parts, P(None, "data")), out_specs=(parts, P()),
                                  check_vma=False), donate_argnums=0)
@@ -819,14 +779,12 @@ def make_eval_step(model, mesh, cfg):
     """(params, tokens uint16 [A, B, T+1]) -> (summed nats, targets scored). A row's first val_context score nothing."""
     def eval_on_device(params, tokens_ABT1):
         weights = unstack(gather(params, model.specs(cfg), mesh.size, cfg))
-
         def micro_step(totals, tokens_BT1):
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
             weight_BT *= jnp.arange(cfg.val_seq_len)[None] >= cfg.val_context
             loss = model.loss(weights, tokens_BT, target_BT, weight_BT, val_stage(cfg).windows, cfg)
             return (totals[0] + loss, totals[1] + weight_BT.sum().astype(jnp.int32)), None
         return jax.lax.psum(jax.lax.scan(micro_step, (f32(0), jnp.int32(0)), tokens_ABT1)[0], "data")
-
     parts = jax.tree.map(lambda sharding: sharding.spec, state_shardings(model, mesh, cfg).params)
     return jax.jit(jax.shard_map(eval_on_device, mesh=mesh, in_specs=(parts, P(None, "data")), out_specs=P(), check_vma=False))
 
@@ -850,7 +808,6 @@ def compile_all(model, mesh, cfg):
     jobs = {"init": ("init", init), "eval": ("eval", make_eval_step(model, mesh, cfg), state.params, batch(val_stage(cfg)))}
     for index, stage in alike.items():
         jobs.setdefault(stage, (f"train_{index}", make_train_step(stage, model, mesh, cfg), state, batch(stage)))
-
     def build(job):
         (name, function, *arguments), start = job, time.perf_counter()
         program = function.lower(*arguments).compile()
@@ -874,10 +831,8 @@ PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not 
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
     "A100": 312e12, "H100": 989e12, "H200": 989e12}
 
-
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 # ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and a manifest.json that names their SHA-256.
-
 def versions(): return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform()}
 
 def file_sha256(path):
@@ -967,14 +922,10 @@ def find_checkpoint(cfg):
             print(f"--resume={cfg.resume}: passing over {(problem := str(error))}")
     raise CheckpointError(problem)
 
-
 # ---- Log -------------------------------------------------------------------------------------------------------------
-
 class Run:
     """A run's folder, its clock, and what it writes: log.txt, metrics.jsonl, the console. Only process 0 writes.
-
-    The clock counts training: it stands still for compilation, warm-up, evaluation, checkpoints and sampling.
-    """
+    The clock counts training: it stands still for compilation, warm-up, evaluation, checkpoints and sampling."""
 
     def __init__(self, folder, specs, cfg, progress):
         self.folder, self.cfg, self.table, self.writes = folder, cfg, stages(cfg), jax.process_index() == 0
@@ -1071,9 +1022,7 @@ def loss_svg(rows, cfg):
     parts += [text(410, 18, title), text(410, 402, "step; dots: validation, line: training batch, nats per token"), "</svg>"]
     return "\n".join(parts)
 
-
 # ---- Command line ----------------------------------------------------------------------------------------------------
-
 def parse_flags(argv):
     """argv -> {field: value} of the flags given. Raises UsageError, naming the nearest flag for a typo."""
     def fail(message):
@@ -1154,9 +1103,7 @@ def configure(argv):
     validate(cfg)
     return cfg, why
 
-
 # ---- main ------------------------------------------------------------------------------------------------------------
-
 def open_data(cfg):
     """(training shards, validation shards, a line about the plan, config completed from meta.json), all checked.
     Raises DataError."""
@@ -1272,9 +1219,7 @@ def report(state, row, run, meta, model, cfg):
 
 def main(argv=None, model=None):
     """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop.
-
-    Returns the run's folder. Raises UsageError, DataError and CheckpointError before compiling, and NonFiniteLoss.
-    """
+    Returns the run's folder. Raises UsageError, DataError and CheckpointError before compiling, and NonFiniteLoss."""
     argv, model = sys.argv[1:] if argv is None else argv, model or Model()
     cfg, why = configure(argv)
     print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
