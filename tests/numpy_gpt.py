@@ -37,8 +37,9 @@ def rotated(x, position, cfg):
     return np.concatenate([z.real, z.imag])
 
 
-def attention(x, layer, window, starts, cfg):
-    """x [T, D], starts: where each position's document begins, or zeros. One query head at a time."""
+def attention(x, layer, window, starts, offset, cfg):
+    """x [T, D], starts: where each position's document begins, or zeros. offset: the dims of a key that do not turn are
+    those of the key before it, zero where its document has none. One query head at a time."""
     num_tokens, width = len(x), cfg.head_dim
     num_kv_heads = cfg.num_kv_heads or cfg.num_heads
     scale = cfg.attn_scale if cfg.attn_scale else 1 / np.sqrt(width)
@@ -48,6 +49,9 @@ def attention(x, layer, window, starts, cfg):
         mine, shared = slice(h * width, (h + 1) * width), slice(g * width, (g + 1) * width)
         q = np.array([rotated(rms_norm(x[t] @ layer["w_q"][:, mine]), t, cfg) for t in range(num_tokens)])
         k = np.array([rotated(rms_norm(x[t] @ layer["w_k"][:, shared]), t, cfg) for t in range(num_tokens)])
+        if offset:
+            still = [*range(width // 4, width // 2), *range(3 * width // 4, width)]
+            k = np.array([[k[s - 1, j] * (starts[s] < s) if j in still else k[s, j] for j in range(width)] for s in range(num_tokens)])
         v = x @ layer["w_v"][:, shared]
         for t in range(num_tokens):
             first = max(starts[t], t - window if window else 0, 0)
@@ -75,7 +79,7 @@ def logits(weights, tokens, windows, cfg, packed):
                 if destination == i:
                     x = x + weights["skip_mix"][j] * after[source]
             x = layer["x_mix"] * x + layer["x0_mix"] * x0
-            x = x + attention(rms_norm(x), layer, windows[i], starts, cfg)
+            x = x + attention(rms_norm(x), layer, windows[i], starts, str(i) in cfg.offset_layers.split(","), cfg)
             x = x + np.maximum(rms_norm(x) @ layer["w_up"], 0) ** 2 @ layer["w_down"]
             after.append(x)
         head = weights["embed"].T if cfg.tie_embed else weights["head"]

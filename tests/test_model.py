@@ -17,16 +17,16 @@ from train import (
 BOS, ROWS, LENGTH = 7, 2, 22
 BASE = Config(
     num_layers=3, model_dim=20, num_heads=6, num_kv_heads=2, head_dim=12, mlp_dim=37, vocab_size=131, bos_id=BOS, skips="0>2",
-    softcap=5.0, rope_base=50.0, attn_scale=0.25, attn_block=11, compute_dtype="float32", stage_ends="1", batch_tokens="44",
+    offset_layers="", softcap=5.0, rope_base=50.0, attn_scale=0.25, attn_block=11, compute_dtype="float32", stage_ends="1", batch_tokens="44",
     seq_len="22", max_doc_len="0", window_short="0", window_long="0", long_layers="1", val_window_short=0, val_window_long=0)
 config = functools.partial(dataclasses.replace, BASE)
 CASES = {
-    "plain, a key head per query head, no skips": config(num_kv_heads=0, skips=""),
+    "plain, a key head per query head, no skips, key offsets": config(num_kv_heads=0, skips="", offset_layers="0,2"),
     "packed, one key head, deep, two skips": config(num_layers=4, num_kv_heads=1, skips="0>2,1>3", max_doc_len="22"),
     "packed, short and long windows": config(max_doc_len="22", window_short="5", window_long="13", val_window_short=5,
                                              val_window_long=13),
-    "tied, no softcap, default scale, whole attention, two skips into one block": config(
-        num_kv_heads=3, tie_embed=1, softcap=0.0, attn_scale=0.0, attn_block=0, skips="0>2,1>2", window_short="4",
+    "tied, no softcap, default scale, whole attention, key offsets, two skips into one block": config(
+        num_kv_heads=3, tie_embed=1, softcap=0.0, attn_scale=0.0, attn_block=0, skips="0>2,1>2", offset_layers="1,2", window_short="4",
         val_window_short=4),
 }
 PLAIN, PACKED, WINDOWS, TIED = CASES.values()
@@ -37,8 +37,9 @@ each_case = pytest.mark.parametrize("cfg", CASES.values(), ids=CASES.keys())
 def shapes(cfg):
     return jax.tree.map(lambda spec: shape_of(spec, cfg), param_specs(cfg))
 
-def first_weights(cfg, seed=0, specs=None):
-    return jit(lambda: init_params(jax.random.key(seed), specs or param_specs(cfg), cfg))()
+@functools.cache
+def compiled_init(cfg):
+    return jit(lambda seed: init_params(jax.random.key(seed), param_specs(cfg), cfg))
 
 def random_weights(cfg, seed=0):
     return numpy_gpt.random_weights(cfg, shapes(cfg), seed)
@@ -121,12 +122,12 @@ def test_bfloat16_stays_near_the_float64_gpt():
     assert {grad.dtype.name for grad in jax.tree.leaves(grads)} == {"float32"}  # of the float32 masters
 
 def test_the_first_loss_is_the_log_of_the_vocabulary_size():
-    weights, tokens = first_weights(PLAIN), random_tokens(PLAIN)
+    weights, tokens = compiled_init(PLAIN)(5), random_tokens(PLAIN)
     _, loss, _ = compiled(PLAIN)(weights, tokens, random_tokens(PLAIN, seed=6), np.ones(tokens.shape, np.float32))
     np.testing.assert_allclose(loss / tokens.size, math.log(PLAIN.vocab_size), rtol=1e-6)
 
 def test_the_first_loss_of_a_tied_head_is_near_the_log_of_the_vocabulary_size():
-    weights, tokens = first_weights(TIED), random_tokens(TIED)
+    weights, tokens = compiled_init(TIED)(5), random_tokens(TIED)
     _, loss, _ = compiled(TIED)(weights, tokens, random_tokens(TIED, seed=6), np.ones(tokens.shape, np.float32))
     np.testing.assert_allclose(loss / tokens.size, math.log(TIED.vocab_size), atol=0.1)
 
@@ -161,13 +162,22 @@ def test_one_layer_sees_a_token_at_the_windows_edge_and_none_outside_it():
         seen_by = set(range(place, min(place + window, LENGTH - 1) + 1))
         assert positions_changed_by(place, weights, tokens, cfg) == seen_by
 
-def test_when_documents_are_packed_a_token_changes_its_own_document_only():
-    weights, tokens = random_weights(PACKED), random_tokens(PACKED)
+def test_with_a_key_offset_one_layer_sees_one_token_further():
+    window, cfg = 5, config(num_layers=1, skips="", long_layers="", window_short="5", offset_layers="0")
+    weights, tokens = random_weights(cfg), random_tokens(cfg)
+    for place in np.flatnonzero(tokens[0] != BOS):
+        seen_by = set(range(place, min(place + window + 1, LENGTH - 1) + 1))
+        assert positions_changed_by(place, weights, tokens, cfg) == seen_by
+
+@pytest.mark.parametrize("offset_layers", ["", "1,3"])
+def test_when_documents_are_packed_a_token_changes_its_own_document_only(offset_layers):
+    cfg = dataclasses.replace(PACKED, offset_layers=offset_layers)
+    weights, tokens = random_weights(cfg), random_tokens(cfg)
     borders = [*np.flatnonzero(tokens[0] == BOS), LENGTH]
     assert len(borders) >= 4
     for place in np.flatnonzero(tokens[0] != BOS):
         end = next(border for border in borders if border > place)
-        assert positions_changed_by(place, weights, tokens, PACKED) == set(range(place, end))
+        assert positions_changed_by(place, weights, tokens, cfg) == set(range(place, end))
 
 def test_in_a_plain_stream_a_token_changes_later_documents_too():
     weights, tokens = random_weights(PLAIN), random_tokens(PLAIN)
@@ -206,14 +216,17 @@ def test_half_of_the_dims_do_not_rotate_and_the_others_turn_at_rates_from_one_to
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
 
-@functools.cache
-def compiled_attention(block, window, length=24):
+def attention_and_gradients(block, window, length=24):
     """(q, k, v, first, cotangent) -> (output, gradients of output . cotangent)."""
     def run(q_BTHK, k_BSGK, v_BSGK, first_BT, g_BTHK):
         cfg, position_T = config(attn_block=block), jnp.arange(length)
         y, pull = jax.vjp(lambda *qkv: attention_xla(*qkv, first_BT, position_T, window, cfg), q_BTHK, k_BSGK, v_BSGK)
         return y, pull(g_BTHK)
-    return jit(run)
+    return run
+
+@functools.cache
+def compiled_attention(block, window):
+    return jit(attention_and_gradients(block, window))
 
 def attention_inputs(window, length=24):
     rng = np.random.default_rng(0)
@@ -244,8 +257,8 @@ def test_attention_and_its_gradients_are_those_of_softmax_written_out():
 
 def test_blocks_do_not_compute_the_keys_that_causality_and_window_put_out_of_reach():
     def scores(block, window):
-        run = compiled_attention(block, window)
-        return sum(e.outvars[0].aval.size for e in dots(run, *attention_inputs(window)) if 12 not in e.outvars[0].aval.shape)
+        made = [dot.outvars[0].aval for dot in dots(attention_and_gradients(block, window), *attention_inputs(window))]
+        return sum(array.size for array in made if 12 not in array.shape)  # 12: the head's width
     keys = lambda block, window: sum(min(start, window or start) + block for start in range(0, 24, block)) * block
     for block, window in [(8, 0), (8, 7)]:
         assert scores(block, window) * 24 * 24 == scores(0, window) * keys(block, window)
@@ -327,13 +340,25 @@ def test_cross_entropy_and_its_gradients_are_those_of_plain_autodiff(vocab_size,
     only_loss = jit(lambda: cross_entropy(x_ND, head_DV, target_N, weight_N, cfg))()
     np.testing.assert_allclose(3.7 * only_loss, expected[0], rtol=1e-5)
 
+def assert_finite_and_exact(x_ND, head_DV, target_N, weight_N, cfg):
+    z = (np.float64(x_ND) @ np.float64(head_DV))[:, :cfg.vocab_size]
+    expected = numpy_gpt.nats(z, target_N)
+    loss, grads = jit(jax.value_and_grad(lambda *xs: cross_entropy(*xs, target_N, weight_N, cfg), argnums=(0, 1)))(x_ND, head_DV)
+    np.testing.assert_allclose(loss, (expected * weight_N).sum(), rtol=1e-4)
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    g = (p / p.sum(axis=1, keepdims=True) - np.eye(cfg.vocab_size)[target_N]) * weight_N[:, None]
+    np.testing.assert_allclose(grads[0], g @ head_DV[:, :cfg.vocab_size].T, atol=0.05, rtol=1e-3)
+    return expected
+
 def test_cross_entropy_of_logits_far_apart_is_large_and_not_infinite():
     cfg = config(softcap=0.0)
-    x_ND, head_DV, target_N, weight_N = head_inputs(cfg, scale=7.0)
-    z = np.float64(x_ND) @ np.float64(head_DV)[:, :cfg.vocab_size]
-    expected = numpy_gpt.nats(z, target_N)
-    assert expected.max() > 200
-    np.testing.assert_allclose(cross_entropy(x_ND, head_DV, target_N, weight_N, cfg), (expected * weight_N).sum(), rtol=1e-4)
+    assert assert_finite_and_exact(*head_inputs(cfg, scale=7.0), cfg).max() > 200
+
+def test_cross_entropy_of_logits_far_below_the_paddings_is_exact():
+    cfg = config(softcap=0.0)
+    x_ND, head_DV, target_N, weight_N = head_inputs(cfg)
+    x_ND[:, 0], head_DV[0], head_DV[:, cfg.vocab_size:] = 1, -200, 0  # every used logit near -200, the padding's at 0
+    assert_finite_and_exact(x_ND, head_DV, target_N, weight_N, cfg)
 
 def test_a_target_of_weight_zero_gives_no_loss_and_no_gradient():
     x_ND, head_DV, target_N, _ = head_inputs(BASE)
@@ -358,6 +383,7 @@ def compiled_decode(cfg):
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row_at_every_position(cfg, prompt):
     weights, tokens = random_weights(cfg), random_tokens(cfg)
     whole, cache = model_logits(weights, tokens, cfg), init_cache(ROWS, LENGTH + 3, cfg)
+    cfg = dataclasses.replace(cfg, window_short="2", window_long="3")  # of training; decoding has the windows of evaluation
     for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, LENGTH))]:
         logits, cache = compiled_decode(cfg)(weights, cache, tokens[:, start:stop])
         np.testing.assert_allclose(logits[:, :cfg.vocab_size], whole[:, stop - 1, :cfg.vocab_size], atol=1e-4, err_msg=f"{stop}")
@@ -405,18 +431,18 @@ def test_a_new_row_of_the_table_leaves_every_other_weights_first_value():
     specs = param_specs(BASE)
     larger = {"new": Spec("D F", normal(1.0), "muon")} | specs
     larger["blocks"] = {"another": Spec("L D", constant(2.0), "scalar")} | dict(reversed(specs["blocks"].items()))
-    old, new = first_weights(BASE), first_weights(BASE, specs=larger)
+    old, new = compiled_init(BASE)(3), jit(lambda: init_params(jax.random.key(3), larger, BASE))()
     for path, leaf in jax.tree.leaves_with_path(old):
         assert np.array_equal(leaf, functools.reduce(lambda tree, k: tree[k.key], path, new)), name_of(path)
 
 def test_first_values_depend_on_the_seed_and_differ_between_rows():
-    a, b = (first_weights(BASE, seed) for seed in (0, 1))
+    a, b = (compiled_init(BASE)(seed) for seed in (0, 1))
     assert not np.array_equal(a["embed"], b["embed"]) and not np.array_equal(a["blocks"]["w_k"], a["blocks"]["w_v"])
     assert not np.array_equal(a["blocks"]["w_q"][0], a["blocks"]["w_q"][1])
 
 def test_first_values_have_the_spread_the_table_names():
     cfg = config(model_dim=80, vocab_size=1024)
-    p = first_weights(cfg)
+    p = compiled_init(cfg)(0)
     np.testing.assert_allclose([np.std(p["embed"]), np.mean(p["embed"])], [1.0, 0.0], atol=0.02)
     for name in ("w_q", "w_k", "w_v", "w_up"):
         w = p["blocks"][name]
@@ -425,6 +451,9 @@ def test_first_values_have_the_spread_the_table_names():
     assert not np.any(p["head"]) and not np.any(p["blocks"]["w_out"]) and not np.any(p["blocks"]["w_down"])
 
 def test_unstacked_and_restacked_weights_are_the_same_weights():
-    weights = jax.tree.map(jnp.asarray, random_weights(BASE))
-    jax.tree.map(np.testing.assert_array_equal, restack(unstack(weights)), weights)
-    assert [layer["w_q"].shape for layer in unstack(weights)["blocks"]] == 3 * [(20, 72)]
+    weights = random_weights(BASE)
+    apart, again = jit(lambda w: (unstack(w), restack(unstack(w))))(weights)
+    jax.tree.map(np.testing.assert_array_equal, again, weights)
+    assert len(apart["blocks"]) == 3
+    for i, layer in enumerate(apart["blocks"]):
+        assert np.array_equal(layer["w_up"], weights["blocks"]["w_up"][i])

@@ -1,0 +1,396 @@
+"""Training and evaluation steps on one and on eight simulated devices."""
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import numpy_gpt
+from train import (
+    Config, Model, NO_TOKEN, Shards, Spec, batch_shape, compile_all, cross_entropy, flops_per_token, gather, inputs_and_targets,
+    make_eval_step, make_init, make_mesh, make_train_step, matmul, name_of, normal, param_specs, plan_val, shape_of, split_axis,
+    stages, state_shardings, to_devices, val_stage, warm_up)
+
+BOS, LENGTH = 7, 16
+# On eight devices heads and vocabulary are held split, the mlp (20 x 37) is not: both ways of reducing a gradient
+CFG = Config(
+    steps=200, num_layers=2, model_dim=20, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=37, vocab_size=131, bos_id=BOS,
+    skips="0>1", offset_layers="", softcap=9.0, rope_base=50.0, attn_scale=0.25, attn_block=8, compute_dtype="float32", stage_ends="1",
+    batch_tokens="384", seq_len="16", micro_tokens=16, max_doc_len="16", window_short="5", window_long="11", long_layers="1",
+    head_lr=0.03, val_tokens=200, val_seq_len=16, val_context=5, val_window_short=4, val_window_long=9)
+config = functools.partial(dataclasses.replace, CFG)
+FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
+
+
+def name_leaves(tree):
+    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+def random_rows(count, seed=0, length=LENGTH + 1):
+    """Rows for to_devices: tokens that mostly follow from the one before, a BOS now and then."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, CFG.vocab_size, (count, length))
+    for t in range(1, length):
+        tokens[:, t] = np.where(rng.random(count) < 0.7, (tokens[:, t - 1] * 5 + 3) % CFG.vocab_size, tokens[:, t])
+    tokens[rng.random(tokens.shape) < 0.1] = BOS
+    return [[row] for row in tokens.astype(np.uint16)]
+
+@functools.cache
+def build(cfg, num_devices):
+    """The compiled training step of the first stage, and what goes with it."""
+    mesh, stage = make_mesh(jax.devices()[:num_devices]), stages(cfg)[0]
+    init = make_init(Model(), mesh, cfg).lower().compile(compiler_options=FAST)
+    batch = lambda rows: to_devices(rows, stage, mesh, cfg)
+    step = make_train_step(stage, Model(), mesh, cfg).lower(init(), batch([])).compile(compiler_options=FAST)
+    weights = numpy_gpt.random_weights(cfg, jax.tree.map(lambda spec: shape_of(spec, cfg), param_specs(cfg)))
+    def random_state():
+        """Step 0 with weights of which none is zero."""
+        return init()._replace(params=jax.device_put(weights, state_shardings(Model(), mesh, cfg).params))
+    return SimpleNamespace(cfg=cfg, mesh=mesh, init=init, step=step, batch=batch, random_state=random_state, weights=weights)
+
+EIGHT = lambda: build(CFG, 8)                       # three micro-steps of eight rows
+ONE = lambda: build(config(micro_tokens=6 * 16), 1)   # four of six
+
+def one_step(built, rows):
+    """(loss, {name: gradient's mean and momentum}, {name: weight}) of one step from random weights."""
+    state, loss = built.step(built.random_state(), built.batch(rows))
+    assert int(state.step) == 1
+    return float(loss), jax.tree.map(np.asarray, name_leaves(state.opt_state)), jax.tree.map(np.asarray, name_leaves(state.params))
+
+def assert_same_update(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    for name, slot in expected[1].items():
+        np.testing.assert_allclose(found[1][name], slot, rtol=1e-3, atol=1e-5 * np.abs(slot).max(), err_msg=name)
+    for name, weight in expected[2].items():
+        np.testing.assert_allclose(found[2][name], weight, atol=2e-5, err_msg=name)
+
+def oracle_nats(weights, rows, windows, cfg):
+    """Float64 nats of each row's targets. A row: its tokens, as many as there are."""
+    for row in rows:
+        tokens = np.concatenate(row).astype(int)[None]
+        yield numpy_gpt.nats(numpy_gpt.logits(weights, tokens[:, :-1], windows, cfg, packed=True), tokens[:, 1:])[0]
+
+
+# ---- One update, however it is split ---------------------------------------------------------------------------------
+
+def test_the_training_loss_is_the_float64_mean_over_the_targets_that_are_there():
+    one, rows = ONE(), random_rows(24)
+    rows[3], rows[10] = [rows[3][0][:9]], [rows[10][0][:1]]  # one row half empty, one without a target
+    rows = rows[:22]                                         # and two that are not there
+    nats = np.concatenate(list(oracle_nats(one.weights, rows, (5, 11), CFG)))
+    assert len(nats) == 20 * LENGTH + 8
+    assert one_step(one, rows)[0] == pytest.approx(nats.mean(), rel=1e-5)
+
+def test_the_first_momenta_are_the_slope_of_the_float64_mean_loss():
+    one, rows = ONE(), random_rows(5)
+    _, slots, _ = one_step(one, rows)
+    for name, scale in [("head/m", 1 - CFG.adam_beta1), ("embed/m", 1 - CFG.adam_beta1), ("blocks/w_v/momentum", 1 - 0.85)]:
+        *path, _ = name.split("/")
+        direction = np.random.default_rng(0).standard_normal(slots[name].shape)
+        def loss_at(distance):
+            weights = jax.tree.map_with_path(lambda p, w: w + distance * direction if name_of(p) == "/".join(path) else w, one.weights)
+            return np.concatenate(list(oracle_nats(weights, rows, (5, 11), CFG))).mean()
+        slope, grad = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5, slots[name] / scale
+        np.testing.assert_allclose(np.vdot(grad, direction), slope, atol=1e-3 * np.linalg.norm(grad), err_msg=name)
+
+@pytest.mark.parametrize("micro_steps", [2, 4])
+def test_accumulated_micro_steps_make_the_same_update_as_the_whole_batch(micro_steps):
+    rows, whole = random_rows(24), build(config(micro_tokens=0), 1)
+    parts = build(config(micro_tokens=24 // micro_steps * 16), 1)
+    assert [batch_shape(stages(built.cfg)[0], 1, built.cfg) for built in (whole, parts)] == [
+        (1, 24, LENGTH + 1), (micro_steps, 24 // micro_steps, LENGTH + 1)]
+    assert_same_update(one_step(parts, rows), one_step(whole, rows))
+
+def test_eight_devices_make_the_same_update_as_one():
+    rows = random_rows(24)
+    assert_same_update(one_step(EIGHT(), rows), one_step(ONE(), rows))
+
+def test_rows_that_do_not_divide_over_the_devices_make_the_same_update_as_on_one():
+    cfg, rows = config(batch_tokens=str(11 * 16)), random_rows(11)
+    eight = build(cfg, 8)
+    assert batch_shape(stages(cfg)[0], 8, cfg) == (2, 8, LENGTH + 1)  # five places of sixteen stay empty
+    assert_same_update(one_step(eight, rows), one_step(ONE(), rows))  # there thirteen of twenty-four do
+
+def test_empty_rows_add_nothing():
+    one, rows = ONE(), random_rows(11)
+    nothing = [np.full(LENGTH + 1, NO_TOKEN, np.uint16)]
+    spread = [row for pair in zip(rows, itertools.repeat(nothing)) for row in pair]
+    assert_same_update(one_step(one, spread), one_step(one, rows))
+
+def test_over_fifty_steps_one_device_and_eight_lose_the_same():
+    losses = []
+    for built in (ONE(), EIGHT()):
+        state, series = built.init(), []
+        for step in range(50):
+            state, loss = built.step(state, built.batch(random_rows(24, seed=step)))
+            series.append(loss)
+        losses.append(np.array(series))
+    assert losses[0][0] == pytest.approx(math.log(CFG.vocab_size), rel=1e-5) and losses[0][-1] < losses[0][0] - 1
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+
+
+# ---- Learning --------------------------------------------------------------------------------------------------------
+
+def test_one_batch_overfits():
+    one = ONE()
+    tokens = np.random.default_rng(0).permutation(np.arange(8, 8 + 3 * (LENGTH + 1))).astype(np.uint16)
+    state, batch = one.init(), one.batch(8 * [[row] for row in np.split(tokens, 3)])
+    for _ in range(100):
+        state, loss = one.step(state, batch)
+    assert float(loss) < 0.05
+
+def test_every_weight_of_every_layer_moves_within_three_steps():
+    eight = EIGHT()
+    state = eight.init()
+    before, rows = jax.tree.map(np.asarray, name_leaves(state.params)), random_rows(24)
+    for _ in range(3):
+        state, _ = eight.step(state, eight.batch(rows))
+    for name, weight in name_leaves(state.params).items():
+        moved = np.asarray(weight) != before[name]
+        if name == "embed":
+            inputs = np.zeros(CFG.padded_vocab, bool)
+            inputs[np.concatenate([row[0][:-1] for row in rows])] = True
+            assert np.array_equal(moved.any(axis=1), inputs)
+        elif name == "head":
+            assert np.array_equal(moved.any(axis=0), np.arange(256) < CFG.vocab_size)  # the padding stays
+        else:
+            assert moved.reshape(len(moved), -1).any(axis=1).all(), name
+
+
+# ---- Where the state lives -------------------------------------------------------------------------------------------
+
+LOCAL_SHAPES = {
+    "embed": (32, 20), "head": (20, 32), "skip_mix": (1,), "blocks/x_mix": (2,), "blocks/x0_mix": (2,), "blocks/w_q": (2, 20, 6),
+    "blocks/w_k": (2, 20, 2), "blocks/w_v": (2, 20, 2), "blocks/w_out": (2, 6, 20), "blocks/w_up": (2, 20, 37),
+    "blocks/w_down": (2, 37, 20)}
+SPLIT = {"embed", "head", "blocks/w_q", "blocks/w_k", "blocks/w_v", "blocks/w_out"}
+
+def test_weights_and_optimizer_state_are_split_over_eight_devices_and_stay_so():
+    eight = EIGHT()
+    first = eight.init()
+    places = jax.tree.map(lambda leaf: leaf.sharding, first)
+    after, _ = eight.step(first, eight.batch(random_rows(24)))
+    for state in (eight.init(), after):
+        assert set(name_leaves(state.params)) == set(LOCAL_SHAPES)
+        for name, leaf in [*name_leaves(state.params).items(), *name_leaves(state.opt_state).items()]:
+            weight = name if name in LOCAL_SHAPES else name.rpartition("/")[0]
+            assert len(leaf.addressable_shards) == 8 and leaf.dtype == jnp.float32
+            assert {shard.data.shape for shard in leaf.addressable_shards} == {LOCAL_SHAPES[weight]}, name
+            distinct = {str(shard.index) for shard in leaf.addressable_shards}
+            assert len(distinct) == (8 if weight in SPLIT else 1), name
+    jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim) or pytest.fail("moved"), after, places)
+
+def test_first_weights_do_not_depend_on_the_number_of_devices():
+    one, eight = (name_leaves(build_.init().params) for build_ in (ONE(), EIGHT()))
+    for name in one:
+        assert np.array_equal(one[name], eight[name]), name
+
+def test_a_weight_is_split_along_the_first_axis_of_the_rule_that_divides():
+    axes = lambda n, **changes: {name: split_axis(spec, config(**changes), n) for name, spec in name_leaves(param_specs(config(**changes))).items()}
+    assert {name: axis for name, axis in axes(8).items() if axis is not None} == {
+        "embed": 0, "head": 1, "blocks/w_q": 2, "blocks/w_k": 2, "blocks/w_v": 2, "blocks/w_out": 1}
+    assert axes(8, mlp_dim=40)["blocks/w_up"] == 2 and axes(8, mlp_dim=40)["blocks/w_down"] == 1
+    assert axes(5)["blocks/w_up"] == 1 and axes(5)["blocks/w_down"] == 2 and axes(5)["embed"] == 1  # along D
+
+def test_the_state_is_donated():
+    eight = EIGHT()
+    state, batch = eight.init(), eight.batch(random_rows(24))
+    eight.step(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state)) and not batch.is_deleted()
+    slots = {name: 2 if name in ("embed", "head", "skip_mix", "blocks/x_mix", "blocks/x0_mix") else 1 for name in LOCAL_SHAPES}
+    numbers = sum(math.prod(shape) * (1 + slots[name]) for name, shape in LOCAL_SHAPES.items()) + 1
+    assert eight.step.memory_analysis().alias_size_in_bytes == 4 * numbers
+
+
+# ---- What the compiled step exchanges --------------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(")
+
+def computations(hlo):
+    """{name: its lines} of a module's text."""
+    found, name = {}, None
+    for line in hlo.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = header[1]
+            found[name] = []
+        elif name:
+            found[name].append(line)
+    return found
+
+def reachable(names, found):
+    """These computations and all that they call."""
+    seen, left = set(), list(names)
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            for group in re.findall(r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)", "\n".join(found[name])):
+                left += re.findall(r"%([\w.\-]+)", group)
+    return seen
+
+def exchanged(lines):
+    """{kind: sorted numbers of elements} of the results of the collectives in these lines."""
+    result = {}
+    for line in lines:
+        if match := COLLECTIVE.search(line):
+            sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", match[1])]
+            result[match[2]] = sorted(result.get(match[2], []) + sizes)
+    return result
+
+@pytest.fixture(scope="module")
+def program():
+    """(the loop's lines, all other lines) of the eight-device step with three micro-steps."""
+    assert batch_shape(stages(CFG)[0], 8, CFG) == (3, 8, LENGTH + 1)
+    found = computations(EIGHT().step.as_text())
+    bodies = re.findall(r" while\(.*body=%([\w.\-]+)", "\n".join(itertools.chain(*found.values())))
+    inside = reachable(bodies, found)
+    return tuple([line for name, lines in found.items() if (name in inside) == chosen for line in lines] for chosen in (True, False))
+
+def test_nothing_is_exchanged_inside_the_accumulation_loop(program):
+    inside, _ = program
+    assert any(re.search(r" (dot|custom-call)\(", line) for line in inside)  # the loop found is the one with the model in it
+    assert exchanged(inside) == {}
+
+def test_each_split_gradient_is_reduced_once_and_each_split_weight_gathered_once(program):
+    _, outside = program
+    found, specs = exchanged(outside), name_leaves(param_specs(CFG))
+    assert set(found) == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+    assert found["reduce-scatter"] == sorted(math.prod(LOCAL_SHAPES[name]) for name in SPLIT)
+    assert found["all-gather"] == sorted(math.prod(shape_of(specs[name], CFG)) for name in SPLIT)
+    loss_and_count = [1, 1]
+    assert found["all-reduce"] == sorted([math.prod(shape) for name, shape in LOCAL_SHAPES.items() if name not in SPLIT] + loss_and_count)
+
+def test_muon_exchanges_an_eighth_of_each_split_matrix_there_and_back(program):
+    _, outside = program
+    # w_q and w_out: four matrices of 20 x 48, padded to eight; w_k and w_v: four of 20 x 16
+    assert sum(exchanged(outside)["all-to-all"]) == 2 * (8 * 20 * 48 // 8 + 8 * 20 * 16 // 8)
+
+
+# ---- Precision -------------------------------------------------------------------------------------------------------
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of the jaxprs inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+def test_with_bfloat16_matmuls_masters_and_sums_of_gradients_are_float32_and_matrices_travel_in_bfloat16():
+    cfg, mesh = config(compute_dtype="bfloat16"), make_mesh()
+    state = jax.eval_shape(make_init(Model(), mesh, cfg))
+    batch = jax.ShapeDtypeStruct(batch_shape(stages(cfg)[0], 8, cfg), jnp.uint16)
+    jaxpr, out = jax.make_jaxpr(make_train_step(stages(cfg)[0], Model(), mesh, cfg), return_shape=True)(state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), out[0]) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    kinds = {}
+    for eqn in equations(jaxpr.jaxpr):
+        kinds.setdefault(eqn.primitive.name, []).append(sorted({v.aval.dtype.name for v in eqn.invars if hasattr(v, "aval")}))
+    assert kinds["dot_general"] and all(dtypes == ["bfloat16"] for dtypes in kinds["dot_general"])
+    assert kinds["all_to_all"] and all(dtypes == ["bfloat16"] for dtypes in kinds["all_to_all"])
+    assert kinds["reduce_scatter"] == 6 * [["float32"]]
+    assert sorted(kinds["all_gather"]) == 5 * [["bfloat16"]] + [["float32"]]  # the embedding is looked up, not multiplied
+
+def test_compute_copies_are_bfloat16_where_they_are_multiplied_and_float32_elsewhere():
+    for tie in (0, 1):
+        cfg = config(compute_dtype="bfloat16", tie_embed=tie)
+        copies = jax.eval_shape(lambda: gather(jax.tree.map(lambda spec: jnp.zeros(shape_of(spec, cfg)), param_specs(cfg)),
+                                               param_specs(cfg), 1, cfg))
+        single = {"skip_mix", "blocks/x_mix", "blocks/x0_mix"} | (set() if tie else {"embed"})
+        assert {name for name, leaf in name_leaves(copies).items() if leaf.dtype == jnp.float32} == single
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=[8, 1])
+def scored(request):
+    """(nats, count) of the evaluation of 200 targets, on eight devices and on one; the tokens."""
+    cfg, mesh = config(micro_tokens=32), make_mesh(jax.devices()[:request.param])
+    tokens = np.concatenate([row[0] for row in random_rows(14, seed=9)])  # more than the 201 that are read
+    rows = to_devices(plan_val(Shards([], [tokens], {}), cfg), val_stage(cfg), mesh, cfg)
+    assert rows.shape == ((2, 16, 17) if request.param == 8 else (10, 2, 17))  # 19 rows of 11 targets, some places empty
+    params = jax.device_put(ONE().weights, state_shardings(Model(), mesh, cfg).params)
+    run = make_eval_step(Model(), mesh, cfg).lower(params, rows).compile(compiler_options=FAST)
+    return (*run(params, rows), tokens.astype(int))
+
+def test_evaluation_scores_each_target_once_after_the_context_it_should_see(scored):
+    nats, count, tokens = scored
+    expected, targets_seen = [], []
+    for start in range(0, 200, 11):
+        stop = min(start + 11, 200)
+        context = [BOS] * 5 if start == 0 else tokens[start - 5:start]
+        row = np.concatenate([context, tokens[start:stop]]).astype(int)[None]
+        logits = numpy_gpt.logits(ONE().weights, row, (4, 9), CFG, packed=True)[0, 5:]
+        expected.append(numpy_gpt.nats(logits, tokens[start + 1:stop + 1]))
+        targets_seen += range(start + 1, stop + 1)
+    assert targets_seen == list(range(1, 201)) and int(count) == 200
+    assert float(nats) == pytest.approx(np.concatenate(expected).sum(), rel=1e-5)
+
+
+# ---- Batches and rows ------------------------------------------------------------------------------------------------
+
+def test_a_batch_shape_holds_every_row_in_as_few_micro_steps_as_the_limit_allows():
+    stage = stages(CFG)[0]
+    for num_rows, devices, micro_rows in itertools.product((1, 3, 8, 11, 24, 40), (1, 3, 8), (0, 1, 2, 5)):
+        cfg = config(micro_tokens=micro_rows * 16)
+        num_micro, rows, width = batch_shape(stage._replace(batch_tokens=num_rows * 16), devices, cfg)
+        per_device = math.ceil(num_rows / devices)
+        assert width == 17 and rows % devices == 0 and num_micro * rows >= num_rows
+        assert rows // devices <= (micro_rows or per_device)
+        assert num_micro == math.ceil(per_device / min(micro_rows or per_device, per_device))
+
+def test_a_micro_step_holds_a_row_even_if_the_limit_is_shorter():
+    assert batch_shape(stages(CFG)[0], 8, config(micro_tokens=3)) == (3, 8, 17)
+
+def test_targets_are_the_next_tokens_and_what_is_not_there_weighs_nothing():
+    rows = np.array([[5, 6, 8, 9], [5, NO_TOKEN, NO_TOKEN, NO_TOKEN], [NO_TOKEN, NO_TOKEN, 3, 4]], np.uint16)
+    inputs, targets, weights = inputs_and_targets(jnp.asarray(rows), CFG)
+    assert inputs.tolist() == [[5, 6, 8], [5, BOS, BOS], [BOS, BOS, 3]]
+    assert targets.tolist() == [[6, 8, 9], [BOS, BOS, BOS], [BOS, 3, 4]]
+    assert weights.tolist() == [[1, 1, 1], [0, 0, 0], [0, 1, 1]] and weights.dtype == jnp.float32
+
+@pytest.mark.parametrize("tie", [0, 1])
+def test_flops_per_token_are_counted_as_by_hand(tie):
+    cfg = config(tie_embed=tie, seq_len="32", num_layers=3, window_short="5", window_long="0")
+    stage = stages(cfg)[0]
+    assert stage.windows == (5, 0, 5)
+    matrices = 3 * (20 * 48 + 2 * 20 * 16 + 48 * 20 + 2 * 20 * 37) + 256 * 20  # the head once, tied or not
+    attention = 0
+    for window in (5, 31, 5):
+        pairs = sum(1 for t in range(32) for s in range(32) if t - window <= s <= t)
+        attention += 6 * 2 * (2 * 8) * pairs / 32 * 3  # heads; q.k and p.v; 2 per dim; mean per token; forward, two backward
+    assert flops_per_token(stage, param_specs(cfg), cfg) == pytest.approx(6 * matrices + attention, rel=1e-9)
+    longer = stage._replace(windows=(1000, 0, 1000))  # a window past the row is no window
+    assert flops_per_token(longer, param_specs(cfg), cfg) == flops_per_token(stage._replace(windows=(0, 0, 0)), param_specs(cfg), cfg)
+
+
+# ---- Another architecture --------------------------------------------------------------------------------------------
+
+def bigram_specs(cfg):
+    return {"embed": Spec("V D", normal(1.0), "embed"), "blocks": {"w_mix": Spec("L D F", normal(0.1), "muon")},
+            "head": Spec("F V", normal(0.1), "head")}
+
+def bigram_loss(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
+    x_ND = weights["embed"][tokens_BT.ravel()]
+    y_NF = sum(jnp.tanh(matmul("ND,DF->NF", x_ND, layer["w_mix"])) for layer in weights["blocks"])
+    return cross_entropy(y_NF, weights["head"], target_BT.ravel(), weight_BT.ravel(), cfg)
+
+def test_another_model_trains_through_the_same_programs_and_stages_alike_share_one():
+    cfg = config(stage_ends="0.2,0.4,1", seq_len="16,8,16", max_doc_len="16,8,8", micro_tokens=0, muon_lr=0.01)
+    model, mesh = Model(specs=bigram_specs, loss=bigram_loss), make_mesh(jax.devices()[:2])
+    programs, notes = compile_all(model, mesh, cfg)
+    assert list(programs) == ["init", 0, 1, 2, "eval"] and programs[0] is programs[2] and programs[0] is not programs[1]
+    assert [note.split()[1] for note in notes] == ["init", "eval", "train_0", "train_1"]
+    warm_up(programs, mesh, cfg)
+    state, losses = programs["init"](), []
+    for step in range(30):
+        state, loss = programs[0](state, to_devices(random_rows(24, seed=step % 3), stages(cfg)[0], mesh, cfg))
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(math.log(131), abs=0.5) and losses[-1] < losses[0] - 1.5
+    nats, count = programs["eval"](state.params, to_devices([[random_rows(1)[0][0]]], val_stage(cfg), mesh, cfg))
+    assert int(count) == 11 and math.isfinite(float(nats))
