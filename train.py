@@ -265,11 +265,14 @@ def init_params(key, specs, cfg):
 
 def unstack(weights):
     """Stacked blocks -> a list of per-layer dicts: their gradients are then stacked once, not summed L times."""
+    if "blocks" not in weights:
+        return weights
     num_layers = len(jax.tree.leaves(weights["blocks"])[0])
     return weights | {"blocks": [jax.tree.map(lambda w: w[i], weights["blocks"]) for i in range(num_layers)]}
 
 def restack(weights):
-    return weights | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *weights["blocks"])}
+    stack = lambda *layers: jnp.stack(layers)
+    return weights | {"blocks": jax.tree.map(stack, *weights["blocks"])} if "blocks" in weights else weights
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 def rms_norm(x):
@@ -320,14 +323,14 @@ def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
 
 ATTENTION = {"xla": attention_xla}  # others stand behind the same signature
 
-def offset_keys(k_BSGK):
-    """Partial key offset (modded-nanogpt, record 49): the dims that RoPE leaves still come from the token before, so one
-    layer can look up what followed an earlier occurrence. Demo: validation loss 1.041 -> 1.000."""
+def offset_keys(k_BSGK, bos_BS):
+    """Partial key offset (modded-nanogpt, record 49): the dims that RoPE leaves still come from the token before, unless
+    a document starts, so one layer can look up what followed an earlier occurrence. Demo: loss 1.041 -> 1.000."""
     still_K = np.arange(k_BSGK.shape[-1]) // (k_BSGK.shape[-1] // 4) % 2 == 1
     before_BSGK = jnp.pad(k_BSGK, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-    return jnp.where(still_K[None, None, None], before_BSGK, k_BSGK)
+    return jnp.where(still_K[None, None, None] & ~bos_BS[:, :, None, None], before_BSGK, k_BSGK)
 
-def attention(x_BTD, p, first_BT, position_T, table, window, offset, cfg, cache=None):
+def attention(x_BTD, p, first_BT, position_T, table, window, offset_bos_BS, cfg, cache=None):
     """One layer's self-attention with normed queries and keys (arXiv:2010.04245). Returns (output, cache).
     cache: None, or (k_BSGK, v_BSGK) whose places position_T are written before they are attended to."""
     heads = lambda w: rearrange(matmul("BTD,DN->BTN", x_BTD, w), "B T (H K) -> B T H K", K=cfg.head_dim)
@@ -336,7 +339,7 @@ def attention(x_BTD, p, first_BT, position_T, table, window, offset, cfg, cache=
     if cache is not None:
         k_BTGK, v_BTGK = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, position_T[0], axis=1)
                                        for old, new in zip(cache, (k_BTGK, v_BTGK)))
-    k_BTGK = offset_keys(k_BTGK) if offset else k_BTGK
+    k_BTGK = k_BTGK if offset_bos_BS is None else offset_keys(k_BTGK, offset_bos_BS)
     if window:
         first_BT = jnp.maximum(first_BT, (position_T - window)[None])
     y_BTHK = ATTENTION[cfg.attention](q_BTHK, k_BTGK, v_BTGK, first_BT, position_T, window, cfg)
@@ -350,11 +353,13 @@ def forward(weights, tokens_BT, windows, cfg, cache=None):
     """tokens -> (normed final activations x_BTD, cache).
     weights: compute copies, blocks unstacked. windows: per block, static. cache: None, a row being positions 0..T-1; or
     from init_cache, then the tokens are appended at cache["position"]."""
-    offset, carried_B = (cache["position"], cache["doc_start"]) if cache else (0, jnp.zeros(len(tokens_BT), jnp.int32))
-    position_T = offset + jnp.arange(tokens_BT.shape[1])
-    doc_start_BT = jax.lax.cummax(jnp.where(tokens_BT == cfg.bos_id, position_T[None], carried_B[:, None]), axis=1)
-    packed = any(stage.max_doc_len for stage in stages(cfg))  # in a plain stream attention crosses documents
-    first_BT = doc_start_BT if packed else jnp.zeros_like(doc_start_BT)
+    start, num_tokens, bos_BS = cache["position"] if cache else 0, tokens_BT.shape[1], tokens_BT == cfg.bos_id
+    if cache:
+        bos_BS = jax.lax.dynamic_update_slice_in_dim(cache["bos"], bos_BS, start, axis=1)
+    position_T, packed = start + jnp.arange(num_tokens), any(stage.max_doc_len for stage in stages(cfg))
+    key_1S = jnp.arange(bos_BS.shape[1])[None]
+    doc_start_BS = jax.lax.cummax(jnp.where(bos_BS & packed, key_1S, 0), axis=1)  # a plain stream is one document
+    first_BT = jax.lax.dynamic_slice_in_dim(doc_start_BS, start, num_tokens, axis=1)
     x_BTD = x0_BTD = rms_norm(weights["embed"][tokens_BT].astype(cfg.activation_dtype))
     after, kv, table, offset_blocks = {}, [], rotary_table(position_T, cfg), layer_list(cfg.offset_layers)
     for i, p in enumerate(weights["blocks"]):
@@ -362,13 +367,13 @@ def forward(weights, tokens_BT, windows, cfg, cache=None):
             if destination == i:
                 x_BTD += (weights["skip_mix"][j] * after[source]).astype(x_BTD.dtype)
         x_BTD = (p["x_mix"] * x_BTD + p["x0_mix"] * x0_BTD).astype(x_BTD.dtype)
-        y_BTD, layer_cache = attention(rms_norm(x_BTD), p, first_BT, position_T, table, windows[i], i in offset_blocks, cfg,
-                                       cache and cache["kv"][i])
+        y_BTD, layer_cache = attention(rms_norm(x_BTD), p, first_BT, position_T, table, windows[i],
+                                       bos_BS if i in offset_blocks else None, cfg, cache and cache["kv"][i])
         x_BTD += y_BTD
         x_BTD += mlp(rms_norm(x_BTD), p)
         after[i] = x_BTD
         kv.append(layer_cache)
-    cache = cache and {"position": offset + tokens_BT.shape[1], "doc_start": doc_start_BT[:, -1], "kv": kv}
+    cache = cache and {"position": start + num_tokens, "bos": bos_BS, "kv": kv}
     return rms_norm(x_BTD), cache
 
 def softcapped_logits(x_ND, head_DV, cfg):
@@ -390,10 +395,11 @@ def cross_entropy(x_ND, head_DV, target_N, weight_N, cfg):
 
 def _cross_entropy_forward(x_ND, head_DV, target_N, weight_N, cfg):
     logits_NV = softcapped_logits(x_ND, head_DV, cfg)
-    exp_NV = jnp.exp(mask_unused(logits_NV, cfg) - jnp.max(logits_NV, axis=1, keepdims=True))
+    used_NV, hit_NV = mask_unused(logits_NV, cfg), jnp.arange(cfg.padded_vocab)[None] == target_N[:, None]
+    top_N1 = jnp.max(used_NV, axis=1, keepdims=True)
+    exp_NV = jnp.exp(used_NV - top_N1)
     sum_N = jnp.sum(exp_NV, axis=1)
-    hit_NV = jnp.arange(cfg.padded_vocab)[None] == target_N[:, None]
-    loss = jnp.sum(weight_N * (jnp.log(sum_N) - jnp.log(jnp.sum(jnp.where(hit_NV, exp_NV, 0), axis=1))))
+    loss = jnp.sum(weight_N * (jnp.log(sum_N) + top_N1[:, 0] - jnp.sum(jnp.where(hit_NV, logits_NV, 0), axis=1)))
     g_NV = (exp_NV / sum_N[:, None] - hit_NV) * weight_N[:, None]
     g_NV = (g_NV * (1 - jnp.square(logits_NV / cfg.softcap)) if cfg.softcap else g_NV).astype(head_DV.dtype)
     dx_ND, dhead_DV = product("NV,DV->ND", g_NV, head_DV), product("ND,NV->DV", x_ND.astype(head_DV.dtype), g_NV)
@@ -415,7 +421,7 @@ def init_cache(num_rows, max_len, cfg):
     """An empty key/value cache for `decode`: max_len positions for each of num_rows sequences."""
     zeros = lambda: jnp.zeros((num_rows, max_len, cfg.kv_heads, cfg.head_dim), cfg.compute_dtype)
     kv = [(zeros(), zeros()) for _ in range(cfg.num_layers)]
-    return {"position": jnp.int32(0), "doc_start": jnp.zeros(num_rows, jnp.int32), "kv": kv}
+    return {"position": jnp.int32(0), "bos": jnp.zeros((num_rows, max_len), bool), "kv": kv}
 
 def decode(weights, cache, tokens_BT, cfg):
     """Append tokens (a prompt, or one per row) to the cache. Returns float32 logits_BV of what follows, and the cache."""
@@ -489,6 +495,7 @@ def orthogonalize_spread(matrices, axes, num_devices, cfg):
         batch = jnp.concatenate([u.reshape(-1, *shape) for _, u in members]).astype(cfg.compute_dtype)
         if split:
             batch = jnp.pad(batch, ((0, -len(batch) % num_devices), (0, 0), (0, 0)))
+            batch = jax.lax.optimization_barrier(batch)  # XLA on CPUs miscompiles slices of one concatenated here
             batch = jax.lax.all_to_all(batch, "data", split_axis=0, concat_axis=2, tiled=True)
         batch = orthogonalize(batch, cfg.ns_steps, cfg.compute_dtype)
         if split:
@@ -565,7 +572,8 @@ def open_shard(path):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise DataError(f"{path}: begins with {header[:2].tolist()}, wanted [{SHARD_MAGIC}, {SHARD_VERSION}]. {again}")
+        raise DataError(f"{path}: {size} bytes that begin with {header[:2].tolist()}, wanted {HEADER_BYTES} or more that begin "
+                        f"with [{SHARD_MAGIC}, {SHARD_VERSION}]. {again}")
     if header[2] <= 0 or size != HEADER_BYTES + 2 * int(header[2]):
         raise DataError(f"{path}: {size} bytes, which is not {HEADER_BYTES} + 2 for each of its {header[2]} tokens. {again}")
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
@@ -592,6 +600,7 @@ def plan_stream(shards, cfg):
     blocks = [(tokens, start) for tokens in shards.tokens for start in range(0, len(tokens) - block, block)]
     order, position = np.arange(len(blocks)), 0
     for stage in stages(cfg):
+        position += -position % stage.seq_len  # rows never cross a block
         for _ in range(stage.first, stage.last):
             rows = []
             for _ in range(stage.batch_tokens // stage.seq_len):
@@ -873,7 +882,9 @@ def read_manifest(folder):
             if file_sha256(folder / file) != manifest["sha256"][file]:
                 raise CheckpointError(f"{folder / file}: damaged, its SHA-256 is not the manifest's; delete {folder}")
         return {"step": int(manifest["step"]), "config": dict(manifest["config"]), "progress": dict(manifest["progress"])}
-    except (OSError, TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error!r}); delete it") from error
 
 def load_checkpoint(folder, step, state):
@@ -905,7 +916,7 @@ def find_checkpoint(cfg):
     auto, path = cfg.resume == "auto", Path(cfg.resume)
     runs = [run for run in sorted(Path(cfg.log_dir).glob("*"), reverse=True) if agrees(run)][:1] if auto else [path]
     folders = [folder for run in runs if cfg.resume for folder in sorted(run.glob("ckpt/step-*"), reverse=True)]
-    folders = [path] if not auto and (path / "manifest.json").exists() else folders
+    folders = [path] if cfg.resume and not auto and (path / "manifest.json").exists() else folders
     if not folders and (auto or not cfg.resume):
         if auto:
             print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
@@ -1040,7 +1051,10 @@ def parse_flags(argv):
             field = fields[entry[1]]
             words = f"{entry[2]} (default: {field.default!r})".replace("%", "%%")
             group.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=words)
-    given, unknown = parser.parse_known_args(argv)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except ValueError as error:  # UsageError, or an open quote in @FILE
+        fail(error)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
         fail(f"{unknown[0]}: there is no such flag; the nearest is --{near}")
@@ -1075,6 +1089,10 @@ def validate(cfg):
         raise error if isinstance(error, UsageError) else UsageError(f"a flag's value cannot be read: {error}") from error
     for name in ("steps", "num_layers", "model_dim", "num_heads", "mlp_dim", "val_tokens", "log_every", "max_epochs"):
         need(getattr(cfg, name) >= 1, name, "at least 1")
+    for name in ("seed", "num_kv_heads", "attn_block", "micro_tokens", "val_window_short", "val_window_long"):
+        need(getattr(cfg, name) >= 0, name, "at least 0")
+    for name in ("max_doc_len", "window_short", "window_long"):
+        need(min(map(int, getattr(cfg, name).split(","))) >= 0, name, "at least 0")
     need(all(dtype in ("float32", "bfloat16", "float16") for dtype in dtypes), "compute_dtype", "float32, bfloat16 or float16")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
@@ -1156,14 +1174,15 @@ def warm_up(programs, mesh, cfg):
 def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
     """Dispatch a step, then wait for the loss of the one before. Returns (state, last metrics)."""
     due = lambda every, done: bool(every) and done % every == 0
-    trace = [int(x) for x in cfg.profile.split(":")] if cfg.profile else [None, None]
-    pending = None
+    first, pending = int(state.step), None
+    start, stop = [int(x) for x in (cfg.profile or "-1:-1").split(":")]
+    start, stop = max(start, first), min(stop, cfg.steps)
     run.start()
-    for step in range(int(state.step), cfg.steps):
+    for step in range(first, cfg.steps):
         asked = time.perf_counter()
         batch = next(batches)
         run.waited += time.perf_counter() - asked
-        if step == trace[0]:
+        if step == start < stop:
             jax.profiler.start_trace(str(run.folder / "profile"))
         state, loss = programs[stage_at(step, run.table).index](state, batch)
         if pending:
@@ -1171,7 +1190,7 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
             if due(cfg.log_every, row["step"]):
                 run.write(row)
         pending, done, last = (step, loss), step + 1, step + 1 == cfg.steps
-        if done == trace[1]:
+        if done == stop > start:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         evaluates, saves = last or due(cfg.val_every, done), last or due(cfg.save_every, done)
@@ -1183,6 +1202,8 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
                 nats, count = programs["eval"](state.params, val_rows)
                 assert int(count) == cfg.val_tokens, f"{count} targets scored, wanted {cfg.val_tokens}"
                 row["val_loss"] = float(nats) / cfg.val_tokens
+                if not math.isfinite(row["val_loss"]):
+                    raise NonFiniteLoss(f"the validation loss after step {done} is {row['val_loss']}; {run.folder} stands as it is")
                 if row["val_loss"] <= cfg.target_loss and not run.reached:
                     run.reached = {"step": done, "train_time_s": run.seconds()[0]}
             if evaluates or due(cfg.log_every, done):
