@@ -323,14 +323,14 @@ def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
 
 ATTENTION = {"xla": attention_xla}  # others stand behind the same signature
 
-def offset_keys(k_BSGK, bos_BS):
-    """Partial key offset (modded-nanogpt, record 49): the dims that RoPE leaves still come from the token before, unless
-    a document starts, so one layer can look up what followed an earlier occurrence. Demo: loss 1.041 -> 1.000."""
+def offset_keys(k_BSGK, starts_BS):
+    """Partial key offset (modded-nanogpt, record 49): the dims that RoPE leaves still come from the token before, or are 0
+    where a document starts, so one layer can look up what followed an earlier occurrence. Demo: loss 1.041 -> 1.000."""
     still_K = np.arange(k_BSGK.shape[-1]) // (k_BSGK.shape[-1] // 4) % 2 == 1
     before_BSGK = jnp.pad(k_BSGK, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-    return jnp.where(still_K[None, None, None] & ~bos_BS[:, :, None, None], before_BSGK, k_BSGK)
+    return jnp.where(still_K[None, None, None], jnp.where(starts_BS[:, :, None, None], 0, before_BSGK), k_BSGK)
 
-def attention(x_BTD, p, first_BT, position_T, table, window, offset_bos_BS, cfg, cache=None):
+def attention(x_BTD, p, first_BT, position_T, table, window, starts_BS, cfg, cache=None):
     """One layer's self-attention with normed queries and keys (arXiv:2010.04245). Returns (output, cache).
     cache: None, or (k_BSGK, v_BSGK) whose places position_T are written before they are attended to."""
     heads = lambda w: rearrange(matmul("BTD,DN->BTN", x_BTD, w), "B T (H K) -> B T H K", K=cfg.head_dim)
@@ -339,7 +339,7 @@ def attention(x_BTD, p, first_BT, position_T, table, window, offset_bos_BS, cfg,
     if cache is not None:
         k_BTGK, v_BTGK = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, position_T[0], axis=1)
                                        for old, new in zip(cache, (k_BTGK, v_BTGK)))
-    k_BTGK = k_BTGK if offset_bos_BS is None else offset_keys(k_BTGK, offset_bos_BS)
+    k_BTGK = k_BTGK if starts_BS is None else offset_keys(k_BTGK, starts_BS)
     if window:
         first_BT = jnp.maximum(first_BT, (position_T - window)[None])
     y_BTHK = ATTENTION[cfg.attention](q_BTHK, k_BTGK, v_BTGK, first_BT, position_T, window, cfg)
@@ -368,7 +368,7 @@ def forward(weights, tokens_BT, windows, cfg, cache=None):
                 x_BTD += (weights["skip_mix"][j] * after[source]).astype(x_BTD.dtype)
         x_BTD = (p["x_mix"] * x_BTD + p["x0_mix"] * x0_BTD).astype(x_BTD.dtype)
         y_BTD, layer_cache = attention(rms_norm(x_BTD), p, first_BT, position_T, table, windows[i],
-                                       bos_BS if i in offset_blocks else None, cfg, cache and cache["kv"][i])
+                                       doc_start_BS == key_1S if i in offset_blocks else None, cfg, cache and cache["kv"][i])
         x_BTD += y_BTD
         x_BTD += mlp(rms_norm(x_BTD), p)
         after[i] = x_BTD
@@ -572,7 +572,7 @@ def open_shard(path):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise DataError(f"{path}: {size} bytes that begin with {header[:2].tolist()}, wanted {HEADER_BYTES} or more that begin "
+        raise DataError(f"{path}: {size} bytes, begins with {header[:2].tolist()}, wanted {HEADER_BYTES} or more, beginning "
                         f"with [{SHARD_MAGIC}, {SHARD_VERSION}]. {again}")
     if header[2] <= 0 or size != HEADER_BYTES + 2 * int(header[2]):
         raise DataError(f"{path}: {size} bytes, which is not {HEADER_BYTES} + 2 for each of its {header[2]} tokens. {again}")

@@ -195,6 +195,7 @@ def test_a_weight_is_split_along_the_first_axis_of_the_rule_that_divides():
     assert {name: axis for name, axis in axes(8).items() if axis is not None} == {
         "embed": 0, "head": 1, "blocks/w_q": 2, "blocks/w_k": 2, "blocks/w_v": 2, "blocks/w_out": 1}
     assert axes(8, mlp_dim=40)["blocks/w_up"] == 2 and axes(8, mlp_dim=40)["blocks/w_down"] == 1
+    assert (axes(4)["embed"], axes(4)["blocks/w_q"], axes(4)["blocks/w_out"]) == (0, 2, 1)  # though D divides too
     assert axes(5)["blocks/w_up"] == 1 and axes(5)["blocks/w_down"] == 2 and axes(5)["embed"] == 1  # along D
 
 def test_the_state_is_donated():
