@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent
 class UsageError(ValueError): exit_code = 2        # a flag that cannot be
 class DataError(ValueError): exit_code = 3         # a shard or corpus that is missing, damaged or too small
 class CheckpointError(ValueError): exit_code = 4   # a checkpoint that is damaged or another run's
+class OtherConfig(CheckpointError): pass
 class NonFiniteLoss(RuntimeError): exit_code = 5   # the loss became NaN or infinite
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
@@ -142,16 +143,9 @@ PRESETS = {
 MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices"}  # when resuming
 SPEEDRUN_SHARDS = 10  # training shards that hold the speedrun's tokens and the document ends it does not read
 
-class Stage(NamedTuple):
-    """Steps first..last-1, which share one compiled program. The sequence-length warmup is a table of these."""
-    index: int
-    first: int
-    last: int
-    batch_tokens: int
-    seq_len: int
-    max_doc_len: int
-    windows: tuple  # per block: tokens looked back, 0: no limit
-    lr: float
+# Steps first..last-1 share one compiled program: a table of stages is the sequence-length warmup.
+Stage = NamedTuple("Stage", [("index", int), ("first", int), ("last", int), ("batch_tokens", int), ("seq_len", int),
+                             ("max_doc_len", int), ("windows", tuple), ("lr", float)])  # windows: a length per block, 0: no limit
 
 def stages(cfg):
     """The stage table. Raises UsageError where a list has neither one value nor one per stage."""
@@ -172,17 +166,16 @@ def val_stage(cfg):
     windows = layer_windows(cfg.val_window_short, cfg.val_window_long, cfg)
     return Stage(-1, 0, 0, num_rows * cfg.val_seq_len, cfg.val_seq_len, 0, windows, 0.0)
 
+def layer_list(text): return [int(layer) for layer in text.split(",") if layer]
+
 def layer_windows(short, long, cfg):
     return tuple(long if layer in layer_list(cfg.long_layers) else short for layer in range(cfg.num_layers))
-
-def layer_list(text): return [int(layer) for layer in text.split(",") if layer]
 
 # ---- Mesh and precision ----------------------------------------------------------------------------------------------
 SPLIT_AXES = ("F", "HK", "GK", "V", "D")  # a weight is split over the devices along the first of these that divides
 
 def make_mesh(devices=None):
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.make_mesh((len(devices or jax.devices()),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 def split_axis(spec, cfg, num_devices):
     """Index of the axis along which a weight and its optimizer state are split, or None: a copy on each device."""
@@ -197,16 +190,13 @@ def matmul(spec, x, w, out_dtype=None):
     two matmuls of three float32. Each letter of an operand must occur in the other operand or in the result."""
     return _matmul(spec, x.astype(w.dtype), w).astype(out_dtype or x.dtype)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(spec, x, w):
-    return product(spec, x, w)
-
 def _matmul_backward(spec, operands, g):
     (x, w), (x_axes, w_axes, out_axes) = operands, re.split(",|->", spec)
     g = g.astype(w.dtype)
     dx, dw = product(f"{out_axes},{w_axes}->{x_axes}", g, w), product(f"{x_axes},{out_axes}->{w_axes}", x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
+_matmul = jax.custom_vjp(lambda spec, x, w: product(spec, x, w), nondiff_argnums=(0,))
 _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backward)
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
@@ -294,9 +284,8 @@ def rotate(x_BTHK, table):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
 
 def attention_xla(q_BTHK, k_BSGK, v_BSGK, first_BT, position_T, window, cfg):
-    """Causal attention of queries at position_T over the keys first_BT..position_T. Correct everywhere.
-    When training (T == S) it goes by blocks of cfg.attn_block queries, each against the keys that causality and window
-    leave in reach; first_BT already holds the window and the document's start, exactly."""
+    """Causal attention of queries at position_T over the keys first_BT (document and window) .. position_T, anywhere. When
+    training (T == S) it goes by blocks of cfg.attn_block queries, against the keys that causality and window leave."""
     num_queries, num_keys, block = q_BTHK.shape[1], k_BSGK.shape[1], cfg.attn_block or q_BTHK.shape[1]
     if num_queries != num_keys or num_queries % block:
         block, window = num_queries, 0
@@ -350,9 +339,8 @@ def mlp(x_BTD, p):
     return matmul("BTF,FD->BTD", jnp.square(jax.nn.relu(matmul("BTD,DF->BTF", x_BTD, p["w_up"]))), p["w_down"])
 
 def forward(weights, tokens_BT, windows, cfg, cache=None):
-    """tokens -> (normed final activations x_BTD, cache).
-    weights: compute copies, blocks unstacked. windows: per block, static. cache: None, a row being positions 0..T-1; or
-    from init_cache, then the tokens are appended at cache["position"]."""
+    """tokens -> (normed final activations x_BTD, cache). weights: compute copies, blocks unstacked. windows: per block.
+    cache: None, a row being positions 0..T-1; or from init_cache, then the tokens are appended at its position."""
     start, num_tokens, bos_BS = cache["position"] if cache else 0, tokens_BT.shape[1], tokens_BT == cfg.bos_id
     if cache:
         bos_BS = jax.lax.dynamic_update_slice_in_dim(cache["bos"], bos_BS, start, axis=1)
@@ -377,38 +365,29 @@ def forward(weights, tokens_BT, windows, cfg, cache=None):
     return rms_norm(x_BTD), cache
 
 def softcapped_logits(x_ND, head_DV, cfg):
-    """Float32 logits, bounded by softcap * tanh(z / softcap) (arXiv:2408.00118)."""
-    z_NV = matmul("ND,DV->NV", x_ND, head_DV, f32)
-    return cfg.softcap * jnp.tanh(z_NV / cfg.softcap) if cfg.softcap else z_NV
-
-def mask_unused(logits_NV, cfg):
-    """Ids past vocab_size pad the table and cannot be predicted."""
-    used_1V = jnp.arange(cfg.padded_vocab)[None] < cfg.vocab_size
-    return logits_NV if cfg.vocab_size == cfg.padded_vocab else jnp.where(used_1V, logits_NV, -1e30)
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(x_ND, head_DV, target_N, weight_N, cfg):
-    """Sum over tokens of weight * (-log softmax(logits)[target]), in nats, float32.
-    Its gradient is formed along with the loss, while the logits are there (three matmuls of the head's size, not four,
-    and no logits kept). Labels are compared, not gathered: a gather's gradient would be a scatter over V."""
-    return _cross_entropy_forward(x_ND, head_DV, target_N, weight_N, cfg)[0]  # the unused gradient is not computed
+    """Float32 logits, bounded by softcap * tanh(z / softcap) (arXiv:2408.00118); the ids that pad the table get none."""
+    z_NV, used_1V = matmul("ND,DV->NV", x_ND, head_DV, f32), jnp.arange(cfg.padded_vocab)[None] < cfg.vocab_size
+    z_NV = cfg.softcap * jnp.tanh(z_NV / cfg.softcap) if cfg.softcap else z_NV
+    return z_NV if cfg.vocab_size == cfg.padded_vocab else jnp.where(used_1V, z_NV, -1e15)
 
 def _cross_entropy_forward(x_ND, head_DV, target_N, weight_N, cfg):
+    """Sum over tokens of weight * (-log softmax(logits)[target]), in nats, float32. Its gradient is formed along with it,
+    while the logits are there (three matmuls of the head's size, not four, and no logits kept); where it is not wanted,
+    the compiler drops it. Labels are compared, not gathered: a gather's gradient would be a scatter over V."""
     logits_NV = softcapped_logits(x_ND, head_DV, cfg)
-    used_NV, hit_NV = mask_unused(logits_NV, cfg), jnp.arange(cfg.padded_vocab)[None] == target_N[:, None]
-    top_N1 = jnp.max(used_NV, axis=1, keepdims=True)
-    exp_NV = jnp.exp(used_NV - top_N1)
+    top_N1 = jnp.max(logits_NV, axis=1, keepdims=True)
+    exp_NV = jnp.exp(logits_NV - top_N1)
     sum_N = jnp.sum(exp_NV, axis=1)
+    hit_NV = jnp.arange(cfg.padded_vocab)[None] == target_N[:, None]
     loss = jnp.sum(weight_N * (jnp.log(sum_N) + top_N1[:, 0] - jnp.sum(jnp.where(hit_NV, logits_NV, 0), axis=1)))
     g_NV = (exp_NV / sum_N[:, None] - hit_NV) * weight_N[:, None]
     g_NV = (g_NV * (1 - jnp.square(logits_NV / cfg.softcap)) if cfg.softcap else g_NV).astype(head_DV.dtype)
     dx_ND, dhead_DV = product("NV,DV->ND", g_NV, head_DV), product("ND,NV->DV", x_ND.astype(head_DV.dtype), g_NV)
     return loss, (dx_ND.astype(x_ND.dtype), dhead_DV.astype(head_DV.dtype))
 
-def _cross_entropy_backward(cfg, saved, g):
-    return *((g * grad).astype(grad.dtype) for grad in saved), None, None
-
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+cross_entropy = jax.custom_vjp(lambda *arguments: _cross_entropy_forward(*arguments)[0], nondiff_argnums=(4,))
+cross_entropy.defvjp(_cross_entropy_forward,
+                     lambda cfg, saved, g: (*((g * grad).astype(grad.dtype) for grad in saved), None, None))
 
 def head_of(weights, cfg): return weights["embed"].T if cfg.tie_embed else weights["head"]
 
@@ -426,7 +405,7 @@ def init_cache(num_rows, max_len, cfg):
 def decode(weights, cache, tokens_BT, cfg):
     """Append tokens (a prompt, or one per row) to the cache. Returns float32 logits_BV of what follows, and the cache."""
     x_BTD, cache = forward(weights, tokens_BT, val_stage(cfg).windows, cfg, cache)
-    return mask_unused(softcapped_logits(x_BTD[:, -1], head_of(weights, cfg), cfg), cfg), cache
+    return softcapped_logits(x_BTD[:, -1], head_of(weights, cfg), cfg), cache
 
 # ---- Schedules -------------------------------------------------------------------------------------------------------
 # Pure functions of the step. Values are traced inside the step; shapes, which pick a program, are Python numbers.
@@ -483,10 +462,9 @@ def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
     return x if wide else x.mT
 
 def orthogonalize_spread(matrices, axes, num_devices, cfg):
-    """Orthogonalize stacked matrices [..., M, N] that are held split along `axes`, each device doing its share.
-    Matrices of one shape form one batch, padded to a multiple of the devices and turned so that the split axis is last.
-    An all-to-all trades a slice of every matrix for every slice of some matrices, and back: 1/num_devices of the bytes
-    that gathering the gradients would move."""
+    """Orthogonalize stacked matrices [..., M, N] that are held split along `axes`, each device doing its share: those of
+    one shape form a batch, padded to a multiple of the devices, and an all-to-all trades a slice of every matrix for every
+    slice of some, and back. That moves 1/num_devices of the bytes of gathering them."""
     batches, results = {}, [None] * len(matrices)
     for i, (u, axis) in enumerate(zip(matrices, axes)):
         turned = u.mT if axis == u.ndim - 2 else u
@@ -549,10 +527,8 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 NO_TOKEN = 0xFFFF  # stands where a row holds no token: read as BOS, never scored
 POOL = 64          # documents the packer chooses from
 
-class Shards(NamedTuple):
-    paths: list
-    tokens: list  # of uint16 arrays, memory-mapped
-    meta: dict    # the folder's meta.json: tokenizer, vocab_size, bos_id
+# meta: the folder's meta.json: tokenizer, vocab_size, bos_id
+Shards = NamedTuple("Shards", [("paths", list), ("tokens", list), ("meta", dict)])
 
 def write_shard(path, tokens):
     """Write uint16 tokens as a shard, atomically; a file that holds them already is left alone."""
@@ -615,9 +591,9 @@ def plan_stream(shards, cfg):
             yield rows, position
 
 def plan_packed(shards, cfg):
-    """Yield (rows, tokens read) of steps 0, 1, ..., rows packed from the beginnings of documents, each led by BOS.
-    A row of T + 1 tokens takes, of the POOL next documents cut to max_doc_len, the longest that fits, again and again;
-    when none fits, the shortest is cut to fill the row. What is cut off is not read, as in the FineWeb records."""
+    """Yield (rows, tokens read) of steps 0, 1, ..., each row packed from the beginnings of documents: of the POOL next, cut
+    to max_doc_len, the longest that fits, again and again; when none fits, the shortest, cut. What is cut off is not
+    trained on, as in the FineWeb records."""
     def documents():
         for tokens in shards.tokens * cfg.max_epochs:
             starts = np.flatnonzero(tokens == cfg.bos_id)
@@ -670,8 +646,7 @@ def to_devices(rows, stage, mesh, cfg):
     return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, "data")), local)
 
 def train_batches(shards, first_step, mesh, cfg, depth=2):
-    """Each step's batch from first_step on, on the devices, made `depth` ahead by one thread. What a step reads is a
-    pure function of step, config and shards, however many processes share the work."""
+    """Batches from first_step on, on the devices, made `depth` ahead by one thread; each depends on config and shards only."""
     planned, table = itertools.islice(plan(shards, cfg), first_step, None), stages(cfg)
     make = lambda step: to_devices(next(planned)[0], stage_at(step, table), mesh, cfg)
     with ThreadPoolExecutor(1) as pool:
@@ -693,14 +668,12 @@ def cache_dir():
     return path
 
 def embedded_corpus():
-    """The interpreter's own standard library as byte shards (BOS 256), in the cache. Returns globs (train, val).
-    A file belongs to validation if the first byte of the SHA-256 of its relative path is below 13, about 5 % do.
-    Raises DataError where fewer than 300 files are found."""
+    """The interpreter's own standard library as byte shards (BOS 256), in the cache. Returns globs (train, val); val are
+    the files whose relative path's SHA-256 begins with a byte below 13, about 5 %. DataError under 300 files."""
     root, parts, count = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}, 0
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         *folders, base = name.split("/")
-        too_large = (root / name).stat().st_size > 200_000
-        if too_large or NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata"):
+        if (NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata") or (root / name).stat().st_size > 200_000):
             continue
         split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
         parts[split] += [np.array([256], np.uint16), np.frombuffer((root / name).read_bytes(), np.uint8)]
@@ -727,11 +700,8 @@ def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
     return ids
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
-class State(NamedTuple):
-    """What a step takes and returns, and what a checkpoint holds."""
-    step: jax.Array
-    params: dict
-    opt_state: dict  # as params, each leaf a dict of SLOTS
+# What a step takes and returns, and what a checkpoint holds. opt_state is as params, each leaf a dict of SLOTS.
+State = NamedTuple("State", [("step", jax.Array), ("params", dict), ("opt_state", dict)])
 
 def state_shardings(model, mesh, cfg):
     """Sharding of every leaf of the state, off the weight table."""
@@ -807,8 +777,7 @@ def make_init(model, mesh, cfg):
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
 def compile_all(model, mesh, cfg):
-    """({"init", "eval" and each stage's index: compiled program}, a line about each), lowered and compiled in parallel,
-    once for stages alike."""
+    """({"init", "eval" and each stage's index: compiled program}, a line about each), in parallel, once for stages alike."""
     init, rows = make_init(model, mesh, cfg), NamedSharding(mesh, P(None, "data"))
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                          jax.eval_shape(init), state_shardings(model, mesh, cfg))
@@ -874,22 +843,25 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress):
     for old in sorted(final.parent.glob("step-*"))[:-2]:
         shutil.rmtree(old)
 
-def read_manifest(folder):
-    """The manifest of a checkpoint whose files have the hashes it names. Raises CheckpointError."""
+def read_manifest(folder, cfg):
+    """The manifest of a checkpoint of this config whose files have the hashes it names. Raises CheckpointError."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for file in ("params.safetensors", "opt.safetensors"):
-            if file_sha256(folder / file) != manifest["sha256"][file]:
-                raise CheckpointError(f"{folder / file}: damaged, its SHA-256 is not the manifest's; delete {folder}")
-        return {"step": int(manifest["step"]), "config": dict(manifest["config"]), "progress": dict(manifest["progress"])}
-    except CheckpointError:
-        raise
+        step, saved, progress = int(manifest["step"]), dict(manifest["config"]), dict(manifest["progress"])
+        mine, hashes = dataclasses.asdict(cfg), dict(manifest["sha256"])
+        if differing := sorted(k for k in mine | saved if k not in MAY_DIFFER and mine.get(k) != saved.get(k)):
+            raise OtherConfig(f"{folder}: saved with --{differing[0]}={saved.get(differing[0])}, but this run has "
+                              f"{mine.get(differing[0])}; use the same, or start anew without --resume")
+        damaged = [name for name in ("params", "opt") if file_sha256(folder / f"{name}.safetensors") != hashes[f"{name}.safetensors"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: not a whole checkpoint ({error!r}); delete it") from error
+        whole = isinstance(error, OtherConfig)
+        raise error if whole else CheckpointError(f"{folder}: not a whole checkpoint ({error!r}); delete it") from error
+    if damaged:
+        raise CheckpointError(f"{folder}/{damaged[0]}.safetensors: its SHA-256 is not the manifest's, it is damaged; delete {folder}")
+    return {"step": step, "progress": progress}
 
 def load_checkpoint(folder, step, state):
-    """The State at `step` saved in a folder that read_manifest has passed, placed as `state` is. Raises CheckpointError
-    where names, shapes or dtypes differ."""
+    """The State that a verified folder holds, placed as `state` is. CheckpointError where names, shapes or dtypes differ."""
     trees = []
     for (file, wanted), tree in zip(checkpoint_files(state).items(), (state.params, state.opt_state)):
         found = safetensors.numpy.load_file(folder / file)
@@ -901,43 +873,27 @@ def load_checkpoint(folder, step, state):
         trees.append(jax.tree.map_with_path(put, tree))
     return State(jax.device_put(np.int32(step), state.step.sharding), *trees)
 
-def differing_field(config, cfg):
-    """First field in which a saved config is not this one, those that may differ aside; None if they agree."""
-    mine = dataclasses.asdict(cfg)
-    return next((k for k in sorted(mine | config) if k not in MAY_DIFFER and mine.get(k) != config.get(k)), None)
-
 def find_checkpoint(cfg):
     """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError."""
-    def agrees(run):
+    path, problem = Path(cfg.resume), f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN"
+    pattern, path = ("*/ckpt/step-*", Path(cfg.log_dir)) if cfg.resume == "auto" else ("ckpt/step-*", path)
+    folders = sorted(path.glob(pattern), reverse=True) if not (path / "manifest.json").exists() else [path]
+    for folder in folders if cfg.resume else []:  # newest first
         try:
-            return differing_field(dict(json.loads((run / "config.json").read_text())["config"]), cfg) is None
-        except (OSError, ValueError, TypeError, KeyError):
-            return False
-    auto, path = cfg.resume == "auto", Path(cfg.resume)
-    runs = [run for run in sorted(Path(cfg.log_dir).glob("*"), reverse=True) if agrees(run)][:1] if auto else [path]
-    folders = [folder for run in runs if cfg.resume for folder in sorted(run.glob("ckpt/step-*"), reverse=True)]
-    folders = [path] if cfg.resume and not auto and (path / "manifest.json").exists() else folders
-    if not folders and (auto or not cfg.resume):
-        if auto:
-            print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
-        return None, {"step": 0, "progress": {}}
-    problem = f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN"
-    for folder in folders:
-        try:
-            manifest = read_manifest(folder)
-            if field := differing_field(manifest["config"], cfg):
-                raise CheckpointError(f"{folder}: saved with --{field}={manifest['config'].get(field)}, but this run has "
-                                      f"{getattr(cfg, field, None)}; use the same, or start anew without --resume")
-            return folder, manifest
+            return folder, read_manifest(folder, cfg)
         except CheckpointError as error:
-            print(f"--resume={cfg.resume}: passing over {(problem := str(error))}")
-    raise CheckpointError(problem)
+            if cfg.resume != "auto" or not isinstance(error, OtherConfig):
+                print(f"--resume={cfg.resume}: passing over {(problem := error)}")
+    if cfg.resume and (cfg.resume != "auto" or isinstance(problem, CheckpointError)):
+        raise problem if isinstance(problem, CheckpointError) else CheckpointError(problem)
+    if cfg.resume:
+        print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
+    return None, {"step": 0, "progress": {}}
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
 class Run:
     """A run's folder, its clock, and what it writes: log.txt, metrics.jsonl, the console. Only process 0 writes.
     The clock counts training: it stands still for compilation, warm-up, evaluation, checkpoints and sampling."""
-
     def __init__(self, folder, specs, cfg, progress):
         self.folder, self.cfg, self.table, self.writes = folder, cfg, stages(cfg), jax.process_index() == 0
         kind = jax.devices()[0].device_kind
@@ -948,23 +904,16 @@ class Run:
         self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
         if self.writes:
             folder.mkdir(parents=True, exist_ok=True)
-
-    def start(self):
-        self.since = np.array([time.perf_counter(), time.process_time()])
-
-    def stop(self):
-        self.total, self.since = self.seconds(), None
-
+    def start(self): self.since = np.array([time.perf_counter(), time.process_time()])
+    def stop(self): self.total, self.since = self.seconds(), None
     def seconds(self):
         """Of training so far: [wall, cpu]."""
         now = np.array([time.perf_counter(), time.process_time()])
         return self.total + (0 if self.since is None else now - self.since)
-
     def append(self, name, text):
         if self.writes:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
-
     def line(self, text, passing=False):
         """To log.txt and the console; on a terminal the next line takes the place of a passing one."""
         self.append("log.txt", text)
@@ -972,14 +921,12 @@ class Run:
             terminal = sys.stdout.isatty()
             print(("\r\x1b[K" if self.passing else "") + text, end="" if terminal and passing else "\n", flush=True)
             self.passing = terminal and passing
-
     def settle(self, step, loss):
         """Wait for the loss of a dispatched step; its metrics. Raises NonFiniteLoss."""
         stage, loss = stage_at(step, self.table), float(loss)
         if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the training loss of step {step + 1} is {loss}. Usual causes: a learning rate too high "
-                                f"(--muon_lr, --embed_lr, --head_lr), a narrow --compute_dtype, damaged data. The "
-                                f"checkpoints in {self.folder} stand")
+            raise NonFiniteLoss(f"the training loss of step {step + 1} is {loss}. Usual causes: a learning rate (--muon_lr, --embed_lr, "
+                                f"--head_lr), a narrow --compute_dtype, damaged data. The checkpoints in {self.folder} stand")
         wall, cpu = self.seconds().tolist()
         self.steps += 1
         step_s = (wall - self.marked) / self.steps
@@ -988,7 +935,6 @@ class Run:
                "lr": stage.lr * lr_scale(step, self.cfg), "tokens_per_s": stage.batch_tokens / step_s,
                "input_wait_ms": 1e3 * self.waited / self.steps}
         return row | ({"mfu": row["tokens_per_s"] * self.flops[stage.index] / self.peak} if self.peak else {})
-
     def write(self, row):
         """A step's line and metrics row; times are means since the last one."""
         left = tokens_before(self.cfg.steps, self.table) - row["tokens"]
@@ -999,10 +945,8 @@ class Run:
                   f"mfu:{mfu} wait:{row['input_wait_ms']:.1f}ms eta:{left / speed:.0f}s", not val)
         self.metrics(row)
         self.marked, self.steps, self.waited = row["train_time_s"], 0, 0.0
-
     def metrics(self, row):
         self.append("metrics.jsonl", json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}))
-
     def seal(self):
         """The log's last line: SHA-256 of all bytes above it."""
         self.append("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}" if self.writes else "")
@@ -1023,15 +967,13 @@ def loss_svg(rows, cfg):
         loss, step = low + (high - low) * i / 5, cfg.steps * i // 5
         parts += [f'<path d="M60 {y(loss)}H760"/>', text(54, y(loss, -4), f"{loss:.2f}", "end"), text(x(step), 378, step)]
     parts += [f'<path d="M{x(stage.first)} 30V360"/>' for stage in stages(cfg)[1:]]
-    if cfg.target_loss > low:
-        parts += [f'<path class="goal" d="M60 {y(cfg.target_loss)}H760"/>',
-                  text(64, y(cfg.target_loss, 4), f"target {cfg.target_loss:g}", "start")]
+    parts += [f'<path class="goal" d="M60 {y(cfg.target_loss)}H760"/>' if cfg.target_loss > low else ""]
     parts.append(f'<path class="train" d="M{"L".join(f"{x(step)} {y(loss)}" for step, loss in train)}"/>')
     for step, loss, _ in val:
         parts += [f'<circle cx="{x(step)}" cy="{y(loss)}" r="3.5"/>', text(x(step), y(loss, 8), f"{loss:.3f}")]
     title = f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {val[-1][2]:.1f} s of training"
-    parts += [text(410, 18, title), text(410, 402, "step; dots: validation, line: training batch, nats per token"), "</svg>"]
-    return "\n".join(parts)
+    axis = f"step; dots: validation, line: training batch, nats per token; dashes: target {cfg.target_loss:g}"
+    return "\n".join([*parts, text(410, 18, title), text(410, 402, axis), "</svg>"])
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def parse_flags(argv):
@@ -1087,12 +1029,10 @@ def validate(cfg):
         pairs, trace = [(*pair,) for pair in cfg.skip_pairs], [int(x) for x in (cfg.profile or "0:1").split(":")]
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, UsageError) else UsageError(f"a flag's value cannot be read: {error}") from error
-    for name in ("steps", "num_layers", "model_dim", "num_heads", "mlp_dim", "val_tokens", "log_every", "max_epochs"):
-        need(getattr(cfg, name) >= 1, name, "at least 1")
-    for name in ("seed", "num_kv_heads", "attn_block", "micro_tokens", "val_window_short", "val_window_long"):
-        need(getattr(cfg, name) >= 0, name, "at least 0")
-    for name in ("max_doc_len", "window_short", "window_long"):
-        need(min(map(int, getattr(cfg, name).split(","))) >= 0, name, "at least 0")
+    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs"), (0, "seed num_kv_heads "
+                         "attn_block micro_tokens val_window_short val_window_long window_short window_long max_doc_len")):
+        for name in names.split():
+            need(min(map(int, str(getattr(cfg, name)).split(","))) >= least, name, f"at least {least}")
     need(all(dtype in ("float32", "bfloat16", "float16") for dtype in dtypes), "compute_dtype", "float32, bfloat16 or float16")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
@@ -1123,8 +1063,7 @@ def configure(argv):
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 def open_data(cfg):
-    """(training shards, validation shards, a line about the plan, config completed from meta.json), all checked.
-    Raises DataError."""
+    """(training shards, validation shards, a line about the plan, config completed), all checked. Raises DataError."""
     corpus = embedded_corpus() if not (cfg.train_files and cfg.val_files) else ("", "")
     train, val = open_shards(cfg.train_files or corpus[0]), open_shards(cfg.val_files or corpus[1])
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or train.meta["vocab_size"],
@@ -1165,7 +1104,7 @@ def describe(run, why, argv, train, val, notes, cfg):
         run.line(text)
 
 def warm_up(programs, mesh, cfg):
-    """Run every training program once on a throw-away state and empty rows, so that the first step finds all loaded."""
+    """Run every training program on a throw-away state and empty rows, so that the first step finds all loaded."""
     state = programs["init"]()
     for stage in stages(cfg):
         state, _ = programs[stage.index](state, to_devices([], stage, mesh, cfg))

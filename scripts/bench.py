@@ -105,7 +105,9 @@ def work(pipe, workload, name, program, cfg, source):
         cpu_ms, wall_ms = 1e3 * (time.process_time() - cpu) / num_steps, 1e3 * float(np.median(np.diff(ticks)))
         pipe.send({"workload": workload, "program": name, "cpu_ms": cpu_ms, "wall_ms": wall_ms, "losses": losses[:4],
                    "tokens_per_s": 1e3 * stage.batch_tokens / wall_ms, "gflops": [before, calibrate()], "compile_s": compile_s})
-        num_steps = pipe.recv()
+        num_steps = 0
+        with contextlib.suppress(EOFError):  # the end of the parent is the end of this
+            num_steps = pipe.recv()
 
 def measure(workload, programs, args):
     """programs: {name: (function, cfg, source)}. Prints a row for each turn of each, and returns them as dicts."""
