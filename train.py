@@ -23,7 +23,6 @@ gathers compute copies once, accumulates gradients locally, and reduces each gra
 import argparse, bisect, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os, platform, re, shlex
 import shutil, sys, sysconfig, time, zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -45,7 +44,7 @@ class OtherConfig(CheckpointError): pass
 class NonFiniteLoss(RuntimeError): exit_code = 5   # the loss became NaN or infinite
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Every number one can turn; the defaults are the speedrun. Each field is a flag, its comment the flag's help."""
     # -- Run
@@ -129,17 +128,16 @@ PRESETS = {
     "speedrun": {},
     "demo": dict(
         steps=660, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, skips="1>3", attn_scale=0.2,
-        offset_layers="0,1,2,3", stage_ends="1", batch_tokens="2048", seq_len="256", max_doc_len="0", window_short="0", window_long="0",
-        long_layers="", micro_tokens=1024, attn_block=128, muon_lr=0.02, muon_momentum="0.85,0.95,100", adam_beta1=0.9,
-        residual_dtype="float32", train_files="", val_files="", shuffle=1, val_tokens=262_144, val_every=110,
+        offset_layers="0,1,2,3", stage_ends="1", batch_tokens="2048", seq_len="256", max_doc_len="0", window_short="0",
+        window_long="0", long_layers="", micro_tokens=1024, attn_block=128, muon_lr=0.02, muon_momentum="0.85,0.95,100",
+        adam_beta1=0.9, residual_dtype="float32", train_files="", val_files="", shuffle=1, val_tokens=262_144, val_every=110,
         val_seq_len=256, val_context=128, val_window_short=0, val_window_long=0, target_loss=1.18),
     "tiny": dict(
-        steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, skips="0>2", offset_layers="1", attn_scale=0.3,
-        stage_ends="0.5,1", batch_tokens="512,1024", seq_len="32,64", max_doc_len="0", window_short="16,24",
-        window_long="0", long_layers="1", micro_tokens=0, attn_block=32, compute_dtype="float32", train_files="",
+        steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, skips="0>2", offset_layers="1",
+        attn_scale=0.3, stage_ends="0.5,1", batch_tokens="512,1024", seq_len="32,64", max_doc_len="0", long_layers="1",
+        window_short="16,24", window_long="0", micro_tokens=0, attn_block=32, compute_dtype="float32", train_files="",
         val_files="", shuffle=1, val_tokens=2048, val_every=10, val_seq_len=64, val_context=32, val_window_short=24,
-        val_window_long=0, target_loss=0.0, log_every=5),
-}
+        val_window_long=0, target_loss=0.0, log_every=5)}
 MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices"}  # when resuming
 SPEEDRUN_SHARDS = 10  # training shards that hold the speedrun's tokens and the document ends it does not read
 
@@ -163,8 +161,8 @@ def stages(cfg):
 def val_stage(cfg):
     """Validation as a stage: one batch, whose rows score all but their context."""
     num_rows = -(-cfg.val_tokens // (cfg.val_seq_len - cfg.val_context))
-    windows = layer_windows(cfg.val_window_short, cfg.val_window_long, cfg)
-    return Stage(-1, 0, 0, num_rows * cfg.val_seq_len, cfg.val_seq_len, 0, windows, 0.0)
+    return Stage(-1, 0, 0, num_rows * cfg.val_seq_len, cfg.val_seq_len, 0,
+                 layer_windows(cfg.val_window_short, cfg.val_window_long, cfg), 0.0)
 
 def layer_list(text): return [int(layer) for layer in text.split(",") if layer]
 
@@ -207,7 +205,7 @@ AXIS_SIZE = {
     "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim,
     "V": lambda cfg: cfg.padded_vocab, "J": lambda cfg: len(cfg.skip_pairs)}
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """One weight. Not a pytree node, so jax.tree sees each Spec as a leaf."""
     axes: str       # "L D F": one word per array axis; "HK" is two logical axes held merged
@@ -261,8 +259,7 @@ def unstack(weights):
     return weights | {"blocks": [jax.tree.map(lambda w: w[i], weights["blocks"]) for i in range(num_layers)]}
 
 def restack(weights):
-    stack = lambda *layers: jnp.stack(layers)
-    return weights | {"blocks": jax.tree.map(stack, *weights["blocks"])} if "blocks" in weights else weights
+    return weights | {"blocks": jax.tree.map(lambda *w: jnp.stack(w), *weights["blocks"])} if "blocks" in weights else weights
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 def rms_norm(x):
@@ -289,8 +286,8 @@ def attention_xla(q_BTHK, k_BSGK, v_BSGK, first_BT, position_T, window, cfg):
     num_queries, num_keys, block = q_BTHK.shape[1], k_BSGK.shape[1], cfg.attn_block or q_BTHK.shape[1]
     if num_queries != num_keys or num_queries % block:
         block, window = num_queries, 0
-    scale = cfg.attn_scale or cfg.head_dim ** -0.5
-    q_BHTK, k_BGSK, v_BGSK = (z.swapaxes(1, 2) for z in (q_BTHK * scale, k_BSGK, v_BSGK))
+    q_BTHK *= cfg.attn_scale or cfg.head_dim ** -0.5
+    q_BHTK, k_BGSK, v_BGSK = (z.swapaxes(1, 2) for z in (q_BTHK, k_BSGK, v_BSGK))
     outputs = []
     for start in range(0, num_queries, block):
         here = slice(start, start + block)
@@ -334,8 +331,7 @@ def attention(x_BTD, p, first_BT, position_T, table, window, starts_BS, cfg, cac
     y_BTHK = ATTENTION[cfg.attention](q_BTHK, k_BTGK, v_BTGK, first_BT, position_T, window, cfg)
     return matmul("BTN,ND->BTD", rearrange(y_BTHK, "B T H K -> B T (H K)"), p["w_out"], x_BTD.dtype), cache
 
-def mlp(x_BTD, p):
-    """ReLU^2 (arXiv:2109.08668)."""
+def mlp(x_BTD, p):  # ReLU^2 (arXiv:2109.08668)
     return matmul("BTF,FD->BTD", jnp.square(jax.nn.relu(matmul("BTD,DF->BTF", x_BTD, p["w_up"]))), p["w_down"])
 
 def forward(weights, tokens_BT, windows, cfg, cache=None):
@@ -399,8 +395,8 @@ def loss_fn(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
 def init_cache(num_rows, max_len, cfg):
     """An empty key/value cache for `decode`: max_len positions for each of num_rows sequences."""
     zeros = lambda: jnp.zeros((num_rows, max_len, cfg.kv_heads, cfg.head_dim), cfg.compute_dtype)
-    kv = [(zeros(), zeros()) for _ in range(cfg.num_layers)]
-    return {"position": jnp.int32(0), "bos": jnp.zeros((num_rows, max_len), bool), "kv": kv}
+    return {"position": jnp.int32(0), "bos": jnp.zeros((num_rows, max_len), bool),
+            "kv": [(zeros(), zeros()) for _ in range(cfg.num_layers)]}
 
 def decode(weights, cache, tokens_BT, cfg):
     """Append tokens (a prompt, or one per row) to the cache. Returns float32 logits_BV of what follows, and the cache."""
@@ -424,8 +420,7 @@ def muon_momentum(step, cfg):
 
 def stage_at(step, table): return next(stage for stage in table if step < stage.last)
 
-def tokens_before(step, table):
-    """Training tokens of the steps before this one."""
+def tokens_before(step, table):  # training tokens of the steps before this one
     return sum((min(s.last, step) - s.first) * s.batch_tokens for s in table if s.first < step)
 
 # ---- Optimizers ------------------------------------------------------------------------------------------------------
@@ -527,14 +522,11 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 NO_TOKEN = 0xFFFF  # stands where a row holds no token: read as BOS, never scored
 POOL = 64          # documents the packer chooses from
 
-# meta: the folder's meta.json: tokenizer, vocab_size, bos_id
-Shards = NamedTuple("Shards", [("paths", list), ("tokens", list), ("meta", dict)])
+Shards = NamedTuple("Shards", [("paths", list), ("tokens", list), ("meta", dict)])  # meta: tokenizer, vocab_size, bos_id
 
 def write_shard(path, tokens):
     """Write uint16 tokens as a shard, atomically; a file that holds them already is left alone."""
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    blob = header.tobytes() + np.asarray(tokens, "<u2").tobytes()
+    blob = np.array([SHARD_MAGIC, SHARD_VERSION, len(tokens)] + [0] * 253, "<i4").tobytes() + np.asarray(tokens, "<u2").tobytes()
     if not path.is_file() or path.read_bytes() != blob:
         staging = path.with_suffix(f".{os.getpid()}")
         staging.write_bytes(blob)
@@ -562,9 +554,8 @@ def open_shards(pattern):
         raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; "
                         "or train on this machine's own text: --preset=demo")
     tokens, file = [open_shard(path) for path in paths], paths[0].parent / "meta.json"
-    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
     try:
-        meta = json.loads(file.read_text()) if file.exists() else meta
+        meta = json.loads(file.read_text()) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
         return Shards(paths, tokens, {k: kind(meta[k]) for k, kind in zip(("tokenizer", "vocab_size", "bos_id"), (str, int, int))})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{file}: {error!r}; wanted tokenizer, vocab_size and bos_id") from error
@@ -628,8 +619,7 @@ def batch_shape(stage, num_devices, cfg):
     """(A, B, T + 1): micro-steps, rows of each over all devices, tokens of each. Where there are more places than rows,
     some stay empty: any batch runs on any number of devices."""
     per_device = -(-stage.batch_tokens // stage.seq_len // num_devices)
-    limit = cfg.micro_tokens or (1 << 16 if stage.index < 0 else stage.batch_tokens)
-    per_micro = min(per_device, max(1, limit // stage.seq_len))
+    per_micro = min(per_device, max(1, (cfg.micro_tokens or (1 << 16 if stage.index < 0 else stage.batch_tokens)) // stage.seq_len))
     return -(-per_device // per_micro), per_micro * num_devices, stage.seq_len + 1
 
 def to_devices(rows, stage, mesh, cfg):
@@ -694,8 +684,7 @@ def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
     cache, tokens, ids = model.init_cache(1, len(prompt) + num_tokens, cfg), jnp.array([prompt]), []
     for i in range(num_tokens):
         logits_BV, cache = step(weights, cache, tokens)
-        key = jax.random.fold_in(jax.random.key(cfg.seed), i)
-        tokens = jax.random.categorical(key, logits_BV / temperature)[:, None]
+        tokens = jax.random.categorical(jax.random.fold_in(jax.random.key(cfg.seed), i), logits_BV / temperature)[:, None]
         ids.append(int(tokens[0, 0]))
     return ids
 
@@ -854,8 +843,7 @@ def read_manifest(folder, cfg):
                               f"{mine.get(differing[0])}; use the same, or start anew without --resume")
         damaged = [name for name in ("params", "opt") if file_sha256(folder / f"{name}.safetensors") != hashes[f"{name}.safetensors"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        whole = isinstance(error, OtherConfig)
-        raise error if whole else CheckpointError(f"{folder}: not a whole checkpoint ({error!r}); delete it") from error
+        raise error if isinstance(error, OtherConfig) else CheckpointError(f"{folder}: not a whole checkpoint ({error!r}); delete it") from error
     if damaged:
         raise CheckpointError(f"{folder}/{damaged[0]}.safetensors: its SHA-256 is not the manifest's, it is damaged; delete {folder}")
     return {"step": step, "progress": progress}
@@ -896,8 +884,8 @@ class Run:
     The clock counts training: it stands still for compilation, warm-up, evaluation, checkpoints and sampling."""
     def __init__(self, folder, specs, cfg, progress):
         self.folder, self.cfg, self.table, self.writes = folder, cfg, stages(cfg), jax.process_index() == 0
-        kind = jax.devices()[0].device_kind
-        self.peak = next((peak * jax.device_count() for name, peak in PEAK_FLOPS.items() if name in kind), None)
+        peaks = [peak for kind, peak in PEAK_FLOPS.items() if kind in jax.devices()[0].device_kind]
+        self.peak = peaks[0] * jax.device_count() if peaks else None
         self.flops = [flops_per_token(stage, specs, cfg) for stage in self.table]
         self.total, self.reached = np.array(progress.get("seconds", [0.0, 0.0])), progress.get("reached")
         self.since, self.created, self.passing = None, time.perf_counter(), False
@@ -908,8 +896,7 @@ class Run:
     def stop(self): self.total, self.since = self.seconds(), None
     def seconds(self):
         """Of training so far: [wall, cpu]."""
-        now = np.array([time.perf_counter(), time.process_time()])
-        return self.total + (0 if self.since is None else now - self.since)
+        return self.total + (0 if self.since is None else np.array([time.perf_counter(), time.process_time()]) - self.since)
     def append(self, name, text):
         if self.writes:
             with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -1096,7 +1083,7 @@ def describe(run, why, argv, train, val, notes, cfg):
     with ThreadPoolExecutor() as pool:
         files = [f"data: {path.name} tokens:{len(tokens)} sha256:{digest}" for path, tokens, digest
                  in zip(paths, train.tokens + val.tokens, pool.map(file_sha256, paths))]
-    scored = hashlib.sha256(val.tokens[0][:cfg.val_tokens + 1].tobytes()).hexdigest()
+    scored = hashlib.sha256(val.tokens[0][:cfg.val_tokens + 1]).hexdigest()
     for text in (f"preset: {cfg.preset} ({why})", f"argv: {shlex.join(argv)}", f"config: {pairs(dataclasses.asdict(cfg))}",
                  f"versions: {pairs(versions())}",
                  f"devices: {count} x {kind}, {jax.process_count()} processes, {os.cpu_count()} host cores", *files,
@@ -1173,9 +1160,8 @@ def report(state, row, run, meta, model, cfg):
             ids = sample(weights, [cfg.bos_id, *prompt.encode()], 200, model, cfg)
             run.line(f"sample: {prompt}{bytes(i for i in ids if i < 256).decode(errors='replace')}")
     run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
-    if cfg.preset != "speedrun":
-        run.line("next: look at loss.svg; `python train.py --seed=1`; `python train.py --help`; and on a TPU VM or a GPU "
-                 f"machine `python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`")
+    run.line("next: look at loss.svg; `python train.py --seed=1`; `python train.py --help`; and on a TPU VM or a GPU machine "
+             f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`")
 
 def main(argv=None, model=None):
     """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop.
