@@ -322,18 +322,18 @@ def test_no_matmul_of_a_bfloat16_training_loss_has_a_float32_operand(tie, residu
 
 def head_inputs(cfg, scale=1.0):
     rng = np.random.default_rng(0)
-    x_ND, head_DV = (np.float32(scale * rng.standard_normal(shape)) for shape in ((17, 20), (20, cfg.padded_vocab)))
-    return x_ND, head_DV, rng.integers(0, cfg.vocab_size, 17), np.float32(rng.choice([0, 0.3, 1], 17))
+    x_ND, head_DV = (np.float32(scale * rng.standard_normal(shape)) for shape in ((21, 20), (20, cfg.padded_vocab)))
+    return x_ND, head_DV, rng.integers(0, cfg.vocab_size, 21), np.float32(rng.choice([0, 0.3, 1], 21))
 
 @pytest.mark.parametrize("softcap", [5.0, 0.0])
-@pytest.mark.parametrize("vocab_size", [131, 128])
-def test_cross_entropy_and_its_gradients_are_those_of_plain_autodiff(vocab_size, softcap):
-    cfg = config(softcap=softcap, vocab_size=vocab_size)
+@pytest.mark.parametrize("vocab_size,head_block", [(131, 7), (128, 0), (128, 8)])  # three blocks, one, and one that is uneven
+def test_cross_entropy_and_its_gradients_are_those_of_plain_autodiff(vocab_size, head_block, softcap):
+    cfg = config(softcap=softcap, vocab_size=vocab_size, head_block=head_block)
     x_ND, head_DV, target_N, weight_N = head_inputs(cfg)
     def plain(x, head):
         z = (x @ head)[:, :vocab_size]
         z = softcap * jnp.tanh(z / softcap) if softcap else z
-        return jnp.sum(-jax.nn.log_softmax(z)[np.arange(17), target_N] * weight_N)
+        return jnp.sum(-jax.nn.log_softmax(z)[np.arange(21), target_N] * weight_N)
     found, expected = (jit(jax.value_and_grad(lambda x, head: 3.7 * f(x, head), argnums=(0, 1)))(x_ND, head_DV) for f in
                        (lambda x, head: cross_entropy(x, head, target_N, weight_N, cfg), plain))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
@@ -362,7 +362,7 @@ def test_cross_entropy_of_logits_far_below_the_paddings_is_exact():
 
 def test_a_target_of_weight_zero_gives_no_loss_and_no_gradient():
     x_ND, head_DV, target_N, _ = head_inputs(BASE)
-    loss, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(x_ND, head_DV, target_N, np.zeros(17, np.float32), BASE)
+    loss, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(x_ND, head_DV, target_N, np.zeros(21, np.float32), BASE)
     assert loss == 0 and not any(np.any(grad) for grad in grads)
 
 def test_rms_norm_gives_unit_rms_in_the_inputs_dtype_and_survives_zeros():
