@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -339,6 +340,13 @@ def test_cross_entropy_and_its_gradients_are_those_of_plain_autodiff(vocab_size,
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
     only_loss = jit(lambda: cross_entropy(x_ND, head_DV, target_N, weight_N, cfg))()
     np.testing.assert_allclose(3.7 * only_loss, expected[0], rtol=1e-5)
+
+@pytest.mark.parametrize("head_block", [0, 7])
+def test_where_no_gradient_is_wanted_the_compiled_loss_multiplies_by_the_head_once(head_block):
+    cfg = config(head_block=head_block)
+    loss = lambda *inputs: cross_entropy(*inputs, cfg)
+    count = lambda f: len(re.findall(r" = \S+ dot\(", jit(f).lower(*head_inputs(cfg)).compile().as_text()))
+    assert (count(loss), count(jax.value_and_grad(loss, argnums=(0, 1)))) == (1, 3)
 
 def assert_finite_and_exact(x_ND, head_DV, target_N, weight_N, cfg):
     z = (np.float64(x_ND) @ np.float64(head_DV))[:, :cfg.vocab_size]
