@@ -128,11 +128,11 @@ class Config:
 PRESETS = {
     "speedrun": {},
     "demo": dict(
-        steps=660, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, skips="1>3", attn_scale=0.2,
+        steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, skips="1>3", attn_scale=0.2,
         offset_layers="0,1,2,3", stage_ends="1", batch_tokens="2048", seq_len="256", max_doc_len="0", window_short="0",
         window_long="0", long_layers="", micro_tokens=1024, attn_block=128, muon_lr=0.02, muon_momentum="0.85,0.95,100",
-        adam_beta1=0.9, residual_dtype="float32", train_files="", val_files="", shuffle=1, val_tokens=262_144, val_every=110,
-        val_seq_len=256, val_context=128, val_window_short=0, val_window_long=0, target_loss=1.18),
+        adam_beta1=0.9, residual_dtype="float32", train_files="", val_files="", shuffle=1, val_tokens=262_144, val_every=250,
+        val_seq_len=256, val_context=128, val_window_short=0, val_window_long=0, target_loss=1.05),
     "tiny": dict(
         steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, skips="0>2", offset_layers="1",
         attn_scale=0.3, stage_ends="0.5,1", batch_tokens="512,1024", seq_len="32,64", max_doc_len="0", long_layers="1",
@@ -842,17 +842,19 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress):
 def read_manifest(folder, cfg):
     """The manifest of a checkpoint of this config whose files have the hashes it names. Raises CheckpointError."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        step, saved, progress = int(manifest["step"]), dict(manifest["config"]), dict(manifest["progress"])
-        mine, hashes = dataclasses.asdict(cfg), dict(manifest["sha256"])
+        own, run = folder / "manifest.json", folder.parent.parent / "config.json"  # both hold the config
+        saved, mine = dict(json.loads((run if run.exists() else own).read_text())["config"]), dataclasses.asdict(cfg)
         if differing := sorted(k for k in mine | saved if k not in MAY_DIFFER and mine.get(k) != saved.get(k)):
             raise OtherConfig(f"{folder}: saved with --{differing[0]}={saved.get(differing[0])}, but this run has "
                               f"{mine.get(differing[0])}; use the same, or start anew without --resume")
-        damaged = [name for name in ("params", "opt") if file_sha256(folder / f"{name}.safetensors") != hashes[f"{name}.safetensors"]]
+        manifest = json.loads(own.read_text())
+        progress, hashes, _ = (dict(manifest[key]) for key in ("progress", "sha256", "config"))
+        step, files = int(manifest["step"]), ("params.safetensors", "opt.safetensors")
+        damaged = [file for file in files if file_sha256(folder / file) != hashes[file]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise error if isinstance(error, OtherConfig) else CheckpointError(f"{folder}: not a whole checkpoint ({error!r}); delete it") from error
     if damaged:
-        raise CheckpointError(f"{folder}/{damaged[0]}.safetensors: its SHA-256 is not the manifest's, it is damaged; delete {folder}")
+        raise CheckpointError(f"{folder / damaged[0]}: damaged, its SHA-256 is not the manifest's; delete {folder}")
     return {"step": step, "progress": progress}
 
 def load_checkpoint(folder, step, state):

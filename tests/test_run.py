@@ -565,9 +565,8 @@ def test_auto_takes_the_newest_run_of_this_config_and_is_not_misled_by_what_else
     newer, other = folder.with_name("20991231T000000Z-000000"), folder.with_name("20991231T000001Z-000000")
     shutil.copytree(folder, newer)
     shutil.copytree(folder, other)
-    for path in other.glob("ckpt/*/manifest.json"):
-        manifest = json.loads(path.read_text())
-        path.write_text(json.dumps(manifest | {"config": manifest["config"] | {"seed": 1}}))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"config": config["config"] | {"seed": 1}}))
     folder.with_name("zz.txt").write_text("a file")
     (folder.parent / "zzz").mkdir()
     (folder.parent / "zzz" / "config.json").write_text("no json")
@@ -581,6 +580,13 @@ def test_auto_without_a_run_of_this_config_says_so_and_starts_at_step_0(finished
         found, manifest = train.find_checkpoint(config_of(finished, *flags, "--resume=auto"))
         assert found is None and manifest["step"] == 0
         assert re.search(r"--resume=auto: no checkpoint .*step 0", capsys.readouterr().out)
+
+
+def test_auto_is_not_stopped_by_a_damaged_run_of_another_config(finished, tmp_path, capsys):
+    log_dir, folder = copy_of(finished, tmp_path)
+    (folder / "ckpt/step-000012/manifest.json").write_text("{")
+    found, manifest = train.find_checkpoint(config_of(finished, log_dir, "--resume=auto", "--seed=1"))
+    assert found is None and manifest["step"] == 0 and "step 0" in capsys.readouterr().out
 
 
 def test_without_resume_nothing_is_resumed(finished, tmp_path, monkeypatch, capsys):
