@@ -5,7 +5,7 @@
 """Train a GPT to a target validation loss in the least time: one file, pure JAX, to be read from top to bottom.
 
     python train.py                      on a CPU: a byte-level demo on Python's own source, two minutes of training
-    python cached_fineweb10B.py 10       on a TPU or GPU: fetch FineWeb (GPT-2 tokens), then
+    python cached_fineweb10B.py 11       on a TPU or GPU: fetch FineWeb (GPT-2 tokens), then
     python train.py                      train a GPT-2-class model towards validation loss 3.28, the `speedrun` preset
     python train.py --steps=500 @my.args every number below is a flag (--help); @FILE reads flags from a file
 
@@ -140,7 +140,7 @@ PRESETS = {
         val_files="", shuffle=1, val_tokens=2048, val_every=10, val_seq_len=64, val_context=32, val_window_short=24,
         val_window_long=0, target_loss=0.0, log_every=5)}
 MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices"}  # when resuming
-SPEEDRUN_SHARDS = 10  # training shards that hold the speedrun's tokens and the document ends it does not read
+SPEEDRUN_SHARDS = 11  # training shards that hold the speedrun's tokens and the document ends it does not read
 
 # Steps first..last-1 share one compiled program: a table of stages is the sequence-length warmup.
 Stage = NamedTuple("Stage", [("index", int), ("first", int), ("last", int), ("batch_tokens", int), ("seq_len", int),
@@ -166,7 +166,6 @@ def val_stage(cfg):
                  layer_windows(cfg.val_window_short, cfg.val_window_long, cfg), 0.0)
 
 def layer_list(text): return [int(layer) for layer in text.split(",") if layer]
-
 def layer_windows(short, long, cfg):
     return tuple(long if layer in layer_list(cfg.long_layers) else short for layer in range(cfg.num_layers))
 
@@ -247,10 +246,8 @@ def name_of(path): return jax.tree_util.keystr(path, simple=True, separator="/")
 
 def init_params(key, specs, cfg):
     """First values, keyed by name: adding a row leaves every other weight's value as it was."""
-    def init(path, spec):
-        leaf_key = jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
-        return spec.init(leaf_key, shape_of(spec, cfg)).astype(f32)
-    return jax.tree.map_with_path(init, specs)
+    leaf_key = lambda path: jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
+    return jax.tree.map_with_path(lambda path, spec: spec.init(leaf_key(path), shape_of(spec, cfg)).astype(f32), specs)
 
 def unstack(weights):
     """Stacked blocks -> a list of per-layer dicts: their gradients are then stacked once, not summed L times."""
@@ -414,7 +411,8 @@ def decode(weights, cache, tokens_BT, cfg):
 # Pure functions of the step. Values are traced inside the step; shapes, which pick a program, are Python numbers.
 def ramp(step, steps, values):
     """Piecewise linear through (steps, values), constant outside. A Python step gives a Python number, off the device."""
-    return float(np.interp(step, steps, values)) if isinstance(step, int) else jnp.interp(step, jnp.array(steps), jnp.array(values))
+    clip, pieces = np.clip if isinstance(step, int) else jnp.clip, zip(steps, steps[1:], values, values[1:])
+    return values[0] + sum((y1 - y0) * clip((step - x0) / max(x1 - x0, 1e-9), 0.0, 1.0) for x0, x1, y0, y1 in pieces)
 
 def lr_scale(step, cfg):
     """Multiplies every learning rate: up over warmup_steps, 1, then straight down to final_lr_scale at the last step."""
@@ -426,7 +424,6 @@ def muon_momentum(step, cfg):
     return ramp(step, [0.0, max(steps, 1.0)], [low, high])
 
 def stage_at(step, table): return next(stage for stage in table if step < stage.last)
-
 def tokens_before(step, table):  # training tokens of the steps before this one
     return sum((min(s.last, step) - s.first) * s.batch_tokens for s in table if s.first < step)
 
@@ -553,7 +550,7 @@ def open_shard(path):
         raise DataError(f"{path}: {size} bytes, which is not {HEADER_BYTES} + 2 for each of its {header[2]} tokens. {again}")
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
 
-def find_shards(pattern): return [Path(path) for path in sorted(glob.glob(pattern) or glob.glob(str(ROOT / pattern)))]
+def find_shards(pattern): return [Path(p) for p in sorted(glob.glob(pattern) or pattern and glob.glob(str(ROOT / pattern)))]
 
 def open_shards(pattern):
     """The shards of a glob, by name. Raises DataError where there are none, or one is not whole."""
@@ -626,8 +623,9 @@ def batch_shape(stage, num_devices, cfg):
     """(A, B, T + 1): micro-steps, rows of each over all devices, tokens of each. Where there are more places than rows,
     some stay empty: any batch runs on any number of devices."""
     per_device = -(-stage.batch_tokens // stage.seq_len // num_devices)
-    per_micro = min(per_device, max(1, (cfg.micro_tokens or (1 << 16 if stage.index < 0 else stage.batch_tokens)) // stage.seq_len))
-    return -(-per_device // per_micro), per_micro * num_devices, stage.seq_len + 1
+    limit = cfg.micro_tokens or (1 << 16 if stage.index < 0 else stage.batch_tokens)
+    num_micro = -(-per_device // max(1, limit // stage.seq_len))
+    return num_micro, -(-per_device // num_micro) * num_devices, stage.seq_len + 1
 
 def to_devices(rows, stage, mesh, cfg):
     """Rows -> uint16 [A, B, T+1], split over B; only the rows that this process's devices hold are read."""
@@ -667,15 +665,14 @@ def cache_dir():
 def embedded_corpus():
     """The interpreter's own standard library as byte shards (BOS 256), in the cache. Returns globs (train, val); val are
     the files whose relative path's SHA-256 begins with a byte below 13, about 5 %. DataError under 300 files."""
-    root, parts, count = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}, 0
+    root, parts = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         *folders, base = name.split("/")
         if (NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata") or (root / name).stat().st_size > 200_000):
             continue
         split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
         parts[split] += [np.array([256], np.uint16), np.frombuffer((root / name).read_bytes(), np.uint8)]
-        count += 1
-    if count < 300:
+    if (count := sum(map(len, parts.values())) // 2) < 300:
         raise DataError(f"{root}: {count} Python files, the demo's corpus wants 300. Use a Python with its whole standard "
                         "library, or pass --train_files and --val_files")
     folder = cache_dir() / f"stdlib-{platform.python_version()}"
@@ -737,8 +734,7 @@ def make_train_step(stage, model, mesh, cfg):
         weights = unstack(gather(state.params, specs, n, cfg))
         def micro_step(totals, tokens_BT1):
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
-            value_and_grad = jax.value_and_grad(model.loss)
-            loss, grads = value_and_grad(weights, tokens_BT, target_BT, weight_BT, stage.windows, cfg)
+            loss, grads = jax.value_and_grad(model.loss)(weights, tokens_BT, target_BT, weight_BT, stage.windows, cfg)
             return jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads)), None
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
         (loss, count, grads), _ = jax.lax.scan(micro_step, (f32(0), f32(0), zeros), tokens_ABT1)
@@ -795,8 +791,7 @@ def compile_all(model, mesh, cfg):
 def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
     of each query head and key that causality and window leave visible; document borders are not counted."""
-    is_matrix = lambda spec: spec.group not in ("embed", "scalar")
-    matrices = sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs) if is_matrix(spec))
+    matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", "scalar"))
     reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in stage.windows]
     keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
@@ -807,7 +802,10 @@ PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not 
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 # ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and a manifest.json that names their SHA-256.
-def versions(): return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform()}
+def versions():
+    flags = {key: value for key, value in os.environ.items() if key.startswith(("JAX_", "XLA_", "LIBTPU_"))}
+    return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform(),
+            "backend": " ".join(jax.devices()[0].client.platform_version.split())} | flags
 
 def file_sha256(path):
     with open(path, "rb") as file:
@@ -836,7 +834,7 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress):
     os.sync()  # on the disk before it bears its name
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
-    for old in sorted(final.parent.glob("step-*"))[:-2]:
+    for old in [path for path in sorted(final.parent.glob("step-*")) if path.name <= final.name][:-2]:
         shutil.rmtree(old)
 
 def read_manifest(folder, cfg):
@@ -872,18 +870,19 @@ def load_checkpoint(folder, step, state):
 
 def find_checkpoint(cfg):
     """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError."""
-    path, problem = Path(cfg.resume), f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN"
-    pattern, path = ("*/ckpt/step-*", Path(cfg.log_dir)) if cfg.resume == "auto" else ("ckpt/step-*", path)
-    folders = sorted(path.glob(pattern), reverse=True) if not (path / "manifest.json").exists() else [path]
+    auto, problem, path = cfg.resume == "auto", None, Path(cfg.resume)
+    folders = sorted(Path(cfg.log_dir).glob("*/ckpt/step-*") if auto else path.glob("ckpt/step-*"), reverse=True)
+    folders = [path] if (path / "manifest.json").exists() else folders
     for folder in folders if cfg.resume else []:  # newest first
         try:
             return folder, read_manifest(folder, cfg)
         except CheckpointError as error:
-            if cfg.resume != "auto" or not isinstance(error, OtherConfig):
-                print(f"--resume={cfg.resume}: passing over {(problem := error)}")
-    if cfg.resume and (cfg.resume != "auto" or isinstance(problem, CheckpointError)):
-        raise problem if isinstance(problem, CheckpointError) else CheckpointError(problem)
-    if cfg.resume:
+            if not (auto and isinstance(error, OtherConfig)):
+                print(f"--resume={cfg.resume}: passing over {error}")
+                problem = error
+    if problem or cfg.resume and not auto:
+        raise problem or CheckpointError(f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN")
+    if auto:
         print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
     return None, {"step": 0, "progress": {}}
 
@@ -893,14 +892,15 @@ class Run:
     The clock counts training: it stands still for compilation, warm-up, evaluation, checkpoints and sampling."""
     def __init__(self, folder, specs, cfg, progress):
         self.folder, self.cfg, self.table, self.writes = folder, cfg, stages(cfg), jax.process_index() == 0
-        peaks = [peak for kind, peak in PEAK_FLOPS.items() if kind in jax.devices()[0].device_kind]
-        self.peak = peaks[0] * jax.device_count() if peaks else None
+        self.peak = next((p for kind, p in PEAK_FLOPS.items() if kind in jax.devices()[0].device_kind), 0) * jax.device_count()
         self.flops = [flops_per_token(stage, specs, cfg) for stage in self.table]
         self.total, self.reached = np.array(progress.get("seconds", [0.0, 0.0])), progress.get("reached")
         self.since, self.created, self.passing = None, time.perf_counter(), False
         self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
-        if self.writes:
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True) if self.writes else None
+        except OSError as error:
+            raise UsageError(f"--log_dir={cfg.log_dir}: no folder can be made there ({error.strerror})") from error
     def start(self): self.since = np.array([time.perf_counter(), time.process_time()])
     def stop(self): self.total, self.since = self.seconds(), None
     def seconds(self):
@@ -915,6 +915,7 @@ class Run:
         self.append("log.txt", text)
         if self.writes:
             terminal = sys.stdout.isatty()
+            text = text[:shutil.get_terminal_size().columns - 1] if terminal and passing else text
             print(("\r\x1b[K" if self.passing else "") + text, end="" if terminal and passing else "\n", flush=True)
             self.passing = terminal and passing
     def settle(self, step, loss):
@@ -992,7 +993,7 @@ def parse_flags(argv):
     try:
         given, unknown = parser.parse_known_args(argv)
     except ValueError as error:  # UsageError, or an open quote in @FILE
-        fail(error)
+        raise error if isinstance(error, UsageError) else UsageError(f"a file of flags cannot be read: {error}") from error
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
         fail(f"{unknown[0]}: there is no such flag; the nearest is --{near}")
@@ -1025,12 +1026,13 @@ def validate(cfg):
         pairs, trace = [(*pair,) for pair in cfg.skip_pairs], [int(x) for x in (cfg.profile or "0:1").split(":")]
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, UsageError) else UsageError(f"a flag's value cannot be read: {error}") from error
-    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs"), (0, "seed num_kv_heads "
+    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs"), (0, "seed num_kv_heads ns_steps vocab_size "
                          "attn_block head_block micro_tokens val_window_short val_window_long window_short window_long max_doc_len")):
         for name in names.split():
             need(min(map(int, str(getattr(cfg, name)).split(","))) >= least, name, f"at least {least}")
-    need(all(dtype in ("float32", "bfloat16", "float16") for dtype in dtypes), "compute_dtype", "float32, bfloat16 or float16")
+    need(all(dtype in ("float32", "bfloat16") for dtype in dtypes), "compute_dtype", "float32 or bfloat16, --residual_dtype too")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
+    need(0 <= cfg.attn_scale * cfg.head_dim <= 60, "attn_scale", f"at most {60 / cfg.head_dim:g}, 60 / --head_dim: exp must not overflow")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
     need(all(len(p) == 2 and 0 <= p[0] < p[1] < cfg.num_layers for p in pairs), "skips", f"A>B,... with A < B < {cfg.num_layers}")
     need(cfg.attention in ATTENTION, "attention", " or ".join(ATTENTION))
@@ -1046,8 +1048,8 @@ def validate(cfg):
 def configure(argv):
     """Flags -> (Config, why this preset); sets JAX up. Raises UsageError, DataError."""
     given = parse_flags(argv)
-    if num_devices := (PRESETS.get(given.get("preset", "demo"), {}) | given).get("cpu_devices"):
-        jax.config.update("jax_num_cpu_devices", num_devices)  # before anything asks for a device
+    if given.get("cpu_devices"):
+        jax.config.update("jax_num_cpu_devices", given["cpu_devices"])  # before anything asks for a device
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
         jax.config.update("jax_compilation_cache_max_size", 4 << 30)
@@ -1055,6 +1057,8 @@ def configure(argv):
     preset, why = choose_preset(given)
     cfg = Config(**PRESETS[preset] | given | {"preset": preset})
     validate(cfg)
+    if cfg.compute_dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "float32")  # accelerators would round operands otherwise
     return cfg, why
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -1074,13 +1078,10 @@ def open_data(cfg):
         raise DataError(f"{val.paths[0]}: too short for --val_tokens={cfg.val_tokens}; {len(val.tokens[0]) - 1} fit")
     reads = [read for _, read in plan(train, cfg)]  # once through before anything is compiled: seconds per billion tokens
     if len(reads) < cfg.steps:
-        low, high = 0, cfg.steps  # stages shrink with --steps, so the largest that fits is searched for
-        while high - low > 1:
-            middle = dataclasses.replace(cfg, steps=(low + high) // 2)
-            fits = sum(1 for _ in plan(train, middle)) == middle.steps
-            low, high = (middle.steps, high) if fits else (low, middle.steps)
+        fits = lambda n: sum(1 for _ in plan(train, dataclasses.replace(cfg, steps=n))) == n  # stages shrink with --steps
+        most = bisect.bisect(range(1, cfg.steps), False, key=lambda n: not fits(n))
         raise DataError(f"{sum(map(len, train.tokens))} training tokens in {len(train.paths)} shards are too few for {cfg.steps} "
-                        f"steps: --steps={low} fits; or fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
+                        f"steps: --steps={most} fits; or fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
     trained = tokens_before(cfg.steps, stages(cfg))
     return train, val, f"data: {reads[-1]} tokens read for {trained} trained on, {1 - trained / reads[-1]:.1%} cut off", cfg
 
@@ -1130,8 +1131,8 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
             jax.profiler.stop_trace()
         evaluates, saves = last or due(cfg.val_every, done), last or due(cfg.save_every, done)
         if evaluates or saves:
-            row, pending = run.settle(*pending), None
             jax.block_until_ready(state)
+            row, pending = run.settle(*pending), None
             run.stop()
             if evaluates:
                 nats, count = programs["eval"](state.params, val_rows)
@@ -1160,8 +1161,8 @@ def report(state, row, run, meta, model, cfg):
     run.metrics({key: row[key] for key in ("step", "tokens", "train_time_s", "cpu_time_s", "val_loss")}
                 | ({"target_reached_step": run.reached["step"]} if run.reached else {}))
     if run.writes:
-        rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-        (run.folder / "loss.svg").write_text(loss_svg(rows, cfg))
+        rows = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())  # of a step resumed over, the last
+        (run.folder / "loss.svg").write_text(loss_svg(list({(r["step"], "train_loss" in r): r for r in rows}.values()), cfg))
     if meta["tokenizer"] == "bytes" and jax.process_count() == 1:
         whole = jax.device_put(jax.tree.map(np.asarray, state.params), jax.devices()[0])
         weights = unstack(gather(whole, model.specs(cfg), 1, cfg))
@@ -1169,8 +1170,7 @@ def report(state, row, run, meta, model, cfg):
             ids = sample(weights, [cfg.bos_id, *prompt.encode()], 200, model, cfg)
             run.line(f"sample: {prompt}{bytes(i for i in ids if i < 256).decode(errors='replace')}")
     run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
-    run.line("next: look at loss.svg; `python train.py --seed=1`; `python train.py --help`; and on a TPU VM or a GPU machine "
-             f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`")
+    run.line("next: look at loss.svg; `python train.py --seed=1`, another run; `python train.py --help`, every number there is")
 
 def main(argv=None, model=None):
     """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop.
@@ -1180,14 +1180,14 @@ def main(argv=None, model=None):
     print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
     train, val, note, cfg = open_data(cfg)
     checkpoint, manifest = find_checkpoint(cfg)
-    if manifest["step"] >= cfg.steps:
+    if checkpoint and manifest["step"] >= cfg.steps:
         print(f"{checkpoint} is that run's last step, nothing is left to train")
         return checkpoint.parent.parent
     mesh, specs = make_mesh(), model.specs(cfg)
-    print("compiling; the next time it is cached ...", flush=True)
-    programs, notes = compile_all(model, mesh, cfg)
     folder = Path(cfg.log_dir) / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
     run = Run(checkpoint.parent.parent if checkpoint else folder, specs, cfg, manifest["progress"])
+    print("compiling; the next time it is cached ...", flush=True)
+    programs, notes = compile_all(model, mesh, cfg)
     describe(run, why, argv, train, val, [note, f"parameters: {count_params(specs, cfg)}", *notes], cfg)
     if run.writes:
         (run.folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), "meta": val.meta}, indent=1))

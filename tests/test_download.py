@@ -153,7 +153,7 @@ def test_importing_the_script_does_nothing(tmp_path):
 def test_an_n_out_of_range_is_refused_in_one_sentence(run, shards, n):
     status, _, err = run(n)
     assert status == 2
-    assert err == f"N is {n}, expected a whole number from 1 to 103, as in: python cached_fineweb10B.py 10\n"
+    assert err == f"N is {n}, expected a whole number from 1 to 103, as in: python cached_fineweb10B.py 11\n"
     assert not shards.exists()
 
 
@@ -457,7 +457,7 @@ def test_without_a_network_or_shards_the_failure_comes_soon(run, shards):
     status, _, err = run(prelude="time.sleep = nap", HF_ENDPOINT="http://127.0.0.1:9")  # at its true pace
     assert time.monotonic() - began < 6
     assert status == 3
-    assert "11 of 11 shards" in err and "the hub could not be reached (ConnectError" in err and "11 missing" in err
+    assert "12 of 12 shards" in err and "the hub could not be reached (ConnectError" in err and "12 missing" in err
     assert names_in(shards) == []
 
 

@@ -85,7 +85,7 @@ def finished(tmp_path_factory, compiled_once):
             writes.append(Path(os.fsdecode(arguments[0])).absolute())
         elif watching and event in ("os.mkdir", "os.rename"):
             writes.extend(Path(p).absolute() for p in arguments if isinstance(p, str))
-    data = make_folder(home / "data", tokenizer="bytes")
+    data = make_folder(home / "my data", tokenizer="bytes")
     started, here = datetime.now(timezone.utc), Path.cwd()
     sys.addaudithook(watch)
     os.chdir(home)
@@ -155,8 +155,8 @@ def test_a_run_writes_nothing_outside_its_folder_and_the_users_cache(finished):
     outside = {path for path in finished.writes if not any(path.is_relative_to(folder) for folder in allowed)}
     assert outside <= {finished.home / "logs"}
     assert any(path.name == "log.txt" for path in finished.writes)
-    assert {path.name for path in finished.home.iterdir()} == {"data", "logs"}
-    assert files_of(finished.home / "data") == {"train_000000.bin", "train_000001.bin", "val_000000.bin", "meta.json"}
+    assert {path.name for path in finished.home.iterdir()} == {"my data", "logs"}
+    assert files_of(finished.home / "my data") == {"train_000000.bin", "train_000001.bin", "val_000000.bin", "meta.json"}
 
 
 def test_config_json_holds_the_resolved_config_and_the_meta_json(finished):
@@ -190,10 +190,10 @@ def test_the_head_of_the_log_holds_all_that_repeating_the_run_takes(finished):
     versions, = (line for line in head if line.startswith("versions: "))
     assert f"jax={jax.__version__}" in versions and f"numpy={np.__version__}" in versions and f"python={sys.version.split()[0]}" in versions
     assert any(re.fullmatch(r"devices: 8 x cpu, 1 processes.*", line) for line in head)
-    for path in sorted((finished.home / "data").glob("*.bin")):
+    for path in sorted((finished.home / "my data").glob("*.bin")):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert f"data: {path.name} tokens:{(path.stat().st_size - 1024) // 2} sha256:{digest}" in head
-    scored = (finished.home / "data/val_000000.bin").read_bytes()[1024:][:2 * 501]
+    scored = (finished.home / "my data/val_000000.bin").read_bytes()[1024:][:2 * 501]
     assert hashlib.sha256(scored).hexdigest() in text
     numbers = sum(array.size for array in tensors_of(finished.folder / "ckpt/step-000012/params.safetensors").values())
     assert f"parameters: {numbers}" in head
@@ -348,7 +348,7 @@ def test_the_last_two_checkpoints_are_kept_and_one_at_the_end_always(save_every,
 def test_the_logged_validation_loss_is_that_of_the_saved_weights(finished):
     """Every target of the first 500 once, after up to 11 tokens of its chunk's past, padded with BOS before the first."""
     cfg = config_of(finished)
-    tokens = np.fromfile(finished.home / "data/val_000000.bin", "<u2", offset=1024).astype(np.int32)
+    tokens = np.fromfile(finished.home / "my data/val_000000.bin", "<u2", offset=1024).astype(np.int32)
     inputs, targets, weights = [], [], []
     for first in range(0, 500, 29):
         places = range(first - 11, first + 29)
@@ -441,9 +441,9 @@ def test_the_clock_counts_steps_and_neither_compilation_warm_up_evaluation_nor_c
         assert row["cpu_time_s"] == pytest.approx(row["step"] + ahead, abs=1e-2)
 
 
-def test_the_wall_clock_counts_everything_since_compilation(resumed):
+def test_the_wall_clock_counts_everything_since_the_run_began(resumed):
     walls = [row["wall_s"] for row in resumed.rows if "wall_s" in row]
-    start = 1e5 + 2 * 10 + 2  # warm-up: first values, each stage's program once, first values again
+    start = 1e4 + 1e5 + 2 * 10 + 2  # compilation; warm-up: first values, each stage's program once, first values again
     assert walls[3] == pytest.approx(start + 4, abs=0.01)
     assert walls[-1] == pytest.approx(start + 8 + 1e2 + 1e3, abs=0.01)  # of the resumed part, before its last evaluation
 
@@ -741,6 +741,18 @@ def test_on_a_terminal_a_progress_line_is_replaced_by_the_next_and_validation_st
     assert sent == [str(step) for step in range(1, 13)]
     log = (folder / "log.txt").read_text()
     assert "\x1b" not in log.split("=" * 120)[-1] and len([line for line in log.splitlines() if STEP_LINE.fullmatch(line)]) == 12
+
+
+def test_a_shorter_line_leaves_nothing_of_the_one_it_replaces(finished, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    cfg = config_of(finished)
+    run = train.Run(tmp_path / "run", train.param_specs(cfg), cfg, {})
+    for text, passing in (("a long line that passes", True), ("passes too", True), ("stays", False), ("also stays", False), ("passing", True)):
+        run.line(text, passing)
+    assert screen_of(terminal.getvalue()) == ["stays", "also stays", "passing"]
+    assert (tmp_path / "run/log.txt").read_text().splitlines() == ["a long line that passes", "passes too", "stays", "also stays", "passing"]
 
 
 def test_elsewhere_every_line_is_plain(finished):
