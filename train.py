@@ -811,6 +811,7 @@ def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+def same(x): return x  # one function, so that gathering for a checkpoint compiles once
 def checkpoint_files(state):
     """{file name: {tensor name: leaf}}"""
     named = lambda tree: {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
@@ -818,7 +819,7 @@ def checkpoint_files(state):
 
 def save_checkpoint(state, run_folder, mesh, cfg, progress):
     """Write under a temporary name, then rename: a checkpoint is there whole, or not at all. The last two are kept."""
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+    whole = jax.jit(same, out_shardings=NamedSharding(mesh, P()))
     arrays = jax.tree.map(lambda leaf: np.asarray(whole(leaf).addressable_data(0)), checkpoint_files(state))
     final = run_folder / "ckpt" / f"step-{int(state.step):06d}"
     staging = final.with_name(f".writing-{final.name}")
