@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import numpy_gpt
+from jaxprs import equations
 from train import (
     Config, Spec, attention_xla, constant, count_params, cross_entropy, decode, forward, gather, head_of, init_cache,
     init_params, loss_fn, matmul, name_of, normal, optimizer_rules, param_specs, rotary_table, rotate,
@@ -71,15 +72,6 @@ def model_logits(weights, tokens, cfg):
 
 def oracle_logits(weights, tokens, cfg):
     return numpy_gpt.logits(weights, tokens, stages(cfg)[0].windows, cfg, packed=cfg.max_doc_len != "0")
-
-def equations(jaxpr):
-    """All equations of a jaxpr and of the jaxprs inside it."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 def dots(function, *args):
     return [e for e in equations(jax.make_jaxpr(function)(*args).jaxpr) if e.primitive.name == "dot_general"]

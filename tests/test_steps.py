@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import numpy_gpt
+from jaxprs import equations
 from train import (
     Config, Model, NO_TOKEN, Shards, Spec, batch_shape, compile_all, cross_entropy, flops_per_token, gather, inputs_and_targets,
     make_eval_step, make_init, make_mesh, make_train_step, matmul, name_of, normal, param_specs, plan_val, shape_of, split_axis,
@@ -274,15 +275,6 @@ def test_muon_exchanges_an_eighth_of_each_split_matrix_there_and_back(program):
 
 
 # ---- Precision -------------------------------------------------------------------------------------------------------
-
-def equations(jaxpr):
-    """All equations of a jaxpr and of the jaxprs inside it."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 def test_with_bfloat16_matmuls_masters_and_sums_of_gradients_are_float32_and_matrices_travel_in_bfloat16():
     cfg, mesh = config(compute_dtype="bfloat16"), make_mesh()
