@@ -768,25 +768,38 @@ def make_init(model, mesh, cfg):
         return State(jnp.int32(0), params, jax.tree.map(slots, specs, params))
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
-def compile_all(model, mesh, cfg):
-    """({"init", "eval" and each stage's index: compiled program}, a line about each), in parallel, once for stages alike."""
+COMPILER_OPTIONS = {"tpu": {}, "gpu": {}, "cpu": {}}  # by platform, stated in the log
+
+def list_programs(model, mesh, cfg):
+    """{"init", each stage's index, "eval": (name, jitted function, argument shapes)}; stages alike share an entry."""
     init, rows = make_init(model, mesh, cfg), NamedSharding(mesh, P(None, "data"))
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                          jax.eval_shape(init), state_shardings(model, mesh, cfg))
     batch = lambda stage: jax.ShapeDtypeStruct(batch_shape(stage, mesh.size, cfg), jnp.uint16, sharding=rows)
-    alike = {stage.index: stage._replace(index=0, first=0, last=0, max_doc_len=0) for stage in stages(cfg)}
-    jobs = {"init": ("init", init), "eval": ("eval", make_eval_step(model, mesh, cfg), state.params, batch(val_stage(cfg)))}
-    for index, stage in alike.items():
-        jobs.setdefault(stage, (f"train_{index}", make_train_step(stage, model, mesh, cfg), state, batch(stage)))
-    def build(job):
-        (name, function, *arguments), start = job, time.perf_counter()
-        program = function.lower(*arguments).compile()
-        use = program.memory_analysis()
-        size = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
-        return program, f"compiled: {name} in {time.perf_counter() - start:.1f}s, {size / 2**30:.2f} GiB per device"
+    train, listed = {}, {"init": ("init", init, ())}
+    for stage in stages(cfg):
+        alike = stage._replace(index=0, first=0, last=0, max_doc_len=0)
+        if alike not in train:
+            train[alike] = f"train_{stage.index}", make_train_step(stage, model, mesh, cfg), (state, batch(stage))
+        listed[stage.index] = train[alike]
+    return listed | {"eval": ("eval", make_eval_step(model, mesh, cfg), (state.params, batch(val_stage(cfg))))}
+
+def memory_of(program):
+    """Bytes per device while a compiled program runs: arguments, results and temporaries."""
+    use = program.memory_analysis()
+    return use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
+
+def compile_all(model, mesh, cfg):
+    """({"init", each stage's index, "eval": compiled program}, a line about each), compiled in parallel."""
+    listed, options = list_programs(model, mesh, cfg), COMPILER_OPTIONS[mesh.devices.flat[0].platform]
+    def build(entry):
+        (name, function, arguments), start = entry, time.perf_counter()
+        program = function.lower(*arguments).compile(compiler_options=options)
+        return program, f"compiled: {name} in {time.perf_counter() - start:.1f}s, {memory_of(program) / 2**30:.2f} GiB per device"
     with ThreadPoolExecutor() as pool:
-        built = dict(zip(jobs, pool.map(build, jobs.values())))
-    return {key: built[alike.get(key, key)][0] for key in ("init", *alike, "eval")}, [note for _, note in built.values()]
+        distinct = {entry[0]: entry for entry in listed.values()}
+        built = dict(zip(distinct, pool.map(build, distinct.values())))
+    return {key: built[entry[0]][0] for key, entry in listed.items()}, [note for _, note in built.values()]
 
 def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
