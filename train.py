@@ -589,25 +589,23 @@ def plan_packed(shards, cfg):
     """Yield (rows, tokens read) of steps 0, 1, ..., each row packed from the beginnings of documents: of the POOL next, cut
     to max_doc_len, the longest that fits, again and again; when none fits, the shortest, cut. What is cut off is not
     trained on, as in the FineWeb records."""
-    def documents():
-        for tokens in shards.tokens * cfg.max_epochs:
-            starts = np.flatnonzero(tokens == cfg.bos_id)
-            yield from zip(starts.tolist(), np.diff(starts, append=len(tokens)).tolist(), itertools.repeat(tokens))
-    queue, pool, read = enumerate(documents()), [], 0
+    documents = (tokens[first:last] for tokens in shards.tokens * cfg.max_epochs
+                 for first, last in itertools.pairwise([*np.flatnonzero(tokens == cfg.bos_id).tolist(), len(tokens)]))
+    queue, pool, read = enumerate(documents), [], 0
     for stage in stages(cfg):
-        pool = sorted((min(length, stage.max_doc_len), order, start, length, tokens) for _, order, start, length, tokens in pool)
+        pool = sorted((min(len(document), stage.max_doc_len), order, document) for _, order, document in pool)
         for _ in range(stage.first, stage.last):
             rows = [[] for _ in range(stage.batch_tokens // stage.seq_len)]
             for row in rows:
                 room = stage.seq_len + 1
                 while room:
-                    for order, (start, length, tokens) in itertools.islice(queue, POOL - len(pool)):
-                        bisect.insort(pool, (min(length, stage.max_doc_len), order, start, length, tokens))
-                        read += length
+                    for order, document in itertools.islice(queue, POOL - len(pool)):
+                        bisect.insort(pool, (min(len(document), stage.max_doc_len), order, document))
+                        read += len(document)
                     if not pool:
                         return
-                    length, _, start, _, tokens = pool.pop(max(0, bisect.bisect_right(pool, (room, math.inf)) - 1))
-                    row.append(tokens[start:start + min(length, room)])
+                    length, _, document = pool.pop(max(0, bisect.bisect_right(pool, (room, math.inf)) - 1))
+                    row.append(document[:min(length, room)])
                     room -= len(row[-1])
             yield rows, read
 
@@ -635,8 +633,7 @@ def to_devices(rows, stage, mesh, cfg):
         out = np.full((*chosen.shape, width), NO_TOKEN, np.uint16)
         for place, i in zip(out.reshape(-1, width), chosen.ravel()):
             if i < len(rows):
-                row = np.concatenate(rows[i])
-                place[:len(row)] = row
+                np.concatenate(rows[i], out=place[:sum(map(len, rows[i]))])
         return out
     return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, "data")), local)
 
