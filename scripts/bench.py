@@ -3,6 +3,7 @@
     python -m scripts.bench                                both workloads in bfloat16 and float32, this repository alone
     python -m scripts.bench --modded_jax=DIR --nanogpt=DIR     in turns with its peers: the ratios are the result
     python -m scripts.bench --only=step -- --compute_dtype=bfloat16     what follows -- are flags of train.py
+    python -m scripts.bench --loader                       how many tokens per second does the host loader deliver?
 
 step  a small GPT under a full GPT-2 vocabulary (scripts/presets/bench_step.args). Peer: modded-nanogpt-jax (DIR: a git
       repository that has commit 0316a10), a speedrun in one file of pure JAX, with Muon and Adam too.
@@ -12,15 +13,22 @@ char  the character model of nanoGPT's README by AdamW (scripts/presets/char_ada
 Each program is compiled once, in a process of its own, all on one core with one thread; then they take turns. A row is
 one turn: CPU time per step and median wall time, with the CPU's speed just before and after, as GFLOP of a float32
 matmul per second of CPU. Tokens are random (Zipf) and the same for all; a step's cost does not depend on them.
+
+--loader  train_batches of train.py, from generated shards of true size to arrays on eight simulated devices (a batch is put
+      in eight shares, as on eight chips; their transfer is not in it), all threads on one core. A turn reads all shards
+      once, mapped anew; the cold one after they were dropped from the page cache, the others from it. A real run finds
+      them there: open_data has read them. Counted are tokens trained on, as the share of what is read that is cut off.
 """
-import argparse, contextlib, importlib.util, io, json, multiprocessing, os, subprocess, sys, time, types
+import argparse, contextlib, dataclasses, importlib.util, io, itertools, json, math, multiprocessing, os, subprocess, sys
+import tempfile, time, types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import (PRESETS, ROOT, Config, Model, UsageError, make_init, make_mesh, make_train_step, parse_flags, stages,
-                   to_devices, validate)
+from train import (NO_TOKEN, PRESETS, ROOT, Config, Model, UsageError, find_shards, make_init, make_mesh, make_train_step,
+                   open_shards, parse_flags, plan, stages, to_devices, train_batches, validate, write_shard)
 
 FLAGS = {"step": "bench_step.args", "char": "char_adamw.args"}
 PEER = {"step": ("modded_jax", "0316a10:train.py"), "char": ("nanogpt", "3adf61e:model.py")}
@@ -133,6 +141,105 @@ def compare(rows, one, other):
     ratios = [a / b for a, b in zip(*times)]
     return f"{one} / {other}: {np.median(ratios):.3f} of the CPU time (by round: {' '.join(map('{:.3f}'.format, ratios))})"
 
+# ---- The host loader ----
+LOADS = list(itertools.product(("896", "2048"), ("131072", "262144", "393216")))  # max_doc_len, batch_tokens
+CONSUMES = 393_216 / 0.085  # tokens per second of 8 chips: a projection, not a measurement
+BOS = 50256
+
+def generate_shards(folder, num_shards, num_tokens):
+    """Shards like FineWeb's: a BOS before each document, lengths log-normal (median 403, mean 690), tokens Zipf."""
+    rng, share = np.random.default_rng(1337), 1 / np.arange(1, BOS + 1)
+    quantiles = np.searchsorted(np.cumsum(share / share.sum()), (np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.uint16)
+    for i in range(num_shards):
+        tokens = quantiles[rng.integers(0, 1 << 16, num_tokens, np.uint16)]
+        lengths = np.maximum(2, rng.lognormal(np.log(403), np.sqrt(2 * np.log(690 / 403)), num_tokens // 500 + 1).astype(int))
+        starts = np.cumsum(lengths) - lengths
+        tokens[starts[starts < num_tokens]] = BOS
+        write_shard(Path(folder) / f"train_{i:06d}.bin", tokens)
+
+def drop_from_cache(pattern):
+    """Whether this system can; what is still to be written goes to the disk first."""
+    for path in find_shards(pattern) if hasattr(os, "posix_fadvise") else []:
+        with open(path, "rb") as file:
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return hasattr(os, "posix_fadvise")
+
+def read_from_disk():
+    """Megabytes that came from a disk for this process; nan where the system does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/io").read_text().split("read_bytes:")[1].split()[0]) / 1e6
+    return math.nan
+
+def load_turn(pattern, mesh, cfg):
+    """Every batch once."""
+    shards, disk, wall, cpu = open_shards(pattern), read_from_disk(), time.perf_counter(), time.process_time()
+    for batch in train_batches(shards, 0, mesh, cfg):
+        batch.block_until_ready()
+    wall, cpu, tokens = time.perf_counter() - wall, time.process_time() - cpu, cfg.steps * int(cfg.batch_tokens)
+    return {"tokens_per_s": tokens / wall, "tokens_per_cpu_s": tokens / cpu, "disk_mb": read_from_disk() - disk}
+
+def count_waste(shards, mesh, cfg):
+    """What is read and not trained on, counted from the batches: shares of the tokens read, of the places of rows, of the
+    documents cut to max_doc_len and by the end of a row; tokens cut per row end. A slice's address tells its document."""
+    lengths, stage, num_rows, holes, places, cuts = {}, stages(cfg)[0], 0, 0, 0, []
+    for tokens in shards.tokens:
+        edges = [*np.flatnonzero(tokens == cfg.bos_id).tolist(), len(tokens)]
+        lengths |= {tokens.ctypes.data + 2 * first: last - first for first, last in itertools.pairwise(edges)}
+    for rows, read in plan(shards, cfg):
+        batch, num_rows = np.asarray(to_devices(rows, stage, mesh, cfg)), num_rows + len(rows)
+        holes, places = holes + int((batch == NO_TOKEN).sum()), places + batch.size
+        cuts += [(lengths[part.__array_interface__["data"][0]], len(part)) for row in rows for part in row]
+    whole, left = np.array(cuts).T
+    kept = np.minimum(whole, stage.max_doc_len)
+    return {"not_trained": 1 - num_rows * stage.seq_len / read, "empty": holes / places, "documents": len(cuts), "too_long":
+            float(np.mean(kept < whole)), "row_end": float(np.mean(left < kept)), "row_end_tokens": int(np.sum(kept - left)) / num_rows}
+
+def bench_loader(args):
+    """Prints a row for each load, and returns them as dicts. Raises UsageError."""
+    always, flags = dict(stage_ends="1", window_short="0", window_long="0", vocab_size=BOS + 1, bos_id=BOS), parse_flags(args.flags)
+    configs = [Config(**always | dict(max_doc_len=longest, batch_tokens=batch, steps=10 ** 6) | flags) for longest, batch in LOADS]
+    for cfg in configs:
+        validate(cfg)
+    print(f"jax {jax.__version__}, {pin(args.core)}. {args.shards} shards of {args.shard_tokens} tokens, rows of {cfg.seq_len}. "
+          f"Consumed: {args.consumes / 1e6:.2f} million tokens/s"
+          + (", a projection (393,216 tokens in 85 ms, by 8 chips)" if args.consumes == CONSUMES else ""))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    rows, mesh = [], make_mesh()
+    with tempfile.TemporaryDirectory() as folder:
+        generate_shards(folder, args.shards, args.shard_tokens)
+        print(LOADER_HEAD)
+        for cfg in dict.fromkeys(configs):
+            rows.append(row := bench_load(f"{folder}/train_*.bin", mesh, cfg, args))
+            print("{max_doc_len:>7}{batch_tokens:>8}{median_m:10.1f}{best_m:8.1f}{cpu_m:8.1f}{cold_m:8.1f}{cold_disk_mb:6.0f}"
+                  "{times:10.1f}{batch_ms:9.2f}{plan_s_per_gtoken:8.1f}{not_trained:11.1%}{empty:7.1%}{too_long:8.1%}{row_end:8.1%}"
+                  "{row_end_tokens:11.1f}".format(**row), flush=True)
+    print("loader: at least {times:.1f} times what is consumed (max_doc_len {max_doc_len}, batch {batch_tokens})"
+          .format(**min(rows, key=lambda row: row["times"])))
+    return rows
+
+LOADER_HEAD = """\
+max_doc   batch   trained on, million tokens per second     times   ms per  plan s/  not trained  empty  documents cut  tokens cut
+   _len  tokens    median    best per CPU-s  cold  (MB)  consumed    batch   Gtoken      of read places  length row end per row end"""
+
+def bench_load(pattern, mesh, cfg, args):
+    shards, start = open_shards(pattern), time.process_time()
+    reads = [read for _, read in plan(shards, cfg)]
+    plan_s, steps = time.process_time() - start, min(args.steps or len(reads), len(reads))
+    if not steps:
+        raise UsageError(f"--shards={args.shards} --shard_tokens={args.shard_tokens}: too few for a batch of {cfg.batch_tokens} tokens")
+    cfg = dataclasses.replace(cfg, steps=steps)
+    waste = count_waste(shards, mesh, cfg)
+    del shards  # the kernel keeps in its cache what is mapped
+    cold = load_turn(pattern, mesh, cfg) if drop_from_cache(pattern) else {"tokens_per_s": math.nan, "disk_mb": math.nan}
+    turns = [load_turn(pattern, mesh, cfg) for _ in range(args.rounds)]
+    median, median_cpu = (float(np.median([turn[key] for turn in turns])) for key in ("tokens_per_s", "tokens_per_cpu_s"))
+    return {"max_doc_len": cfg.max_doc_len, "batch_tokens": cfg.batch_tokens, "steps": cfg.steps, "turns": turns, "median_m": median / 1e6,
+            "best_m": max(turn["tokens_per_s"] for turn in turns) / 1e6, "cpu_m": median_cpu / 1e6, "cold_m": cold["tokens_per_s"] / 1e6,
+            "cold_disk_mb": cold["disk_mb"], "times": median / args.consumes, "batch_ms": 1e3 * int(cfg.batch_tokens) / median,
+            "plan_s_per_gtoken": 1e9 * plan_s / reads[-1]} | waste
+
 # ---- Command line ----
 
 def parse(argv):
@@ -144,9 +251,15 @@ def parse(argv):
     parser.error, flag = fail, parser.add_argument
     flag("--only", default="step,char", metavar="LIST", help="workloads (default: %(default)s)")
     flag("--rounds", type=int, default=3, metavar="N", help="turns of each program (default: %(default)s)")
-    flag("--steps", type=int, default=0, metavar="N", help="steps of a turn (default: {step}, {char})".format(**TURN))
+    flag("--steps", type=int, default=0, metavar="N", help="steps of a turn (default: {step}, {char}; of the loader: all there are)"
+         .format(**TURN))
     flag("--core", type=int, metavar="N", help="CPU to run on (default: the first this process may use)")
     flag("--json", metavar="FILE", help="write the rows there, a list of objects")
+    flag("--loader", action="store_true", help="time the host loader instead")
+    flag("--consumes", type=float, default=CONSUMES, metavar="TOKENS_PER_S",
+         help="what it is compared with (default: %(default).0f, a projection for 8 chips)")
+    flag("--shards", type=int, default=2, metavar="N", help="shards it reads (default: %(default)s)")
+    flag("--shard_tokens", type=int, default=100_000_000, metavar="N", help="tokens in each (default: %(default)s)")
     for peer, _ in PEER.values():
         flag(f"--{peer}", metavar="DIR", help="the peer's git repository (default: not run)")
     split = argv.index("--") if "--" in argv else len(argv)
@@ -155,6 +268,8 @@ def parse(argv):
     if args.rounds < 1 or args.steps < 0 or not set(args.only) <= set(FLAGS):
         fail(f"--only={','.join(args.only)} --rounds={args.rounds} --steps={args.steps}: wanted step, char or both with a "
              "comma, at least 1 round, and no negative steps")
+    if min(args.consumes, args.shards, args.shard_tokens) <= 0:
+        fail(f"--consumes={args.consumes:g} --shards={args.shards} --shard_tokens={args.shard_tokens}: wanted more than 0 of each")
     return args
 
 def pin(core):
@@ -182,6 +297,9 @@ def peer_source(peer, path, folder):
 def main(argv=None):
     """Raises UsageError before anything is measured."""
     args, jobs, rows, notes = parse(sys.argv[1:] if argv is None else argv), {}, [], []
+    if args.loader:
+        rows = bench_loader(args)
+        return args.json and Path(args.json).write_text(json.dumps(rows, indent=1))
     for workload in args.only:
         flags, (peer, path) = parse_flags([f"@{ROOT}/scripts/presets/{FLAGS[workload]}", *args.flags]), PEER[workload]
         dtypes = [flags["compute_dtype"]] if "compute_dtype" in flags else ["bfloat16", "float32"]

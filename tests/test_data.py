@@ -55,6 +55,7 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path):
     assert path.read_bytes() == shard_bytes(tokens)
     np.testing.assert_array_equal(train.open_shard(path), tokens)
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]  # no staging file stays
+    assert type(train.open_shard(path)) is np.ndarray and isinstance(train.open_shard(path).base, np.memmap)  # mapped, not read
 
 
 def test_a_shard_written_by_another_program_is_read_token_by_token(tmp_path):
