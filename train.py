@@ -15,6 +15,7 @@ log), and the loop (steps, main). Importing this file does nothing.
 One letter, one axis, in array names, einsum strings and the weight table alike:
     A micro-batches of a step   B rows   T query position   S key position   L layer   D model width   V vocabulary
     H query heads   G key/value heads   R query heads per key/value head   K head width   F mlp width   J skips
+    I layers with attention
     N tokens, or R heads of T queries, in one axis   M, N the rows (inputs) and columns (outputs) of any matrix
 
 Every device runs the same program on its own rows. Weights and optimizer state live split over the devices; a step
@@ -31,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from einops import rearrange
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 f32 = jnp.float32
@@ -49,28 +52,30 @@ class Config:
     """Every number one can turn; the defaults are the speedrun. Each field is a flag, its comment the flag's help."""
     # -- Run
     preset: str = "auto"              # demo, speedrun, tiny; auto: demo on a CPU, else speedrun
-    steps: int = 1900                 # optimizer steps
+    steps: int = 1925                 # optimizer steps
     seed: int = 0                     # of first weights, and of the data order where it is shuffled
     optimizer: str = "muon"           # muon: matrices by Muon, the rest by Adam; adamw: everything by AdamW
     # -- Model
-    num_layers: int = 12              # blocks
+    num_layers: int = 11              # blocks
     model_dim: int = 768              # width of the residual stream
-    num_heads: int = 6                # query heads
+    num_heads: int = 3                # query heads
     num_kv_heads: int = 0             # key and value heads, each shared by a group of query heads; 0: num_heads
-    head_dim: int = 128               # width of one head, a multiple of 4
+    head_dim: int = 256               # width of one head, a multiple of 4; of 128 for --attention=band
     mlp_dim: int = 3072               # hidden width of the ReLU^2 MLP
     vocab_size: int = 0               # token ids there can be; 0: what the shards' meta.json says (GPT-2: 50257)
     bos_id: int = -1                  # the token before each document; -1: what meta.json says (GPT-2: 50256)
     tie_embed: int = 0                # 1: the head is the transposed embedding
+    mlp_only: str = "6"               # blocks without attention
     skips: str = "3>6"                # the stream after block 3 re-enters before block 6; a comma list, empty: none
     offset_layers: str = "3,10"       # blocks that match keys by the token before them (partial key offset)
     softcap: float = 15.0             # logits are cap * tanh(logits / cap); 0: off
     rope_base: float = 1024.0         # the slowest rotation is 1/base radians per token
-    attn_scale: float = 0.12          # multiplies q.k, both of unit rms; 0: 1/sqrt(head_dim)
-    attention: str = "xla"            # implementation, a key of ATTENTION
+    attn_scale: float = 0.085         # multiplies q.k, both of unit rms; 0: 1/sqrt(head_dim)
+    attention: str = "auto"           # implementation: band (Pallas, for TPUs), xla; auto: band on a TPU if it can
     attn_block: int = 512             # queries per block of the xla attention: keys out of reach are not computed
     head_block: int = 4096            # tokens whose logits exist at a time, in head and loss; 0: all at once
-    # -- Precision
+    # -- Precision and sharding
+    fsdp: int = 0                     # 1: layers stay split over the devices and are gathered one by one, forward and backward
     compute_dtype: str = "bfloat16"   # matmul operands; weights, optimizer state, norms, softmax, loss are float32
     residual_dtype: str = "auto"      # activations between matmuls; auto: compute_dtype
     # -- Stages: one value, or one per stage separated by commas
@@ -121,20 +126,22 @@ class Config:
     cpu_devices: int = 0              # devices to make of a CPU, each with its share of a batch; 0: one
 
     kv_heads = property(lambda self: self.num_kv_heads or self.num_heads)
-    padded_vocab = property(lambda self: -(-self.vocab_size // 128) * 128)  # whole registers, an even split over devices
+    vocab_unit = property(lambda self: 512 if self.vocab_size > 8192 else 128)  # whole registers, equal shares of eight devices
+    padded_vocab = property(lambda self: -(-self.vocab_size // self.vocab_unit) * self.vocab_unit)
     activation_dtype = property(lambda self: self.compute_dtype if self.residual_dtype == "auto" else self.residual_dtype)
+    score_scale = property(lambda self: self.attn_scale or self.head_dim ** -0.5)
     skip_pairs = property(lambda self: tuple(tuple(map(int, pair.split(">"))) for pair in self.skips.split(",") if pair))
 
 PRESETS = {
     "speedrun": {},
     "demo": dict(
-        steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, skips="1>3", attn_scale=0.2,
+        steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", attn_scale=0.2,
         offset_layers="0,1,2,3", stage_ends="1", batch_tokens="2048", seq_len="256", max_doc_len="0", window_short="0",
         window_long="0", long_layers="", micro_tokens=1024, attn_block=128, muon_lr=0.02, muon_momentum="0.85,0.95,100",
         adam_beta1=0.9, residual_dtype="float32", train_files="", val_files="", shuffle=1, val_tokens=262_144, val_every=250,
         val_seq_len=256, val_context=128, val_window_short=0, val_window_long=0, target_loss=1.05),
     "tiny": dict(
-        steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, skips="0>2", offset_layers="1",
+        steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, mlp_only="", skips="0>2", offset_layers="1",
         attn_scale=0.3, stage_ends="0.5,1", batch_tokens="512,1024", seq_len="32,64", max_doc_len="0", long_layers="1",
         window_short="16,24", window_long="0", micro_tokens=0, attn_block=32, compute_dtype="float32", train_files="",
         val_files="", shuffle=1, val_tokens=2048, val_every=10, val_seq_len=64, val_context=32, val_window_short=24,
@@ -176,9 +183,9 @@ def make_mesh(devices=None):
     return jax.make_mesh((len(devices or jax.devices()),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 def split_axis(spec, cfg, num_devices):
-    """Index of the axis along which a weight and its optimizer state are split, or None: a copy on each device."""
+    """The axis, from the end, along which a weight and its optimizer state are split, or None: a copy on each device."""
     axes = spec.axes.split()
-    return next((axes.index(a) for a in SPLIT_AXES if a in axes and AXIS_SIZE[a](cfg) % num_devices == 0), None)
+    return next((axes.index(a) - len(axes) for a in SPLIT_AXES if a in axes and AXIS_SIZE[a](cfg) % num_devices == 0), None)
 
 product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 operands, float32 sums
 
@@ -199,9 +206,9 @@ _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backwar
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 # Every weight is one row: axes, first value, optimizer group. Shapes, sharding, routing, the parameter count and the
-# checkpoint's names are read off this table. Leaves under "blocks" are stacked over L; a matrix is the last two axes.
+# checkpoint's names are read off this table. Stacked over the layers that have them; a matrix is the last two axes.
 AXIS_SIZE = {
-    "L": lambda cfg: cfg.num_layers, "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
+    "L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
     "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim,
     "V": lambda cfg: cfg.padded_vocab, "J": lambda cfg: len(cfg.skip_pairs)}
 
@@ -222,17 +229,19 @@ def param_specs(cfg):
     matrix = uniform(0.5 * cfg.model_dim ** -0.5)
     table = {
         "embed": Spec("V D", normal(1.0), "embed"),
+        "attention": {
+            "w_q": Spec("I D HK", matrix, "muon"),
+            "w_k": Spec("I D GK", matrix, "muon"),
+            "w_v": Spec("I D GK", matrix, "muon"),
+            "w_out": Spec("I HK D", constant(0.0), "muon"),
+        },
         "blocks": {
-            "w_q": Spec("L D HK", matrix, "muon"),
-            "w_k": Spec("L D GK", matrix, "muon"),
-            "w_v": Spec("L D GK", matrix, "muon"),
-            "w_out": Spec("L HK D", constant(0.0), "muon"),
             "w_up": Spec("L D F", matrix, "muon"),
             "w_down": Spec("L F D", constant(0.0), "muon"),
             "x_mix": Spec("L", constant(1.0), "scalar"),   # weight of the residual stream as it enters a block
             "x0_mix": Spec("L", constant(0.0), "scalar"),  # how much of the first embedding re-enters
         },
-        "head": Spec("D V", constant(0.0), "head"),
+        "head": Spec("V D", constant(0.0), "head"),
         "skip_mix": Spec("J", constant(0.2), "scalar"),
     }
     if cfg.tie_embed:
@@ -249,15 +258,16 @@ def init_params(key, specs, cfg):
     leaf_key = lambda path: jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
     return jax.tree.map_with_path(lambda path, spec: spec.init(leaf_key(path), shape_of(spec, cfg)).astype(f32), specs)
 
+STACKED = ("attention", "blocks")
+
 def unstack(weights):
-    """Stacked blocks -> a list of per-layer dicts: their gradients are then stacked once, not summed L times."""
-    if "blocks" not in weights:
-        return weights
-    num_layers = len(jax.tree.leaves(weights["blocks"])[0])
-    return weights | {"blocks": [jax.tree.map(lambda w: w[i], weights["blocks"]) for i in range(num_layers)]}
+    """Stacked weights -> lists of per-layer dicts: their gradients are then stacked once, not summed L times."""
+    split = lambda stack: [jax.tree.map(lambda w: w[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))]
+    return {name: split(part) if name in STACKED else part for name, part in weights.items()}
 
 def restack(weights):
-    return weights | {"blocks": jax.tree.map(lambda *w: jnp.stack(w), *weights["blocks"])} if "blocks" in weights else weights
+    stack = lambda layers: jax.tree.map(lambda *w: jnp.stack(w), *layers)
+    return {name: stack(part) if name in STACKED else part for name, part in weights.items()}
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 def rms_norm(x):
@@ -265,36 +275,39 @@ def rms_norm(x):
     y = x.astype(f32)
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
-def rotary_table(position_T, cfg):
-    """(cos, sin) [T, K/2] of half-RoPE (arXiv:2104.09864): dim j turns with dim j + K/2. A quarter of K turns at rates
+def rotary_table(num_positions, cfg):
+    """(cos, sin) [S, K/2] of half-RoPE (arXiv:2104.09864): dim j turns with dim j + K/2. A quarter of K turns at rates
     from 1 down to 1/rope_base per token, the other pairs stand still. q.k then sees only differences of position."""
     quarter = cfg.head_dim // 4
     rate = np.concatenate([cfg.rope_base ** -np.linspace(0, 1, quarter), np.zeros(quarter)])
-    angle_TK = jnp.outer(position_T.astype(f32), jnp.asarray(rate, f32))
-    return jax.lax.optimization_barrier((jnp.cos(angle_TK), jnp.sin(angle_TK)))  # else each layer's fusions redo them
+    angle_SK = np.outer(np.arange(num_positions), rate)
+    return np.cos(angle_SK).astype(np.float32), np.sin(angle_SK).astype(np.float32)
 
 def rotate(x_BTHK, table):
     cos, sin = (t[None, :, None] for t in table)
     a, b = jnp.split(x_BTHK.astype(f32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
 
-def attention_xla(q_BTHK, k_BSGK, v_BSGK, first_BT, position_T, window, cfg):
-    """Causal attention of queries at position_T over the keys first_BT (document and window) .. position_T, anywhere. When
-    training (T == S) it goes by blocks of cfg.attn_block queries, against the keys that causality and window leave."""
-    num_queries, num_keys, block = q_BTHK.shape[1], k_BSGK.shape[1], cfg.attn_block or q_BTHK.shape[1]
+def attention_xla(q_BTN, k_BSN, v_BSN, first_BT, start, table, window, cfg):
+    """Attention of queries, the first at position start, over the keys first_BT (document and window) .. their own, anywhere.
+    q, k and v as projected, heads merged. When training (T == S) it goes by blocks of cfg.attn_block queries, against the
+    keys that causality and window leave."""
+    num_queries, num_keys, block = q_BTN.shape[1], k_BSN.shape[1], cfg.attn_block or q_BTN.shape[1]
     if num_queries != num_keys or num_queries % block:
         block, window = num_queries, 0
-    q_BTHK *= cfg.attn_scale or cfg.head_dim ** -0.5
-    q_BHTK, k_BGSK, v_BGSK = (z.swapaxes(1, 2) for z in (q_BTHK, k_BSGK, v_BSGK))
-    outputs = []
-    for start in range(0, num_queries, block):
-        here = slice(start, start + block)
-        keys = slice(max(0, start - window) if window else 0, start + num_keys - num_queries + block)
+    q_BTHK, k_BSGK, v_BSGK = (rearrange(z, "B T (H K) -> B T H K", K=cfg.head_dim) for z in (q_BTN, k_BSN, v_BSN))
+    own_table = [jax.lax.dynamic_slice_in_dim(jnp.asarray(t), start, num_queries) for t in table]
+    q_BTHK, k_BSGK = rotate(rms_norm(q_BTHK), own_table) * cfg.score_scale, rotate(rms_norm(k_BSGK), table)
+    q_BHTK, k_BGSK, v_BGSK = (z.astype(cfg.compute_dtype).swapaxes(1, 2) for z in (q_BTHK, k_BSGK, v_BSGK))
+    position_T, outputs = start + jnp.arange(num_queries), []
+    for begin in range(0, num_queries, block):
+        here = slice(begin, begin + block)
+        keys = slice(max(0, begin - window) if window else 0, begin + num_keys - num_queries + block)
         key_11S = jnp.arange(num_keys)[None, None, keys]
         visible_BTS = (key_11S >= first_BT[:, here, None]) & (key_11S <= position_T[None, here, None])
         q_BGNK = rearrange(q_BHTK[:, :, here], "B (G R) T K -> B G (R T) K", G=k_BSGK.shape[2])
         y_BGNK = softmax_average(q_BGNK, k_BGSK[:, :, keys], v_BGSK[:, :, keys], visible_BTS)
-        outputs.append(rearrange(y_BGNK, "B G (R T) K -> B T (G R) K", T=block))
+        outputs.append(rearrange(y_BGNK, "B G (R T) K -> B T (G R K)", T=block))
     return jnp.concatenate(outputs, axis=1)
 
 def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
@@ -305,107 +318,281 @@ def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
     y_BGNK = matmul("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) / jnp.sum(exp_BGNS, axis=-1, keepdims=True)
     return y_BGNK.astype(v_BGSK.dtype)
 
-ATTENTION = {"xla": attention_xla}  # others stand behind the same signature
+def attention_band(q_BTN, k_BTN, v_BTN, first_BT, start, table, window, cfg):
+    """The same by the kernels below, for whole rows (start 0) of a multiple of 256 tokens."""
+    length = q_BTN.shape[1]
+    band = Band(length, min(window or length, length), math.gcd(length, 1024), cfg.score_scale)
+    q_BTN, k_BTN, v_BTN = (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN))
+    return banded(q_BTN, k_BTN, v_BTN, first_BT, tuple(t.astype(cfg.compute_dtype) for t in table), cfg.num_heads, band)
 
-def offset_keys(k_BSGK, starts_BS):
+ATTENTION = {"xla": attention_xla, "band": attention_band}  # others stand behind the same signature
+
+def offset_keys(k_BSN, starts_BS, cfg):
     """Partial key offset (modded-nanogpt, record 49): the dims that RoPE leaves still come from the token before, or are 0
     where a document starts, so one layer can look up what followed an earlier occurrence. --steps=660: 1.041 -> 1.000."""
-    still_K = np.arange(k_BSGK.shape[-1]) // (k_BSGK.shape[-1] // 4) % 2 == 1
-    before_BSGK = jnp.pad(k_BSGK, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-    return jnp.where(still_K[None, None, None], jnp.where(starts_BS[:, :, None, None], 0, before_BSGK), k_BSGK)
+    still_N = np.arange(k_BSN.shape[-1]) // (cfg.head_dim // 4) % 2 == 1
+    before_BSN = jnp.pad(k_BSN, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    return jnp.where(still_N[None, None], jnp.where(starts_BS[:, :, None], 0, before_BSN), k_BSN)
 
-def attention(x_BTD, p, first_BT, position_T, table, window, starts_BS, cfg, cache=None):
+def attention(x_BTD, p, first_BT, start, table, window, starts_BS, cfg, cache=None):
     """One layer's self-attention with normed queries and keys (arXiv:2010.04245). Returns (output, cache).
-    cache: None, or (k_BSGK, v_BSGK) whose places position_T are written before they are attended to."""
-    heads = lambda w: rearrange(matmul("BTD,DN->BTN", x_BTD, w), "B T (H K) -> B T H K", K=cfg.head_dim)
-    q_BTHK, k_BTGK = (rotate(rms_norm(heads(p[name])), table) for name in ("w_q", "w_k"))
-    q_BTHK, k_BTGK, v_BTGK = (z.astype(p["w_v"].dtype) for z in (q_BTHK, k_BTGK, heads(p["w_v"])))
+    cache: None, or (k_BSN, v_BSN), into which those of x_BTD are written from place start on before they are attended to."""
+    q_BTN, k_BTN, v_BTN = (matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v"))
     if cache is not None:
-        k_BTGK, v_BTGK = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, position_T[0], axis=1)
-                                       for old, new in zip(cache, (k_BTGK, v_BTGK)))
-    k_BTGK = k_BTGK if starts_BS is None else offset_keys(k_BTGK, starts_BS)
+        k_BTN, v_BTN = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+                                     for old, new in zip(cache, (k_BTN, v_BTN)))
+    k_BTN = k_BTN if starts_BS is None else offset_keys(k_BTN, starts_BS, cfg)
     if window:
-        first_BT = jnp.maximum(first_BT, (position_T - window)[None])
-    y_BTHK = ATTENTION[cfg.attention](q_BTHK, k_BTGK, v_BTGK, first_BT, position_T, window, cfg)
-    return matmul("BTN,ND->BTD", rearrange(y_BTHK, "B T H K -> B T (H K)"), p["w_out"], x_BTD.dtype), cache
+        first_BT = jnp.maximum(first_BT, (start + jnp.arange(x_BTD.shape[1]) - window)[None])
+    attend = ATTENTION["xla" if cache or cfg.attention == "auto" else cfg.attention]
+    y_BTN = attend(q_BTN, k_BTN, v_BTN, first_BT, start, table, window, cfg)
+    return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype), cache
 
 def mlp(x_BTD, p):  # ReLU^2 (arXiv:2109.08668)
     return matmul("BTF,FD->BTD", jnp.square(jax.nn.relu(matmul("BTD,DF->BTF", x_BTD, p["w_up"]))), p["w_down"])
 
+def lookup(weights, name, ids_BT, use):
+    """Rows ids_BT of a table. Where weights[use] is there (zeros, in training), the gradient goes to it, row by row."""
+    if use not in weights:
+        return weights[name][ids_BT]
+    return jax.lax.stop_gradient(weights[name])[ids_BT] + weights[use]
+
 def forward(weights, tokens_BT, windows, cfg, cache=None):
-    """tokens -> (normed final activations x_BTD, cache). weights: compute copies, blocks unstacked. windows: per block.
+    """tokens -> (normed final activations x_BTD, cache). weights: compute copies, layers unstacked; windows: per block.
     cache: None, a row being positions 0..T-1; or from init_cache, then the tokens are appended at its position."""
     start, num_tokens, bos_BS = cache["position"] if cache else 0, tokens_BT.shape[1], tokens_BT == cfg.bos_id
     if cache:
         bos_BS = jax.lax.dynamic_update_slice_in_dim(cache["bos"], bos_BS, start, axis=1)
-    position_T, packed = start + jnp.arange(num_tokens), any(stage.max_doc_len for stage in stages(cfg))
-    key_1S = jnp.arange(bos_BS.shape[1])[None]
+    packed, key_1S = any(stage.max_doc_len for stage in stages(cfg)), jnp.arange(bos_BS.shape[1])[None]
     doc_start_BS = jax.lax.cummax(jnp.where(bos_BS & packed, key_1S, 0), axis=1)  # a plain stream is one document
     first_BT = jax.lax.dynamic_slice_in_dim(doc_start_BS, start, num_tokens, axis=1)
-    x_BTD = x0_BTD = rms_norm(weights["embed"][tokens_BT].astype(cfg.activation_dtype))
-    after, kv, table, offset_blocks = {}, [], rotary_table(position_T, cfg), layer_list(cfg.offset_layers)
+    table, fetch = rotary_table(bos_BS.shape[1], cfg), weights.get("fetch", lambda p, name: p)
+    def block(x_BTD, x0_BTD, p, heads, layer_cache, i):
+        p = fetch(p, "blocks")
+        x_BTD = (p["x_mix"] * x_BTD + p["x0_mix"] * x0_BTD).astype(x_BTD.dtype)
+        if heads:
+            starts_BS = doc_start_BS == key_1S if i in layer_list(cfg.offset_layers) else None
+            y_BTD, layer_cache = attention(rms_norm(x_BTD), fetch(heads, "attention"), first_BT, start, table, windows[i],
+                                           starts_BS, cfg, layer_cache)
+            x_BTD += y_BTD
+        return x_BTD + mlp(rms_norm(x_BTD), p), layer_cache
+    if cfg.fsdp:  # all but the gathered weights is kept for the backward pass, which gathers them again
+        block = jax.checkpoint(block, policy=lambda primitive, *_, **__: primitive.name != "all_gather", static_argnums=5)
+    x_BTD = x0_BTD = rms_norm(lookup(weights, "embed", tokens_BT, "inputs").astype(cfg.activation_dtype))
+    after, kv = {}, []
     for i, p in enumerate(weights["blocks"]):
         for j, (source, destination) in enumerate(cfg.skip_pairs):
             if destination == i:
                 x_BTD += (weights["skip_mix"][j] * after[source]).astype(x_BTD.dtype)
-        x_BTD = (p["x_mix"] * x_BTD + p["x0_mix"] * x0_BTD).astype(x_BTD.dtype)
-        y_BTD, layer_cache = attention(rms_norm(x_BTD), p, first_BT, position_T, table, windows[i],
-                                       doc_start_BS == key_1S if i in offset_blocks else None, cfg, cache and cache["kv"][i])
-        x_BTD += y_BTD
-        x_BTD += mlp(rms_norm(x_BTD), p)
-        after[i] = x_BTD
-        kv.append(layer_cache)
-    cache = cache and {"position": start + num_tokens, "bos": bos_BS, "kv": kv}
-    return rms_norm(x_BTD), cache
+        heads = None if i in layer_list(cfg.mlp_only) else weights["attention"][len(kv)]
+        x_BTD, layer_cache = block(x_BTD, x0_BTD, p, heads, cache and cache["kv"][len(kv)] if heads else None, i)
+        after[i], kv = x_BTD, kv + [layer_cache] if heads else kv
+    return rms_norm(x_BTD), cache and {"position": start + num_tokens, "bos": bos_BS, "kv": kv}
 
-def softcapped_logits(x_ND, head_DV, cfg):
-    """Float32 logits, bounded by softcap * tanh(z / softcap) (arXiv:2408.00118); the ids that pad the table get none."""
-    z_NV, used_1V = matmul("ND,DV->NV", x_ND, head_DV, f32), jnp.arange(cfg.padded_vocab)[None] < cfg.vocab_size
-    z_NV = cfg.softcap * jnp.tanh(z_NV / cfg.softcap) if cfg.softcap else z_NV
+def capped(z, cfg):
+    """Soft cap of logits (arXiv:2408.00118), float32."""
+    return cfg.softcap * jnp.tanh(z / cfg.softcap) if cfg.softcap else z
+
+def softcapped_logits(x_ND, head_VD, cfg):
+    """Float32 logits; the ids that pad the table get none."""
+    z_NV, used_1V = capped(matmul("ND,VD->NV", x_ND, head_VD, f32), cfg), jnp.arange(cfg.padded_vocab)[None] < cfg.vocab_size
     return z_NV if cfg.vocab_size == cfg.padded_vocab else jnp.where(used_1V, z_NV, -1e15)
 
-def _cross_entropy_forward(x_ND, head_DV, target_N, weight_N, cfg):
-    """Sum over tokens of weight * (-log softmax(logits)[target]), in nats, float32. Its gradient is formed along with it,
-    while the logits are there (three matmuls of the head's size, not four); where it is not wanted, the compiler drops it.
-    Blocks of cfg.head_block tokens keep the logits in a CPU's cache: scripts/bench.py's step takes 0.87 of the time with 256."""
+def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
+    """Sum over tokens of weight * log sum exp(logits), in float32. Its gradient is formed along with it: the unnormalised
+    softmax is stored, in head_VD's dtype, as the logits' matmul gives it, the row's normaliser goes to the narrow side of the
+    two matmuls that follow, and the label is no part of it (v6e: 16 ms of 45 for three passes over the logits)."""
     size = cfg.head_block if cfg.head_block and len(x_ND) % cfg.head_block == 0 else len(x_ND)
     def block(totals, rows):
-        x_ND, x_DN, target_N1, weight_N1 = rows
-        logits_NV = softcapped_logits(x_ND, head_DV, cfg)
+        x_ND, weight_N1 = rows
+        logits_NV = softcapped_logits(x_ND, head_VD, cfg)
         top_N1 = 0.0 if 0 < cfg.softcap < 60 else jnp.max(logits_NV, axis=1, keepdims=True)  # capped logits need no maximum
         exp_NV = jnp.exp(logits_NV - top_N1)
-        sum_N1, hit_NV = jnp.sum(exp_NV, axis=1, keepdims=True), jnp.arange(cfg.padded_vocab)[None] == target_N1
-        loss = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1 - jnp.take_along_axis(logits_NV, target_N1, axis=1)))
-        g_NV = exp_NV * (weight_N1 / sum_N1) - jnp.where(hit_NV, weight_N1, 0)
-        g_NV = (g_NV * (1 - jnp.square(logits_NV / cfg.softcap)) if cfg.softcap else g_NV).astype(head_DV.dtype)
-        return (totals[0] + loss, totals[1] + product("DN,NV->DV", x_DN, g_NV)), product("NV,DV->ND", g_NV, head_DV)
-    x_AND = rearrange(x_ND.astype(head_DV.dtype), "(A N) D -> A N D", N=size)
-    columns = (rearrange(z_N, "(A N) -> A N 1", N=size) for z_N in (target_N, weight_N))
-    # x goes in both ways round: XLA's CPU would widen to float32 a bf16 matmul that sums over the first axis
-    (loss, dhead_DV), dx_AND = jax.lax.scan(block, (f32(0), jnp.zeros(head_DV.shape, f32)), (x_AND, x_AND.mT, *columns))
-    return loss, (dx_AND.reshape(x_ND.shape).astype(x_ND.dtype), dhead_DV.astype(head_DV.dtype))
+        slope_NV = 1 - jnp.square(logits_NV / cfg.softcap) if cfg.softcap else 1.0
+        p_NV, sum_N1 = (exp_NV * slope_NV).astype(head_VD.dtype), jnp.sum(exp_NV, axis=1, keepdims=True)
+        p_NV, sum_N1 = jax.lax.optimization_barrier((p_NV, sum_N1))  # else XLA goes over the logits again
+        loss, scale_N1 = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1)), weight_N1 / sum_N1
+        dhead_VD = product("NV,ND->VD", p_NV, (x_ND * scale_N1).astype(head_VD.dtype))
+        return (totals[0] + loss, totals[1] + dhead_VD), product("NV,VD->ND", p_NV, head_VD) * scale_N1
+    x_AND, weight_AN1 = rearrange(x_ND, "(A N) D -> A N D", N=size), rearrange(weight_N, "(A N) -> A N 1", N=size)
+    (loss, dhead_VD), dx_AND = jax.lax.scan(block, (f32(0), jnp.zeros(head_VD.shape, f32)), (x_AND, weight_AN1))
+    return loss, (dx_AND.reshape(x_ND.shape).astype(x_ND.dtype), dhead_VD.astype(head_VD.dtype))
 
-cross_entropy = jax.custom_vjp(lambda *arguments: _cross_entropy_forward(*arguments)[0], nondiff_argnums=(4,))
-cross_entropy.defvjp(_cross_entropy_forward,
-                     lambda cfg, saved, g: (*((g * grad).astype(grad.dtype) for grad in saved), None, None))
+log_partition = jax.custom_vjp(lambda *arguments: _log_partition_forward(*arguments)[0], nondiff_argnums=(3,))
+log_partition.defvjp(_log_partition_forward, lambda cfg, saved, g: (*((g * grad).astype(grad.dtype) for grad in saved), None))
 
-def head_of(weights, cfg): return weights["embed"].T if cfg.tie_embed else weights["head"]
+def head_name(cfg): return "embed" if cfg.tie_embed else "head"
 
 def loss_fn(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
-    """Summed nats of the targets, each times its weight."""
-    x_ND = rearrange(forward(weights, tokens_BT, windows, cfg)[0], "B T D -> (B T) D")
-    return cross_entropy(x_ND, head_of(weights, cfg), target_BT.ravel(), weight_BT.ravel(), cfg)
+    """Summed nats of the targets, each times its weight: log sum exp(logits) - logits[target]."""
+    name = head_name(cfg)
+    x_BTD = forward(weights, tokens_BT, windows, cfg)[0].astype(weights[name].dtype)
+    label_BT = jnp.sum(x_BTD.astype(f32) * lookup(weights, name, target_BT, "targets").astype(f32), axis=-1)
+    partition = log_partition(rearrange(x_BTD, "B T D -> (B T) D"), weights[name], weight_BT.ravel(), cfg)
+    return partition - jnp.sum(weight_BT * capped(label_BT, cfg))
 
 def init_cache(num_rows, max_len, cfg):
     """An empty key/value cache for `decode`: max_len positions for each of num_rows sequences."""
-    zeros = lambda: jnp.zeros((num_rows, max_len, cfg.kv_heads, cfg.head_dim), cfg.compute_dtype)
+    zeros = lambda: jnp.zeros((num_rows, max_len, cfg.kv_heads * cfg.head_dim), cfg.compute_dtype)
     return {"position": jnp.int32(0), "bos": jnp.zeros((num_rows, max_len), bool),
-            "kv": [(zeros(), zeros()) for _ in range(cfg.num_layers)]}
+            "kv": [(zeros(), zeros()) for _ in range(AXIS_SIZE["I"](cfg))]}
 
 def decode(weights, cache, tokens_BT, cfg):
     """Append tokens (a prompt, or one per row) to the cache. Returns float32 logits_BV of what follows, and the cache."""
     x_BTD, cache = forward(weights, tokens_BT, val_stage(cfg).windows, cfg, cache)
-    return softcapped_logits(x_BTD[:, -1], head_of(weights, cfg), cfg), cache
+    return softcapped_logits(x_BTD[:, -1], weights[head_name(cfg)], cfg), cache
+
+# ---- Banded attention on TPUs ----------------------------------------------------------------------------------------
+# Two Pallas kernels from raw queries and keys: QK norm, half-RoPE, scores, softmax and average, and all of it backward. Grid:
+# row, head, block of queries in order; the keys and values that later blocks can reach stay in fast memory. A block goes by
+# tiles of 256 queries, the width of the matrix unit, each against the one span of keys that its window can reach.
+TILE, LN2 = 256, math.log(2)
+
+class Band(NamedTuple):
+    """The shape of the work. spans[d]: (first key, first query) of each tile of a block with d blocks before it in reach."""
+    length: int
+    window: int
+    block: int
+    scale: float  # of q.k
+    depth = property(lambda self: -(-self.window // self.block))  # blocks back that a block can reach
+    spans = property(lambda self: [[(max(0, query - self.window) // 128 * 128, query) for query in range(
+        d * self.block, (d + 1) * self.block, TILE)] for d in range(min(self.depth + 1, self.length // self.block))])
+
+def dot(a, b, axes):  # axes: the one of each that is summed over
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=f32)
+
+def rows_at(start, size=TILE): return pl.ds(pl.multiple_of(start, 128), size)
+def as_row(column_T1): return jnp.broadcast_to(column_T1, (len(column_T1), 128)).T[:1]
+def band_table(cos_ref, sin_ref, rows):
+    cos, sin = cos_ref[rows].astype(f32), sin_ref[rows].astype(f32)
+    return jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
+
+def prepare(x_TK, cos, sin, scale):
+    """(z_TK, r_T1): RMS norm r, half-RoPE, and the root of the scale that turns q.k into exponents of 2."""
+    x = x_TK.astype(f32)
+    r_T1 = jax.lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + 1e-6) * (scale / LN2) ** 0.5
+    return ((x * cos + pltpu.roll(x, x.shape[1] // 2, 1) * sin) * r_T1).astype(x_TK.dtype), r_T1
+
+def prepare_backward(dz_TK, z_TK, r_T1, cos, sin, scale):
+    z, mean_T1 = z_TK.astype(f32), jnp.mean(dz_TK * z_TK.astype(f32), axis=1, keepdims=True) * (LN2 / scale)
+    g = dz_TK - z * mean_T1
+    return ((g * cos + pltpu.roll(g * sin, g.shape[1] // 2, 1)) * (r_T1 * LN2)).astype(z_TK.dtype)
+
+def visible(weights, first, keys_axis):
+    """Zero the weights of keys before `first`, and in the last TILE keys, which are the queries' own, of later ones."""
+    key = jax.lax.broadcasted_iota(jnp.int32, weights.shape, keys_axis)
+    weights, before = jnp.where(key >= first, weights, 0.0), weights.shape[keys_axis] - TILE
+    earlier, own = (jax.lax.slice_in_dim(weights, *ends, axis=keys_axis) for ends in ((0, before), (before, before + TILE)))
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (keys_axis, 1 - keys_axis))
+    own = jnp.where(key <= query, own, 0.0)
+    return jnp.concatenate([earlier, own], axis=keys_axis) if before else own
+
+def band_forward_kernel(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, log_sum_ref, z_ref, values_ref, *, band):
+    i = pl.program_id(2)
+    def tile(base, key, query):
+        here, own, keys = pl.ds(query % band.block, TILE), rows_at(base + query), rows_at(base + key, query - key + TILE)
+        table = band_table(cos_ref, sin_ref, here)
+        z_ref[own], _ = prepare(k_ref[0, here], *table, band.scale)
+        values_ref[own] = v_ref[0, here]
+        q_TK, _ = prepare(q_ref[0, here], *table, band.scale)
+        e_TS = visible(jnp.exp2(dot(q_TK, z_ref[keys], (1, 1))), first_ref[0, 0, 0, here].reshape(TILE, 1) - base - key, 1)
+        sum_T1 = jnp.sum(e_TS, axis=1, keepdims=True)
+        y_ref[0, here] = (dot(e_TS.astype(q_TK.dtype), values_ref[keys], (1, 0)) / sum_T1).astype(q_TK.dtype)
+        log_sum_ref[0, 0, :, here] = as_row(jnp.log2(sum_T1))
+    for d, spans in enumerate(band.spans):  # the last stands for all blocks with as many before them as they can reach
+        @pl.when(jnp.minimum(i, len(band.spans) - 1) == d)
+        def _():
+            for span in spans:
+                tile((i - d) * band.block, *span)
+
+def band_backward_kernel(first_ref, q_ref, k_ref, v_ref, y_ref, dy_ref, log_sum_ref, cos_ref, sin_ref, late_cos_ref, late_sin_ref,
+                         dq_ref, dk_ref, dv_ref, z_ref, values_ref, r_ref, dz_ref, dvalues_ref, *, band):
+    """Scores are recomputed keys by queries, so that only dq needs a transposition. A block's dk and dv leave `depth` blocks
+    late, when no later query can reach them."""
+    i, num_blocks = pl.program_id(2), band.length // band.block
+    def tile(base, key, query):
+        here, own, keys = pl.ds(query % band.block, TILE), rows_at(base + query), rows_at(base + key, query - key + TILE)
+        table, dy_TK = band_table(cos_ref, sin_ref, here), dy_ref[0, here]
+        z_ref[own], r_T1 = prepare(k_ref[0, here], *table, band.scale)
+        r_ref[own], values_ref[own] = jnp.broadcast_to(r_T1, (TILE, 128)), v_ref[0, here]
+        dz_ref[own] = dvalues_ref[own] = jnp.zeros((TILE, q_ref.shape[2]), f32)
+        q_TK, r_T1 = prepare(q_ref[0, here], *table, band.scale)
+        delta_1T = as_row(jnp.sum(y_ref[0, here].astype(f32) * dy_TK.astype(f32), axis=1, keepdims=True))
+        p_ST = visible(jnp.exp2(dot(z_ref[keys], q_TK, (1, 1)) - log_sum_ref[0, 0, :, here]), first_ref[0, 0, :, here] - base - key, 0)
+        ds_ST = (p_ST * (dot(values_ref[keys], dy_TK, (1, 1)) - delta_1T)).astype(q_TK.dtype)
+        dq_ref[0, here] = prepare_backward(dot(ds_ST, z_ref[keys], (0, 0)), q_TK, r_T1, *table, band.scale)
+        dz_ref[keys] += dot(ds_ST, q_TK, (1, 0))
+        dvalues_ref[keys] += dot(p_ST.astype(dy_TK.dtype), dy_TK, (1, 0))
+    def leave(base, start):
+        here, rows = pl.ds(start, TILE), rows_at(base + start)
+        r_TK, table = jnp.tile(r_ref[rows], (1, q_ref.shape[2] // 128)), band_table(late_cos_ref, late_sin_ref, here)
+        dk_ref[0, here] = prepare_backward(dz_ref[rows], z_ref[rows], r_TK, *table, band.scale)
+        dv_ref[0, here] = dvalues_ref[rows].astype(dv_ref.dtype)
+    for d, spans in enumerate(band.spans):
+        @pl.when((jnp.minimum(i, len(band.spans) - 1) == d) & (i < num_blocks))
+        def _():
+            for span in spans:
+                tile((i - d) * band.block, *span)
+                if d == band.depth:
+                    leave((i - d) * band.block, span[1] % band.block)
+    @pl.when(i >= num_blocks)
+    def _():
+        for start in range(0, band.block, TILE):
+            leave((i - band.depth) * band.block, start)
+
+def band_call(kernel, name, inputs, outputs, scratch, num_matmuls, num_heads, band):
+    """Run a kernel over the grid. inputs: (block spec, array) each; outputs: (block spec, shape and dtype) each."""
+    arrays, shapes = [array for _, array in inputs], [shape for _, shape in outputs]
+    (num_rows, _, width), num_blocks = shapes[0].shape, band.length // band.block
+    blocks = band.spans + band.spans[-1:] * (num_blocks - len(band.spans))
+    scores = num_rows * TILE * sum(query + TILE - key for spans in blocks for key, query in spans)  # of one head
+    cost = pl.CostEstimate(flops=2 * num_matmuls * scores * width, transcendentals=num_heads * scores,
+                           bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays + shapes))
+    return pl.pallas_call(
+        functools.partial(kernel, band=band), out_shape=shapes, grid=(num_rows, num_heads, num_blocks + (num_matmuls > 2) * band.depth),
+        in_specs=[spec for spec, _ in inputs], out_specs=[spec for spec, _ in outputs], scratch_shapes=scratch, cost_estimate=cost,
+        name=name, compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 << 20))(*arrays)
+
+def band_specs(num_heads, num_kv_heads, head_dim, band):
+    """Block specs: wide [B, T, HK], wide of keys, late keys, row [B, H, 1, T], row [B, 1, 1, T], table [T, K/2], late table."""
+    now = lambda i: jnp.minimum(i, band.length // band.block - 1)
+    late = lambda i: jnp.maximum(i - band.depth, 0)
+    wide = lambda at, group: pl.BlockSpec((1, band.block, head_dim), lambda b, h, i: (b, at(i), h // group))
+    row = lambda heads: pl.BlockSpec((1, 1, 1, band.block), lambda b, h, i: (b, h * heads, 0, now(i)))
+    table = lambda at: pl.BlockSpec((band.block, head_dim // 2), lambda b, h, i: (at(i), 0))
+    return wide(now, 1), wide(now, num_heads // num_kv_heads), wide(late, 1), row(1), row(0), table(now), table(late)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def banded(q_BTN, k_BTN, v_BTN, first_BT, table, num_heads, band):
+    """Attention of raw queries and keys [B, T, HK] over the keys first_BT .. T. table: rotary, [T, K/2] each."""
+    return _banded_forward(q_BTN, k_BTN, v_BTN, first_BT, table, num_heads, band)[0]
+
+def _banded_forward(q_BTN, k_BTN, v_BTN, first_BT, table, num_heads, band):
+    (num_rows, length, width), dtype = q_BTN.shape, q_BTN.dtype
+    head_dim = width // num_heads
+    wide, keys, _, row, shared_row, half, _ = band_specs(num_heads, k_BTN.shape[2] // head_dim, head_dim, band)
+    y_BTN, log_sum_BH1T = band_call(
+        band_forward_kernel, "band_fwd", [(shared_row, first_BT[:, None, None]), (wide, q_BTN), (keys, k_BTN), (keys, v_BTN), *((half, t) for t in table)],
+        [(wide, jax.ShapeDtypeStruct(q_BTN.shape, dtype)), (row, jax.ShapeDtypeStruct((num_rows, num_heads, 1, length), f32))],
+        [pltpu.VMEM((length, head_dim), dtype)] * 2, 2, num_heads, band)
+    return y_BTN, (q_BTN, k_BTN, v_BTN, first_BT, table, y_BTN, log_sum_BH1T)
+
+def _banded_backward(num_heads, band, saved, dy_BTN):
+    q_BTN, k_BTN, v_BTN, first_BT, table, y_BTN, log_sum_BH1T = saved
+    (length, width), dtype, kv_width = q_BTN.shape[1:], q_BTN.dtype, k_BTN.shape[2]
+    head_dim, whole = width // num_heads, jax.ShapeDtypeStruct(q_BTN.shape, dtype)
+    wide, keys, late, row, shared_row, half, late_half = band_specs(num_heads, kv_width // head_dim, head_dim, band)
+    memory = lambda width, dtype: pltpu.VMEM((length, width), dtype)
+    dq_BTN, *dkv_BTN = band_call(
+        band_backward_kernel, "band_bwd", [
+            (shared_row, first_BT[:, None, None]), (wide, q_BTN), (keys, k_BTN), (keys, v_BTN), (wide, y_BTN), (wide, dy_BTN),
+            (row, log_sum_BH1T), *((half, t) for t in table), *((late_half, t) for t in table)], [(wide, whole), (late, whole), (late, whole)],
+        [memory(head_dim, dtype), memory(head_dim, dtype), memory(128, f32), memory(head_dim, f32), memory(head_dim, f32)], 5, num_heads, band)
+    dkv_BTN = (jnp.sum(rearrange(g, "B T (G R K) -> B T G R K", G=kv_width // head_dim, K=head_dim), axis=3).reshape(k_BTN.shape) for g in dkv_BTN)
+    return dq_BTN, *dkv_BTN, None, None
+
+banded.defvjp(_banded_forward, _banded_backward)
+
 
 # ---- Schedules -------------------------------------------------------------------------------------------------------
 # Pure functions of the step. Values are traced inside the step; shapes, which pick a program, are Python numbers.
@@ -466,7 +653,7 @@ def orthogonalize_spread(matrices, axes, num_devices, cfg):
     slice of some, and back. That moves 1/num_devices of the bytes of gathering them."""
     batches, results = {}, [None] * len(matrices)
     for i, (u, axis) in enumerate(zip(matrices, axes)):
-        turned = u.mT if axis == u.ndim - 2 else u
+        turned = u.mT if axis == -2 else u
         batches.setdefault((turned.shape[-2:], axis is not None and num_devices > 1), []).append((i, turned))
     for (shape, split), members in batches.items():
         batch = jnp.concatenate([u.reshape(-1, *shape) for _, u in members]).astype(cfg.compute_dtype)
@@ -480,7 +667,7 @@ def orthogonalize_spread(matrices, axes, num_devices, cfg):
         for i, u in members:
             count = u.size // math.prod(shape)
             result, batch = batch[:count].reshape(u.shape).astype(f32), batch[count:]
-            results[i] = result.mT if axes[i] == u.ndim - 2 else result
+            results[i] = result.mT if axes[i] == -2 else result
     return results
 
 def muon_direction(grad, slots, momentum):
@@ -698,25 +885,30 @@ def state_shardings(model, mesh, cfg):
     specs, rules = model.specs(cfg), model.rules(cfg)
     def place(spec):
         axis = split_axis(spec, cfg, mesh.size)
-        return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, "data"))
+        return NamedSharding(mesh, P() if axis is None else P(*[None] * (len(spec.axes.split()) + axis), "data"))
     slots = lambda spec: dict.fromkeys(SLOTS[rules[spec.group].kind], place(spec))
     return State(NamedSharding(mesh, P()), jax.tree.map(place, specs), jax.tree.map(slots, specs))
 
-def gather(params, specs, num_devices, cfg):
-    """Compute copies, whole on every device: what is multiplied in compute_dtype, looked up or scalar in float32."""
-    def whole(spec, w):
-        axis = split_axis(spec, cfg, num_devices)
-        w = w if spec.group in ("embed", "scalar") else w.astype(cfg.compute_dtype)
-        return w if axis is None or num_devices == 1 else jax.lax.all_gather(w, "data", axis=axis, tiled=True)
-    return jax.tree.map(whole, specs, params)
+def gather(params, specs, num_devices, cfg, fetched=True):
+    """Compute copies in compute_dtype, scalars in float32; whole on every device, layers only if fetched."""
+    def whole(path, spec, w):
+        axis, w = split_axis(spec, cfg, num_devices), w if spec.group == "scalar" else w.astype(cfg.compute_dtype)
+        if axis is None or num_devices == 1 or not fetched and name_of(path[:1]) in STACKED:
+            return w
+        return jax.lax.all_gather(w, "data", axis=w.ndim + axis, tiled=True)
+    return jax.tree.map_with_path(whole, specs, params)
 
 def reduce_grads(grads, specs, num_devices, cfg):
-    """Sum over the devices, each element once: what is kept split arrives split."""
-    def reduce(spec, g):
-        axis = split_axis(spec, cfg, num_devices)
-        return (jax.lax.psum(g, "data") if axis is None else
-                jax.lax.psum_scatter(g, "data", scatter_dimension=axis, tiled=True))
-    return jax.tree.map(reduce, specs, grads) if num_devices > 1 else grads
+    """Sum over the devices in compute_dtype, each element once: what is kept split arrives split."""
+    def reduce(path, spec, g):
+        axis, g = split_axis(spec, cfg, num_devices), g if spec.group == "scalar" else g.astype(cfg.compute_dtype)
+        if axis is None:
+            return jax.lax.psum(g, "data").astype(f32)
+        if cfg.fsdp and name_of(path[:1]) in STACKED:
+            return g.astype(f32)  # reduced where it was gathered
+        share = jax.lax.psum_scatter(jnp.moveaxis(g, axis, 0), "data", scatter_dimension=0, tiled=True)
+        return jnp.moveaxis(share, 0, axis).astype(f32)
+    return jax.tree.map_with_path(reduce, specs, grads) if num_devices > 1 else grads
 
 def inputs_and_targets(tokens_BT1, cfg):
     """uint16 rows of T + 1 -> inputs, targets, weights [B, T]: the target is the next token, NO_TOKEN weighs nothing."""
@@ -724,17 +916,37 @@ def inputs_and_targets(tokens_BT1, cfg):
     tokens_BT1 = jnp.where(there_BT1, tokens_BT1.astype(jnp.int32), cfg.bos_id)
     return tokens_BT1[:, :-1], tokens_BT1[:, 1:], there_BT1[:, 1:].astype(f32)
 
+def sum_rows(ids_N, g_ND, num_rows):
+    """[V, D]: for each id the sum of its rows, float32: the gradient of a lookup. Rows are sorted by id, and what an id adds
+    to the running sum is its total: matmuls and gathers, where TPUs would scatter row by row."""
+    size = min(256, len(ids_N))
+    order = jnp.argsort(ids_N)
+    rows_CND = rearrange(g_ND[jnp.pad(order, (0, -len(ids_N) % size + size))], "(C N) D -> C N D", N=size)
+    block_CD = jnp.sum(rows_CND.astype(f32), axis=1)
+    before_CD = jnp.cumsum(block_CD, axis=0) - block_CD
+    running_CND = product("MN,CND->CMD", jnp.tril(jnp.ones((size, size), g_ND.dtype), -1), rows_CND) + before_CD[:, None]
+    ends_V = jnp.searchsorted(ids_N[order], jnp.arange(num_rows), side="right", method="sort")
+    at_VD = rearrange(running_CND, "C N D -> (C N) D")[ends_V]  # the sum of the rows of all ids up to each
+    return at_VD - jnp.pad(at_VD, ((1, 0), (0, 0)))[:-1]
+
 def make_train_step(stage, model, mesh, cfg):
     """(state, tokens uint16 [A, B, T+1]) -> (state, mean loss in nats per token). The state is donated."""
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
+    tables = {"inputs": "embed", "targets": head_name(cfg)}  # what a row of each is looked up in
     def step_on_device(state, tokens_ABT1):
-        weights = unstack(gather(state.params, specs, n, cfg))
+        weights = unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp))
+        fetch = {"fetch": lambda layer, name: gather(layer, specs[name], n, cfg)} if cfg.fsdp else {}
         def micro_step(totals, tokens_BT1):
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
-            loss, grads = jax.value_and_grad(model.loss)(weights, tokens_BT, target_BT, weight_BT, stage.windows, cfg)
-            return jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads)), None
+            rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}
+            loss, (grads, row_grads) = jax.value_and_grad(lambda weights, rows: model.loss(
+                weights | rows | fetch, tokens_BT, target_BT, weight_BT, stage.windows, cfg), argnums=(0, 1))(weights, rows)
+            totals = jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads))
+            return totals, ({"inputs": tokens_BT, "targets": target_BT}, row_grads)
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
-        (loss, count, grads), _ = jax.lax.scan(micro_step, (f32(0), f32(0), zeros), tokens_ABT1)
+        (loss, count, grads), (ids, row_grads) = jax.lax.scan(micro_step, (f32(0), f32(0), zeros), tokens_ABT1)
+        for use, name in tables.items():
+            grads[name] += sum_rows(ids[use].ravel(), rearrange(row_grads[use], "A B T D -> (A B T) D"), cfg.padded_vocab)
         loss, count = jax.lax.psum((loss, count), "data")
         grads = jax.tree.map(lambda g: g / count, reduce_grads(restack(grads), specs, n, cfg))
         params, opt_state = update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
@@ -765,7 +977,10 @@ def make_init(model, mesh, cfg):
         return State(jnp.int32(0), params, jax.tree.map(slots, specs, params))
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
-COMPILER_OPTIONS = {"tpu": {}, "gpu": {}, "cpu": {}}  # by platform, stated in the log
+COMPILER_OPTIONS = {"tpu": {
+    # gradients and weights travel by the SparseCores beside the matmuls: 6.2 -> 2.3 ms of optimizer and collectives (v6e-8, predicted)
+    **{f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")},
+    "xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"}, "gpu": {}, "cpu": {}}  # by platform, stated in the log
 
 def list_programs(model, mesh, cfg):
     """{"init", each stage's index, "eval": (name, jitted function, argument shapes)}; stages alike share an entry."""
@@ -802,7 +1017,7 @@ def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
     of each query head and key that causality and window leave visible; document borders are not counted."""
     matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", "scalar"))
-    reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in stage.windows]
+    reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
     keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
 
@@ -1025,6 +1240,13 @@ def choose_preset(given):
         raise DataError(f"JAX sees a {kind}, but no shards match {pattern}: {real}; or --preset=demo, which needs none")
     return "speedrun", f"JAX sees {jax.device_count()} x {kind}, and there are shards"
 
+def choose_attention(cfg, platform):
+    """The config with --attention=auto settled for a platform."""
+    lengths = [int(length) for length in f"{cfg.seq_len},{cfg.val_seq_len}".split(",") if length.isdigit()]
+    fits = cfg.head_dim % 128 == 0 and all(length % TILE == 0 for length in lengths) and cfg.compute_dtype == "bfloat16"
+    chosen = "band" if platform == "tpu" and fits else "xla"
+    return cfg if cfg.attention != "auto" else dataclasses.replace(cfg, attention=chosen)
+
 def validate(cfg):
     """Raises UsageError for a config that cannot run."""
     def need(ok, name, wanted):
@@ -1066,7 +1288,7 @@ def configure(argv):
         jax.config.update("jax_compilation_cache_max_size", 4 << 30)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     preset, why = choose_preset(given)
-    cfg = Config(**PRESETS[preset] | given | {"preset": preset})
+    cfg = choose_attention(Config(**PRESETS[preset] | given | {"preset": preset}), jax.default_backend())
     validate(cfg)
     if cfg.compute_dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")  # accelerators would round operands otherwise
