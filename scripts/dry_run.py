@@ -1,0 +1,317 @@
+"""What will a run cost on a TPU? Needs `pip install "jax[tpu]"`, but no TPU and no data.
+
+    python -m scripts.dry_run v6e:2x4                          the programs of the preset `speedrun` for a host of 8 chips
+    python -m scripts.dry_run v6e:2x4 --stage=2 --dump=DIR     one program; its optimized HLO in DIR/train_2.hlo
+    python -m scripts.dry_run v6e:2x4 --piece=head --head_block=2048     a part alone, in well under a minute
+    python -m scripts.dry_run v6e:2x4 --num_layers=16 --json=FILE        any flag of train.py; FILE gets the numbers
+
+The TPU compiler runs on any Linux machine. For each program this prints what is certain, its memory and its collectives,
+and a prediction of its time (scripts/estimate.py says how, and how wrong it has been; kernels of train.py by their
+instruction bundles, scripts/bundles.py). From these follows the train time of the schedule: a projection, not a measurement.
+Compiling the preset's three training programs takes several minutes.
+"""
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: constants are made on the CPU, a TPU in this machine is left alone
+for _name, _value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                      "TPU_ACCELERATOR_TYPE": "v6e-8"}.items():  # else minutes of asking the cloud's metadata server
+    os.environ.setdefault(_name, _value)
+
+import argparse, collections, contextlib, dataclasses, importlib.util, json, re, shutil, tempfile, threading, time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import train
+from scripts import bundles, estimate
+from train import Config, Model, UsageError, f32
+
+TOPOLOGIES = {"v6e:1x1": (1, 1, 1), "v6e:2x2": None, "v6e:2x4": (2, 4, 1), "v6e:4x4": None, "v5e:1x1": (1, 1, 1),
+              "v5e:2x2": None, "v5e:2x4": (2, 4, 1), "v5e:4x4": None, "v5p:2x2x1": None, "v5p:2x2x2": None}  # chips per host
+PIECES = ("layer", "attention", "head", "optimizer")
+# What a kernel's branches are, by its name: (regex, grid -> weights for scripts/bundles.py).
+BRANCHES = [(r"band_(fwd|bwd)", lambda grid: bundles.one_of_chain(grid[-1]))]
+
+class Job(NamedTuple):
+    """A program to compile. tokens: of one run, all chips; flops: of the model in one run, all chips, 0 where not counted."""
+    name: str
+    function: object
+    arguments: tuple
+    mesh: object
+    steps: int
+    tokens: int
+    flops: float
+    stage: object
+
+# ---- Topology and compiler ----
+def topology_devices(name):
+    """Devices to compile for. Raises UsageError without libtpu, and for names it does not know."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError('the TPU compiler is missing: pip install "jax[tpu]>=0.10,<0.13"')
+    from jax.experimental import topologies
+    chip = name.split(":")[0]
+    name = name if ":" in name else {"v6e": "v6e:2x4", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1"}.get(name, name)
+    bounds = {"chips_per_host_bounds": TOPOLOGIES[name]} if TOPOLOGIES.get(name) else {}
+    try:
+        if chip not in estimate.CHIPS:
+            raise ValueError(chip)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices)
+    except Exception as error:  # whatever libtpu throws at a name
+        raise UsageError(f"{name}: no such topology for the compiler; these work: {', '.join(TOPOLOGIES)}, and more of a kind as "
+                         "far as libtpu knows them") from error
+
+def dump_folder():
+    """Where libtpu writes bundles: told once, before it loads."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if not (found := re.search(r"--xla_jf_dump_to=(\S+)", flags)):
+        folder = tempfile.mkdtemp(prefix="bundles-")
+        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {bundles.dump_flags(folder)}"
+        return Path(folder)
+    return Path(found[1])
+
+@contextlib.contextmanager
+def bundle_texts(folder, names):
+    """A dict, filled at the end of the block with the bundles of kernels whose name holds one of `names`. Meanwhile a thread
+    deletes the files of all else, of which a large program has gigabytes."""
+    texts, done, folder = {}, threading.Event(), Path(folder)
+    folder.mkdir(exist_ok=True)
+    def sweep():
+        for path in folder.iterdir():
+            if "schedule-analysis" in path.name or not any(name in path.name for name in names):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+    def keep_sweeping():
+        while not done.wait(0.3):
+            sweep()
+    thread = threading.Thread(target=keep_sweeping, daemon=True)
+    thread.start()
+    try:
+        yield texts
+    finally:
+        done.set()
+        thread.join()
+        sweep()
+        texts |= bundles.read(folder)
+        shutil.rmtree(folder)
+
+def kernel_names(lowered):
+    """Names of the Pallas kernels in a lowered program."""
+    return set(re.findall(r'kernel_name = "([^"]+)"', lowered.as_text()))
+
+# ---- Programs ----
+def programs_of(model, mesh, cfg, only=None):
+    """Jobs of the run: the distinct training programs and evaluation; with `only`, the program of that stage."""
+    listed, specs, table = train.list_programs(model, mesh, cfg), model.specs(cfg), train.stages(cfg)
+    if only is not None and not 0 <= only < len(table):
+        raise UsageError(f"--stage={only}: wanted 0 to {len(table) - 1}")
+    jobs = {}
+    for stage in table if only is None else table[only:only + 1]:
+        name, function, arguments = listed[stage.index]
+        flops, steps = train.flops_per_token(stage, specs, cfg) * stage.batch_tokens, stage.last - stage.first
+        steps += jobs[name].steps if name in jobs else 0
+        jobs[name] = Job(name, function, arguments, mesh, steps, stage.batch_tokens, flops, stage)
+    if only is None:
+        stage, (name, function, arguments) = train.val_stage(cfg), listed["eval"]
+        flops = train.flops_per_token(stage, specs, cfg) / 3 * stage.batch_tokens  # forward only
+        steps = len({step for step in range(1, cfg.steps + 1) if cfg.val_every and step % cfg.val_every == 0} | {cfg.steps})
+        jobs[name] = Job(name, function, arguments, mesh, steps, stage.batch_tokens, flops, stage)
+    return list(jobs.values())
+
+def pieces_of(piece, stage, model, mesh, cfg):
+    """Jobs of one part of a training step, in the shapes that a chip sees: `layer` two blocks forward and backward over two
+    micro-steps, `attention` its core for each window, `head` the loss with its gradients, `optimizer` update and collectives."""
+    _, num_rows, width = train.batch_shape(stage, mesh.size, cfg)
+    B, T, one = num_rows // mesh.size, width - 1, train.make_mesh(mesh.devices.flatten().tolist()[:1])
+    whole = NamedSharding(one, P())
+    def shape(dtype, *dims): return jax.ShapeDtypeStruct(dims, dtype, sharding=whole)
+    def job(name, function, *arguments, mesh=one, tokens=B * T):
+        return Job(name, jax.jit(function), arguments, mesh, 0, tokens, 0.0, stage)
+    if piece == "layer":
+        few = dataclasses.replace(cfg, num_layers=2, skips="", vocab_size=128, bos_id=0)  # two blocks and a small embedding
+        specs = {name: spec for name, spec in model.specs(few).items() if name != "head"}
+        params = jax.tree.map(lambda spec: shape(f32, *train.shape_of(spec, few)), specs)
+        def layer(params, tokens_ABT):
+            weights = train.unstack(train.gather(params, specs, 1, few))
+            total = lambda weights, tokens_BT: train.forward(weights, tokens_BT, stage.windows[:2], few)[0].astype(f32).sum()
+            def add(sums, tokens_BT):
+                return jax.tree.map(lambda s, g: s + g.astype(f32), sums, jax.grad(total)(weights, tokens_BT)), None
+            return jax.lax.scan(add, jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights), tokens_ABT)[0]
+        return [job("layer", layer, params, shape(jnp.int32, 2, B, T), tokens=2 * B * T)]
+    if piece == "attention":
+        q, k = (shape(cfg.compute_dtype, B, T, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.kv_heads))
+        def core(window):
+            def forward_and_backward(q, k, v, first_BT, g):
+                attend = lambda q, k, v: train.ATTENTION[cfg.attention](q, k, v, first_BT, jnp.arange(T), window, cfg)
+                return jax.vjp(attend, q, k, v)[1](g)
+            return forward_and_backward
+        return [job(f"attention_{window}", core(window), q, k, k, shape(jnp.int32, B, T), q) for window in sorted(set(stage.windows))]
+    if piece == "head":
+        loss = jax.value_and_grad(lambda x, w, target, weight: train.cross_entropy(x, w, target, weight, cfg), argnums=(0, 1))
+        x, w = shape(cfg.activation_dtype, B * T, cfg.model_dim), shape(cfg.compute_dtype, cfg.model_dim, cfg.padded_vocab)
+        return [job("head", loss, x, w, shape(jnp.int32, B * T), shape(f32, B * T))]
+    specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
+    state = train.list_programs(model, mesh, cfg)[stage.index][2][0]
+    parts = jax.tree.map(lambda place: place.spec, train.state_shardings(model, mesh, cfg))
+    def optimizer(state, grads):
+        grads = train.reduce_grads(grads, specs, n, cfg)
+        params, slots = train.update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
+        return train.State(state.step + 1, params, slots), train.gather(params, specs, n, cfg)
+    grads = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(train.shape_of(spec, cfg), f32, sharding=NamedSharding(mesh, P())), specs)
+    mapped = jax.shard_map(optimizer, mesh=mesh, in_specs=(parts, P()), out_specs=(parts, P()), check_vma=False)
+    return [job("optimizer", mapped, state, grads, mesh=mesh, tokens=stage.batch_tokens)]
+
+# ---- Compiling and judging one ----
+def out_of_memory(job, need_gib, have_gib, cfg):
+    """UsageError that says by how much a program does not fit, and what three fields could become."""
+    num_micro, num_rows, width = train.batch_shape(job.stage, job.mesh.size, cfg)
+    at_once, fields = num_rows // job.mesh.size * (width - 1), {field.name for field in dataclasses.fields(cfg)}
+    block = min(cfg.head_block or at_once, at_once)
+    advice = {"micro_tokens": at_once // 2, "head_block": max(block // 4, 128)}
+    if "fsdp" in fields and not cfg.fsdp and job.mesh.size > 1:
+        advice["fsdp"] = 1
+    elif job.stage.index < 0 or at_once == width - 1:  # a micro-step holds one row at least
+        advice["val_seq_len" if job.stage.index < 0 else "seq_len"] = (width - 1) // 2
+    else:
+        advice["batch_tokens"] = job.stage.batch_tokens // 2
+    turns = ", ".join(f"--{name}={value}" for name, value in advice.items())
+    return UsageError(f"{job.name} does not fit: it needs {need_gib:.2f} GiB of the chip's {have_gib:.2f}, {need_gib - have_gib:.2f} too "
+                      f"many. Turn one or more of these: {turns}")
+
+def gib(text): return float(text[:-1]) * {"K": 2.0 ** -20, "M": 2.0 ** -10, "G": 1.0, "T": 2.0 ** 10}[text[-1]]
+
+def compile_job(job, folder, chip, cfg):
+    """(compiled program, seconds, bundles of its kernels by instruction name). UsageError where memory does not suffice."""
+    lowered, start = job.function.lower(*job.arguments), time.perf_counter()
+    names = kernel_names(lowered)
+    try:
+        with bundle_texts(folder, names) as texts:
+            program = lowered.compile(compiler_options=train.COMPILER_OPTIONS["tpu"])
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+        if used and "memory space hbm" in str(error):
+            raise out_of_memory(job, gib(used[1]), gib(used[2]), cfg) from error
+        raise
+    need = train.memory_of(program) / 2**30
+    if need > chip.hbm_gib:
+        raise out_of_memory(job, need, chip.hbm_gib, cfg)
+    return program, time.perf_counter() - start, texts
+
+def judge(job, chip_name, folder, cfg, dump=None):
+    """Compile a job, print its block, return its JSON row."""
+    chip = estimate.CHIPS[chip_name]
+    program, compile_s, texts = compile_job(job, folder, chip, cfg)
+    text = program.as_text()
+    if dump:
+        (Path(dump) / f"{job.name}.hlo").write_text(text)
+    module = estimate.Module(text)
+    kernels = bundles.kernel_seconds(module, texts, chip.clock, BRANCHES) if texts else {}
+    cost, plain = estimate.estimate(module, chip_name, kernels), estimate.estimate(module, chip_name)
+    kind = job.mesh.devices.flat[0].device_kind
+    peak = next(flops for name, flops in train.PEAK_FLOPS.items() if name in kind) * job.mesh.size
+    row = {"name": job.name, "steps": job.steps, "tokens_per_step": job.tokens, "est_ms": 1e3 * cost["est_s"],
+           "low_ms": 1e3 * cost["low_s"], "high_ms": 1e3 * cost["high_s"], "mfu": job.flops / peak / cost["est_s"] if job.flops else None,
+           "peak_hbm_gib": train.memory_of(program) / 2**30, "compile_s": compile_s, "collective_bytes": cost["sent_bytes"],
+           "sync_collective_ms": 1e3 * cost["sync_s"]}
+    print(describe(job, row, cost, plain, kernels, chip), flush=True)
+    return row
+
+def describe(job, row, cost, plain, kernels, chip):
+    mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
+    steps = f"{job.steps} steps of " if job.steps else ""
+    lines = [f"{job.name}: {steps}{job.tokens} tokens, {row['peak_hbm_gib']:.2f} of {chip.hbm_gib} GiB HBM per chip, "
+             f"compiled in {row['compile_s']:.1f} s",
+             f"  predicted {row['est_ms']:.2f} ms (low {row['low_ms']:.2f}, high {row['high_ms']:.2f}){mfu}",
+             f"  per chip: model {job.flops / job.mesh.size / 1e12:.3f} TFLOP, compiled {cost['flops'] / 1e12:.3f} TFLOP, "
+             f"{cost['hbm_bytes'] / 1e9:.2f} GB of HBM traffic, {cost['sent_bytes'] / 1e9:.4f} GB sent"]
+    groups = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
+    for entry in cost["rows"]:
+        if entry.op:
+            where = f"{entry.op}, {'hidden' if entry.kind.startswith('async') else 'exposed'}{', in a loop' if entry.in_loop else ''}"
+            groups[where] = [a + b * entry.calls for a, b in zip(groups[where], (1, entry.sent_bytes, entry.link_s))]
+    lines += [f"  {where}: {count:g} times, {sent / 1e6:.1f} MB sent, {1e3 * seconds:.2f} ms"
+              for where, (count, sent, seconds) in sorted(groups.items())]
+    if kernels:
+        used = [entry for entry in cost["rows"] if entry.kind == "kernel"]
+        lines.append(f"  kernels {1e3 * cost['kernel_s']:.2f} ms in {sum(entry.calls for entry in used):g} calls, by their bundles; by "
+                     f"their cost_estimate alone the whole is {1e3 * plain['est_s']:.2f} ms (low {1e3 * plain['low_s']:.2f}, high "
+                     f"{1e3 * plain['high_s']:.2f})")
+    if cost["unknown_trip_counts"]:
+        lines.append(f"  trip count unknown, taken as 1: {', '.join(cost['unknown_trip_counts'])}")
+    return "\n".join(lines)
+
+# ---- Command line ----
+def parse(argv):
+    """(own arguments, flags of train.py). Raises UsageError."""
+    def fail(message):
+        raise UsageError(f"{message} (python -m scripts.dry_run --help)")
+    parser = argparse.ArgumentParser(usage="python -m scripts.dry_run TOPOLOGY [--FLAG=VALUE ...]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, flag = fail, parser.add_argument
+    flag("topology", metavar="TOPOLOGY", help=", ".join(TOPOLOGIES))
+    flag("--json", metavar="FILE", help="write the numbers there")
+    flag("--dump", metavar="DIR", help="write the optimized HLO of each program there")
+    flag("--stage", type=int, metavar="K", help="only the program of this stage; of --piece the stage (default: the last)")
+    flag("--piece", choices=PIECES, help="a part of the training step alone, in the shapes that a chip sees")
+    args, rest = parser.parse_known_args(argv)
+    return args, rest
+
+def config(flags):
+    """Config without data: vocabulary and BOS default to GPT-2's, for the embedded corpus to bytes. Raises UsageError."""
+    given = train.parse_flags(flags)
+    preset = given.get("preset", "auto")
+    preset = "speedrun" if preset == "auto" else preset
+    if preset not in train.PRESETS:
+        raise UsageError(f"--preset={preset}: wanted {', '.join(train.PRESETS)} or auto")
+    cfg = Config(**train.PRESETS[preset] | given | {"preset": preset})
+    vocab_size, bos_id = (50257, 50256) if cfg.train_files and cfg.val_files else (257, 256)
+    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or vocab_size, bos_id=cfg.bos_id if cfg.bos_id >= 0 else bos_id)
+    train.validate(cfg)
+    jax.config.update("jax_default_matmul_precision", "float32" if cfg.compute_dtype == "float32" else None)
+    return cfg
+
+def summary(rows, topology, cfg):
+    """What the JSON file holds; the projection is of the training programs among rows."""
+    steps = [row for row in rows if row["name"].startswith("train")]
+    total = lambda key: sum(row["steps"] * row[key] for row in steps) / 1e3
+    tokens = sum((stage.last - stage.first) * stage.batch_tokens for stage in train.stages(cfg))
+    if len(steps) == 1 and steps[0]["steps"] < cfg.steps:  # --stage
+        tokens = steps[0]["steps"] * steps[0]["tokens_per_step"]
+    return {"topology": topology, "preset": cfg.preset, "tokens": tokens, "projected_train_s": total("est_ms"),
+            "low_s": total("low_ms"), "high_s": total("high_ms"), "programs": rows}
+
+def main(argv=None, model=None):
+    """Returns what the JSON file holds. Raises UsageError."""
+    args, flags = parse(sys.argv[1:] if argv is None else argv)
+    cfg, model, folder = config(flags), model or Model(), dump_folder()
+    devices = topology_devices(args.topology)
+    for path in [args.dump] if args.dump else []:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    mesh, chip = train.make_mesh(devices), args.topology.split(":")[0]
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program leaves no bundles
+    print(f"{args.topology}: {len(devices)} x {devices[0].device_kind}, preset {cfg.preset}; nothing below was measured")
+    if args.piece:
+        table = train.stages(cfg)
+        if not 0 <= (index := len(table) - 1 if args.stage is None else args.stage) < len(table):
+            raise UsageError(f"--stage={index}: wanted 0 to {len(table) - 1}")
+        jobs = pieces_of(args.piece, table[index], model, mesh, cfg)
+    else:
+        jobs = programs_of(model, mesh, cfg, args.stage)
+    result = summary([judge(job, chip, folder, cfg, args.dump) for job in jobs], args.topology, cfg)
+    if not args.piece:
+        seconds = result["projected_train_s"]
+        print("projection: {projected_train_s:.1f} s of training (low {low_s:.1f}, high {high_s:.1f}) on {tokens} tokens".format(**result),
+              f"({'stage ' + str(args.stage) if args.stage is not None else 'the whole schedule'}); {seconds * 505e6 / result['tokens']:.1f} s "
+              "per 505M tokens; allow 15 % either way. A projection is no measurement")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UsageError, OSError) as error:
+        sys.exit(print("error:", error, file=sys.stderr) or 2)
