@@ -10,14 +10,20 @@ what lies between it and its target, such as the body of a `pl.when`, by default
 Stalls are not in it (DMA that is not done, results that are not ready): against splash attention kernels that were timed,
 bundles give 0.82 / 0.79 / 0.93 at blocks 256 / 512 / 1024. scripts/estimate.py therefore multiplies by 1.15.
 """
-import base64, glob, hashlib, math, os, re
+import hashlib, math, re
+from pathlib import Path
 from typing import NamedTuple
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from scripts.estimate import is_kernel
 
 DELAY = 4        # bundles after a branch that run whether it is taken or not
 SHORT = 60       # spans of fewer bundles belong to the pipeline rather than to the kernel
 
 def dump_flags(folder):
-    """To be appended to LIBTPU_INIT_ARGS before jax is imported."""
+    """To be appended to LIBTPU_INIT_ARGS. Large programs compile several times slower with it: for kernels alone."""
     return (f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles "
             "--xla_jf_dump_category_filter=codegen")
 
@@ -88,49 +94,44 @@ def one_of_chain(last_grid_size):
         return [share(span.test[1]) if span.test else 1 for span in branches]
     return weights
 
-# ---- The kernels of a compiled program ----
-def grid_of(body):
-    """Grid of a kernel, from the MLIR that its custom call carries in base64."""
-    from jax._src.lib import tpu
-    from jax.extend.mlir import ir
-    with ir.Context() as context:
-        context.allow_unregistered_dialects = True
-        tpu.register_dialect(context)
-        main = next(iter(ir.Module.parse(base64.b64decode(body)).body.operations))
-        return tuple(main.attributes["iteration_bounds"]) if "iteration_bounds" in main.attributes else ()
+# ---- The kernels of a program ----
+def kernels(jaxpr):
+    """All Pallas calls in a traced program, equations of its jaxpr."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn
+            continue
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                yield from kernels(inner)
 
-def read(folder):
-    """{instruction name: text of its bundles} of a dump."""
-    named = {}
-    for path in glob.glob(f"{glob.escape(str(folder))}/*-final_bundles.txt"):
-        name = re.fullmatch(r"\d+-(.*)-\d+-final_bundles\.txt", os.path.basename(path))
-        if name and not name[1].startswith("<"):
-            with open(path) as file:
-                named[name[1]] = file.read()
-    return named
+def body_of(custom_call):
+    """What tells kernels apart, whatever program they are in: a hash of the code that the custom call carries."""
+    return hashlib.sha256(re.search(r'"body":"([^"]*)"', custom_call)[1].encode()).hexdigest()
 
-def kernel_seconds(module, texts, clock, rules=()):
-    """{instruction name: seconds of one call} of the Pallas kernels of an estimate.Module. texts: of `read`. rules: (regex,
-    function from grid to weights) pairs, the first that matches a kernel's name counts. A kernel that the compiler took over
-    from one just like it has no bundles of its own and gets the other's time. Raises ValueError for one that has none at all."""
-    calls = [(i, computation) for computation in module.computations.values() for i in computation.values()
-             if i.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attrs]
-    seconds, alike = {}, {}
-    for call, computation in calls:
-        body = call.find(r'"body":"([^"]*)"', "")
-        arrays = [*call.arrays, *(a for name in call.operands if name in computation for a in computation[name].arrays)]
-        exact, loose = ((hashlib.sha256(body.encode()).hexdigest(), tuple(shapes)) for shapes in
-                        (arrays, [array._replace(space=0) for array in arrays]))
-        if call.name in texts:
-            grid = grid_of(body)
-            weights = next((rule(grid) for pattern, rule in rules if re.search(pattern, call.name)), ())
-            time = count(parse(texts[call.name]), weights) * math.prod(grid) / clock
-            seconds[call.name] = alike[exact] = time
-            alike.setdefault(loose, time)
-        else:
-            seconds[call.name] = exact, loose
-    for name, keys in [(name, keys) for name, keys in seconds.items() if isinstance(keys, tuple)]:
-        if (time := alike.get(keys[0], alike.get(keys[1]))) is None:
-            raise ValueError(f"kernel {name}: the compiler left no bundles of it")
-        seconds[name] = time
-    return seconds
+def time_alone(eqn, device, clock, folder, rules=()):
+    """(body_of it, seconds of one call, its number of bundles per grid step) of a kernel, compiled alone for a device; libtpu
+    must have been told to dump into folder. rules: (regex of the kernel's name, function from grid to the arguments of
+    `count`). Raises ValueError for a kernel that these do not describe."""
+    one = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=[device]), PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=one) for v in eqn.invars]
+    for path in Path(folder).glob("*"):
+        path.unlink()
+    text = jax.jit(lambda *xs: eqn.primitive.bind(*xs, **eqn.params)).lower(*arguments).compile().as_text()
+    call = next(line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line)
+    name, grid = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", call)[1], eqn.params["grid_mapping"].grid
+    paths = [path for path in Path(folder).glob("*-final_bundles.txt")
+             if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt", path.name)]
+    if not paths:
+        raise ValueError(f"kernel {name}: the compiler left no bundles of it")
+    rule = next((rule(grid) for pattern, rule in rules if re.search(pattern, name)), {})
+    try:
+        per_step = count(parse(paths[0].read_text()), **rule)
+    except ValueError as error:
+        raise ValueError(f"kernel {name}, grid {grid}: {error}") from error
+    return body_of(call), per_step * math.prod(grid) / clock, per_step
+
+def by_instruction(module, seconds):
+    """{instruction name: seconds of one call} of the kernels of an estimate.Module, from {body: seconds}."""
+    calls = [i for computation in module.computations.values() for i in computation.values() if is_kernel(i)]
+    return {i.name: seconds[body_of(i.attrs)] for i in calls if body_of(i.attrs) in seconds}

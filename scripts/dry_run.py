@@ -18,7 +18,7 @@ for _name, _value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "
                       "TPU_ACCELERATOR_TYPE": "v6e-8"}.items():  # else minutes of asking the cloud's metadata server
     os.environ.setdefault(_name, _value)
 
-import argparse, collections, contextlib, dataclasses, importlib.util, json, re, shutil, tempfile, threading, time
+import argparse, collections, contextlib, dataclasses, importlib.util, json, math, multiprocessing, re, shutil, tempfile, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +33,8 @@ from train import Config, Model, UsageError, f32
 TOPOLOGIES = {"v6e:1x1": (1, 1, 1), "v6e:2x2": None, "v6e:2x4": (2, 4, 1), "v6e:4x4": None, "v5e:1x1": (1, 1, 1),
               "v5e:2x2": None, "v5e:2x4": (2, 4, 1), "v5e:4x4": None, "v5p:2x2x1": None, "v5p:2x2x2": None}  # chips per host
 PIECES = ("layer", "attention", "head", "optimizer")
-# What a kernel's branches are, by its name: (regex, grid -> weights for scripts/bundles.py).
-BRANCHES = [(r"band_(fwd|bwd)", lambda grid: bundles.one_of_chain(grid[-1]))]
+# How often a kernel's branches and inner loops run, by its name: (regex, grid -> arguments of bundles.count).
+BRANCHES = [(r"band_(fwd|bwd)", lambda grid: {"weights": bundles.one_of_chain(grid[-1])})]
 
 class Job(NamedTuple):
     """A program to compile. tokens: of one run, all chips; flops: of the model in one run, all chips, 0 where not counted."""
@@ -64,50 +64,59 @@ def topology_devices(name):
         raise UsageError(f"{name}: no such topology for the compiler; these work: {', '.join(TOPOLOGIES)}, and more of a kind as "
                          "far as libtpu knows them") from error
 
-def dump_folder():
-    """Where libtpu writes bundles: told once, before it loads."""
-    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if not (found := re.search(r"--xla_jf_dump_to=(\S+)", flags)):
-        folder = tempfile.mkdtemp(prefix="bundles-")
-        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {bundles.dump_flags(folder)}"
-        return Path(folder)
-    return Path(found[1])
-
-@contextlib.contextmanager
-def bundle_texts(folder, names):
-    """A dict, filled at the end of the block with the bundles of kernels whose name holds one of `names`. Meanwhile a thread
-    deletes the files of all else, of which a large program has gigabytes."""
-    texts, done, folder = {}, threading.Event(), Path(folder)
-    folder.mkdir(exist_ok=True)
-    def sweep():
-        for path in folder.iterdir():
-            if "schedule-analysis" in path.name or not any(name in path.name for name in names):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-    def keep_sweeping():
-        while not done.wait(0.3):
-            sweep()
-    thread = threading.Thread(target=keep_sweeping, daemon=True)
-    thread.start()
+def time_kernels(pipe, argv, model):
+    """A process of its own, for libtpu is told once, when it loads, that it shall write bundles: sends ({body: seconds}, notes)."""
+    args, flags = parse(argv)
+    folder, cfg = tempfile.mkdtemp(prefix="bundles-"), config(flags)
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {bundles.dump_flags(folder)}"
+    jax.config.update("jax_enable_compilation_cache", False)  # what is cached leaves no bundles
+    seconds, notes, seen = {}, [], set()
     try:
-        yield texts
+        mesh = train.make_mesh(topology_devices(args.topology))
+        for job in jobs_of(args, model, mesh, cfg):
+            for eqn in bundles.kernels(job.function.trace(*job.arguments).jaxpr.jaxpr):
+                if (key := str(eqn)) in seen:
+                    continue
+                seen.add(key)
+                with capture_errors(notes):
+                    clock = estimate.CHIPS[args.topology.split(":")[0]].clock
+                    body, time_s, per_step = bundles.time_alone(eqn, mesh.devices.flat[0], clock, folder, BRANCHES)
+                    if body not in seconds:
+                        seconds[body] = time_s
+                        notes.append(f"kernel {eqn.params['name']}: grid {eqn.params['grid_mapping'].grid}, {per_step:.0f} bundles per "
+                                     f"grid step, {1e3 * time_s:.4f} ms before the factor {estimate.BUNDLE_RANGE[1]}")
+        pipe.send((seconds, notes))
     finally:
-        done.set()
-        thread.join()
-        sweep()
-        texts |= bundles.read(folder)
         shutil.rmtree(folder)
 
-def kernel_names(lowered):
-    """Names of the Pallas kernels in a lowered program."""
-    return set(re.findall(r'kernel_name = "([^"]+)"', lowered.as_text()))
+@contextlib.contextmanager
+def capture_errors(notes):
+    try:
+        yield
+    except ValueError as error:
+        notes.append(f"{error}; its cost_estimate counts instead")
+
+def kernel_seconds(jobs, argv, model):
+    """{body: seconds} of the Pallas kernels in the jobs, printed too."""
+    if not any(True for job in jobs for _ in bundles.kernels(job.function.trace(*job.arguments).jaxpr.jaxpr)):
+        return {}
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    process = context.Process(target=time_kernels, args=(end, argv, model), daemon=True)
+    process.start()
+    end.close()
+    try:
+        seconds, notes = pipe.recv()
+    except EOFError:
+        seconds, notes = {}, ["kernels: the process that counts bundles broke off; cost_estimate counts instead"]
+    process.join()
+    print("\n".join(notes), flush=True)
+    return seconds
 
 # ---- Programs ----
 def programs_of(model, mesh, cfg, only=None):
     """Jobs of the run: the distinct training programs and evaluation; with `only`, the program of that stage."""
     listed, specs, table = train.list_programs(model, mesh, cfg), model.specs(cfg), train.stages(cfg)
-    if only is not None and not 0 <= only < len(table):
-        raise UsageError(f"--stage={only}: wanted 0 to {len(table) - 1}")
     jobs = {}
     for stage in table if only is None else table[only:only + 1]:
         name, function, arguments = listed[stage.index]
@@ -166,49 +175,48 @@ def pieces_of(piece, stage, model, mesh, cfg):
 
 # ---- Compiling and judging one ----
 def out_of_memory(job, need_gib, have_gib, cfg):
-    """UsageError that says by how much a program does not fit, and what three fields could become."""
-    num_micro, num_rows, width = train.batch_shape(job.stage, job.mesh.size, cfg)
-    at_once, fields = num_rows // job.mesh.size * (width - 1), {field.name for field in dataclasses.fields(cfg)}
-    block = min(cfg.head_block or at_once, at_once)
-    advice = {"micro_tokens": at_once // 2, "head_block": max(block // 4, 128)}
+    """UsageError that says by how much a program does not fit, and what three fields could become: micro-steps halved as often
+    as the excess asks, blocks of the head whose logits and their gradient take a gibibyte, and what else is left."""
+    _, num_rows, width = train.batch_shape(job.stage, job.mesh.size, cfg)
+    row, at_once, fields = width - 1, num_rows // job.mesh.size * (width - 1), {field.name for field in dataclasses.fields(cfg)}
+    halvings, evaluates = math.ceil(math.log2(need_gib / have_gib)) or 1, job.stage.index < 0
+    block, room = min(cfg.head_block or at_once, at_once), 2 ** int(math.log2(2**30 / (8 * cfg.padded_vocab)))
+    advice = {"micro_tokens": at_once >> halvings, "head_block": room if room < block else block // 2}
     if "fsdp" in fields and not cfg.fsdp and job.mesh.size > 1:
         advice["fsdp"] = 1
-    elif job.stage.index < 0 or at_once == width - 1:  # a micro-step holds one row at least
-        advice["val_seq_len" if job.stage.index < 0 else "seq_len"] = (width - 1) // 2
+    elif advice["micro_tokens"] < row:  # a micro-step holds one row at least
+        advice["val_seq_len" if evaluates else "seq_len"] = row >> halvings
     else:
-        advice["batch_tokens"] = job.stage.batch_tokens // 2
+        advice["val_tokens" if evaluates else "batch_tokens"] = (cfg.val_tokens if evaluates else job.stage.batch_tokens) >> halvings
     turns = ", ".join(f"--{name}={value}" for name, value in advice.items())
     return UsageError(f"{job.name} does not fit: it needs {need_gib:.2f} GiB of the chip's {have_gib:.2f}, {need_gib - have_gib:.2f} too "
                       f"many. Turn one or more of these: {turns}")
 
-def gib(text): return float(text[:-1]) * {"K": 2.0 ** -20, "M": 2.0 ** -10, "G": 1.0, "T": 2.0 ** 10}[text[-1]]
-
-def compile_job(job, folder, chip, cfg):
-    """(compiled program, seconds, bundles of its kernels by instruction name). UsageError where memory does not suffice."""
+def compile_job(job, chip, cfg):
+    """(compiled program, seconds). UsageError where memory does not suffice."""
     lowered, start = job.function.lower(*job.arguments), time.perf_counter()
-    names = kernel_names(lowered)
+    gib = lambda size: float(size[:-1]) * {"K": 2.0 ** -20, "M": 2.0 ** -10, "G": 1.0, "T": 2.0 ** 10}[size[-1]]
     try:
-        with bundle_texts(folder, names) as texts:
-            program = lowered.compile(compiler_options=train.COMPILER_OPTIONS["tpu"])
+        program = lowered.compile(compiler_options=train.COMPILER_OPTIONS["tpu"])
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
-        if used and "memory space hbm" in str(error):
-            raise out_of_memory(job, gib(used[1]), gib(used[2]), cfg) from error
+        sizes = re.findall(r"\b([\d.]+[KMGT])\b", str(error))  # "Used 51.21G of 31.25G hbm", "temporaries (50.91G) exceeds ... (31.25G)"
+        if "RESOURCE_EXHAUSTED" in str(error) and re.search("memory (on|in memory space) hbm", str(error), re.I) and len(sizes) >= 2:
+            raise out_of_memory(job, gib(sizes[0]), gib(sizes[1]), cfg) from error
         raise
     need = train.memory_of(program) / 2**30
     if need > chip.hbm_gib:
         raise out_of_memory(job, need, chip.hbm_gib, cfg)
-    return program, time.perf_counter() - start, texts
+    return program, time.perf_counter() - start
 
-def judge(job, chip_name, folder, cfg, dump=None):
-    """Compile a job, print its block, return its JSON row."""
+def judge(job, chip_name, seconds, cfg, dump=None):
+    """Compile a job, print its block, return its JSON row. seconds: of kernels by their bundles, {body: seconds}."""
     chip = estimate.CHIPS[chip_name]
-    program, compile_s, texts = compile_job(job, folder, chip, cfg)
+    program, compile_s = compile_job(job, chip, cfg)
     text = program.as_text()
     if dump:
         (Path(dump) / f"{job.name}.hlo").write_text(text)
     module = estimate.Module(text)
-    kernels = bundles.kernel_seconds(module, texts, chip.clock, BRANCHES) if texts else {}
+    kernels = bundles.by_instruction(module, seconds)
     cost, plain = estimate.estimate(module, chip_name, kernels), estimate.estimate(module, chip_name)
     kind = job.mesh.devices.flat[0].device_kind
     peak = next(flops for name, flops in train.PEAK_FLOPS.items() if name in kind) * job.mesh.size
@@ -283,24 +291,28 @@ def summary(rows, topology, cfg):
     return {"topology": topology, "preset": cfg.preset, "tokens": tokens, "projected_train_s": total("est_ms"),
             "low_s": total("low_ms"), "high_s": total("high_ms"), "programs": rows}
 
-def main(argv=None, model=None):
-    """Returns what the JSON file holds. Raises UsageError."""
-    args, flags = parse(sys.argv[1:] if argv is None else argv)
-    cfg, model, folder = config(flags), model or Model(), dump_folder()
-    devices = topology_devices(args.topology)
-    for path in [args.dump] if args.dump else []:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    mesh, chip = train.make_mesh(devices), args.topology.split(":")[0]
-    jax.config.update("jax_enable_compilation_cache", False)  # a cached program leaves no bundles
-    print(f"{args.topology}: {len(devices)} x {devices[0].device_kind}, preset {cfg.preset}; nothing below was measured")
+def jobs_of(args, model, mesh, cfg):
+    """Raises UsageError for a stage that is not there."""
+    table = train.stages(cfg)
+    if args.stage is not None and not 0 <= args.stage < len(table):
+        raise UsageError(f"--stage={args.stage}: wanted 0 to {len(table) - 1}")
     if args.piece:
-        table = train.stages(cfg)
-        if not 0 <= (index := len(table) - 1 if args.stage is None else args.stage) < len(table):
-            raise UsageError(f"--stage={index}: wanted 0 to {len(table) - 1}")
-        jobs = pieces_of(args.piece, table[index], model, mesh, cfg)
-    else:
-        jobs = programs_of(model, mesh, cfg, args.stage)
-    result = summary([judge(job, chip, folder, cfg, args.dump) for job in jobs], args.topology, cfg)
+        return pieces_of(args.piece, table[-1 if args.stage is None else args.stage], model, mesh, cfg)
+    return programs_of(model, mesh, cfg, args.stage)
+
+def main(argv=None, model=None):
+    """Returns what the JSON file holds. Raises UsageError. model: as of train.main, with functions that other modules can import."""
+    argv, model = sys.argv[1:] if argv is None else argv, model or Model()
+    args, flags = parse(argv)
+    cfg = config(flags)
+    devices = topology_devices(args.topology)
+    if args.dump:
+        Path(args.dump).mkdir(parents=True, exist_ok=True)
+    mesh, chip = train.make_mesh(devices), args.topology.split(":")[0]
+    print(f"{args.topology}: {len(devices)} x {devices[0].device_kind}, preset {cfg.preset}; nothing below was measured", flush=True)
+    jobs = jobs_of(args, model, mesh, cfg)
+    seconds = kernel_seconds(jobs, argv, model)
+    result = summary([judge(job, chip, seconds, cfg, args.dump) for job in jobs], args.topology, cfg)
     if not args.piece:
         seconds = result["projected_train_s"]
         print("projection: {projected_train_s:.1f} s of training (low {low_s:.1f}, high {high_s:.1f}) on {tokens} tokens".format(**result),
