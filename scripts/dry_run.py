@@ -325,5 +325,5 @@ def main(argv=None, model=None):
 if __name__ == "__main__":
     try:
         main()
-    except (UsageError, OSError) as error:
+    except (UsageError, estimate.UncostedKernel, OSError) as error:
         sys.exit(print("error:", error, file=sys.stderr) or 2)

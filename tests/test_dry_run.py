@@ -1,0 +1,224 @@
+"""scripts/dry_run.py: what a TPU program of this file must and must not hold, read off the compiler's output. No TPU is used."""
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+import train
+from scripts import dry_run
+from scripts.estimate import CHIPS, Module, UncostedKernel, Walk
+from train import ROOT, Model, UsageError
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='no TPU compiler: pip install "jax[tpu]"')
+
+# Sizes that tell axes apart: rows of 512, micro-steps of 1024, blocks of the head of 256, a vocabulary of 1536 with its padding.
+SMALL = ["--num_layers=3", "--model_dim=128", "--num_heads=2", "--head_dim=64", "--mlp_dim=384", "--skips=0>2", "--offset_layers=1",
+         "--long_layers=1", "--seq_len=512", "--batch_tokens=16384", "--micro_tokens=1024", "--max_doc_len=512", "--window_short=128",
+         "--window_long=256", "--stage_ends=1", "--vocab_size=1500", "--bos_id=0", "--head_block=256", "--attn_block=128",
+         "--val_tokens=32768", "--val_seq_len=1024", "--val_context=256", "--val_window_short=128", "--val_window_long=512", "--steps=100"]
+ROW, MICRO, VOCAB, LAYERS = 512, 1024, 1536, 3
+ATTENTION = ["--attention=xla"]  # what the [T, T] check runs with
+F32_MATMULS_ALLOWED = ()         # regexes of op_name
+
+# ---- The properties: each function lists what breaks one ----
+def executed(module):
+    """Instructions whose results exist in memory: all but those inside fusions."""
+    fused = {i.called("calls") for computation in module.computations.values() for i in computation.values() if i.op == "fusion"}
+    return [i for name, computation in module.computations.items() if name not in fused for i in computation.values()]
+
+def float32_matmuls(module):
+    return [i.name for computation in module.computations.values() for i in computation.values() if i.op in ("convolution", "dot")
+            and any(a.dtype == "f32" for name in i.operands if name in computation for a in computation[name].arrays)
+            and not any(re.search(allowed, i.find(r'op_name="([^"]*)"', "")) for allowed in F32_MATMULS_ALLOWED)]
+
+def whole_scores(module):
+    return [i.name for i in executed(module) if any(sum(d >= ROW for d in a.dims) >= 2 and a.dims.count(ROW) >= 2 for a in i.arrays)]
+
+def whole_logits(module):
+    return [i.name for i in executed(module) for a in i.arrays if a.dtype == "f32" and VOCAB in a.dims and MICRO in a.dims]
+
+def collectives_in_loops(module, largest=4096):
+    return [row.name for row in Walk(module, CHIPS["v6e"], None).rows(module.entry) if row.op and row.in_loop and row.sent_bytes > largest]
+
+def newton_schulz_flops(module):
+    """Of one chip: nothing else is multiplied outside the loop over micro-steps."""
+    return sum(row.flops * row.calls for row in Walk(module, CHIPS["v6e"], None).rows(module.entry) if not row.in_loop)
+
+def wanted_newton_schulz_flops(num_devices):
+    """5 iterations of X X^T, its square, and the polynomial times X; each chip its share of matrices, rounded up."""
+    per_matrix = lambda m, n: 5 * (2 * 2 * m * m * n + 2 * m ** 3)
+    share = lambda count: -(-count // num_devices)
+    return share(4 * LAYERS) * per_matrix(128, 128) + share(2 * LAYERS) * per_matrix(128, 384)
+
+# ---- What holds ----
+def run(folder, *flags):
+    """(result, {program: Module}) of a dry run."""
+    result = dry_run.main([*flags, f"--dump={folder}", f"--json={folder}/rows.json"])
+    return result, {path.stem: Module(path.read_text()) for path in folder.glob("*.hlo")}
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dry")
+    return folder, *run(folder, "v6e:2x4", *SMALL, *ATTENTION)
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """All scores at once, all logits at once, one chip."""
+    return run(tmp_path_factory.mktemp("broken"), "v6e:1x1", "--stage=0", *SMALL, "--num_layers=3", "--head_block=0", "--attention=xla",
+               "--attn_block=0", "--window_short=0", "--window_long=0")
+
+@pytest.mark.parametrize("program", ["train_0", "eval"])
+def test_every_matmul_has_bf16_operands(compiled, program):
+    assert float32_matmuls(compiled[2][program]) == []
+
+def test_no_gradient_is_reduced_inside_the_accumulation_loop(compiled):
+    assert collectives_in_loops(compiled[2]["train_0"]) == []
+    assert compiled[1]["programs"][0]["collective_bytes"] > 0
+
+def test_muon_spreads_its_matrices_over_the_chips(compiled, broken):
+    assert newton_schulz_flops(compiled[2]["train_0"]) == wanted_newton_schulz_flops(8)
+    assert newton_schulz_flops(broken[1]["train_0"]) == wanted_newton_schulz_flops(1) == 6 * wanted_newton_schulz_flops(8)
+
+@pytest.mark.parametrize("program", ["train_0", "eval"])
+def test_neither_scores_nor_logits_exist_as_a_whole(compiled, program):
+    assert whole_scores(compiled[2][program]) == [] and whole_logits(compiled[2][program]) == []
+
+def test_memory_is_that_of_the_state_and_little_more(compiled):
+    cfg = dry_run.config(SMALL)
+    params = train.count_params(train.param_specs(cfg), cfg)
+    for row in compiled[1]["programs"]:
+        assert 4 * params / 8 < row["peak_hbm_gib"] * 2**30 < 64 << 20
+
+# ---- What does not hold is seen ----
+def test_whole_scores_and_whole_logits_are_seen(broken):
+    assert whole_scores(broken[1]["train_0"]) and whole_logits(broken[1]["train_0"])
+
+def test_float32_matmuls_are_seen(tmp_path):
+    assert float32_matmuls(run(tmp_path, "v6e:1x1", "--piece=head", *SMALL, "--compute_dtype=float32")[1]["head"])
+    jax.config.update("jax_default_matmul_precision", None)
+
+def test_a_collective_in_a_loop_is_seen(compiled):
+    text = (compiled[0] / "train_0.hlo").read_text()
+    loop = re.search(r" while\(.*body=%?([\w.\-]+)", text)[1]
+    at = text.index("\n", re.search(rf"^%?{re.escape(loop)} \(.*\{{", text, re.M).start()) + 1
+    doctored = text[:at] + "  %all-reduce.9999 = f32[384,128]{1,0} all-reduce(%g), replica_groups={{0,1,2,3,4,5,6,7}}\n" + text[at:]
+    assert collectives_in_loops(Module(doctored)) == ["all-reduce.9999"]
+
+# ---- Numbers ----
+def test_the_json_holds_the_programs_and_their_sum(compiled):
+    folder, result, _ = compiled
+    assert json.loads((folder / "rows.json").read_text()) == result
+    assert list(result) == ["topology", "preset", "tokens", "projected_train_s", "low_s", "high_s", "programs"]
+    for row in result["programs"]:
+        assert list(row) == ["name", "steps", "tokens_per_step", "est_ms", "low_ms", "high_ms", "mfu", "peak_hbm_gib", "compile_s",
+                             "collective_bytes", "sync_collective_ms"]
+        assert 0 < row["low_ms"] < row["est_ms"] < row["high_ms"] and 0 < row["mfu"] < 1
+    step, scoring = result["programs"]
+    assert (step["name"], step["steps"], step["tokens_per_step"]) == ("train_0", 100, 16384)
+    assert (scoring["name"], scoring["steps"]) == ("eval", 1)
+    assert result["tokens"] == 100 * 16384 and result["projected_train_s"] == pytest.approx(0.1 * step["est_ms"])
+    cfg = dry_run.config(SMALL)
+    flops = train.flops_per_token(train.stages(cfg)[0], train.param_specs(cfg), cfg) * 16384
+    assert step["mfu"] == pytest.approx(flops / (8 * 918e12) / (1e-3 * step["est_ms"]))
+
+def test_the_output_calls_a_projection_a_projection(tmp_path, capsys):
+    result, modules = run(tmp_path, "v6e:4x4", *SMALL, "--num_layers=2", "--skips=", "--offset_layers=", "--long_layers=", "--stage=0")
+    said = capsys.readouterr().out
+    assert "16 x TPU v6 lite" in said and "nothing below was measured" in said and "A projection is no measurement" in said
+    assert re.search(r"projection: .* on 1638400 tokens \(stage 0\); .* s per 505M tokens", said)
+    assert "all-gather, exposed" in said and set(modules) == {"train_0"}
+
+@pytest.mark.parametrize("piece, names", [("layer", ["layer"]), ("attention", ["attention_128", "attention_256"]),
+                                          ("head", ["head"]), ("optimizer", ["optimizer"])])
+def test_a_piece_compiles_alone(piece, names, tmp_path):
+    small = [*SMALL, "--seq_len=256", "--micro_tokens=256"]
+    result, modules = run(tmp_path, "v6e:2x4", f"--piece={piece}", *small)
+    assert [row["name"] for row in result["programs"]] == names and set(modules) == set(names)
+    if piece == "optimizer":
+        assert newton_schulz_flops(modules["optimizer"]) == wanted_newton_schulz_flops(8)
+        assert result["programs"][0]["collective_bytes"] > 0
+    if piece == "head":  # three matmuls, not four
+        flops = sum(row.flops * row.calls for row in Walk(modules["head"], CHIPS["v6e"], None).rows(modules["head"].entry))
+        assert flops == 3 * 2 * 256 * 128 * VOCAB
+
+# ---- Kernels ----
+def chain(work, costed=True):
+    """x -> x through a kernel of which the first step of a row does `work` units and each other one twice that."""
+    def body(x, out):
+        for b in range(2):
+            @pl.when(jnp.minimum(pl.program_id(1), 1) == b)
+            def _():
+                y = x[...]
+                for _ in range(work * (b + 1)):
+                    y = jnp.tanh(y) + x[...]
+                out[...] = y
+    block = pl.BlockSpec((1, 64, 128), lambda b, i: (b, i, 0))
+    def call(x):
+        cost = pl.CostEstimate(flops=x.size * work, bytes_accessed=8 * x.size, transcendentals=x.size * work)
+        return pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), grid=(len(x), x.shape[1] // 64), in_specs=[block],
+                              out_specs=block, name="band_fwd", **({"cost_estimate": cost} if costed else {}))(x)
+    return call
+
+def head_loss(kernels, weights, target_BT, weight_BT, cfg):
+    """A model without blocks, so that it compiles in a second."""
+    x_BTD = train.rms_norm(jax.lax.stop_gradient(weights["embed"][target_BT]))
+    for kernel in kernels:
+        x_BTD = jax.lax.stop_gradient(kernel(jax.lax.stop_gradient(x_BTD)))
+    x_ND = x_BTD.reshape(-1, cfg.model_dim)
+    return train.cross_entropy(x_ND, train.head_of(weights, cfg), target_BT.ravel(), weight_BT.ravel(), cfg)
+
+def costed_loss(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
+    return head_loss([chain(8), chain(8), chain(16), chain(32)], weights, target_BT, weight_BT, cfg)
+
+def uncosted_loss(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
+    return head_loss([chain(8, costed=False)], weights, target_BT, weight_BT, cfg)
+
+def test_twice_the_work_in_a_kernel_is_twice_the_bundles_beside_those_of_its_pipeline(capsys):
+    dry_run.main(["v6e:1x1", "--stage=0", *SMALL, "--batch_tokens=1024"], Model(loss=costed_loss))
+    said = capsys.readouterr().out
+    counts = sorted(int(n) for n in re.findall(r"kernel band_fwd: grid \(2, 8\), (\d+) bundles per grid step", said))
+    assert len(counts) == 3 and "in 4 calls, by their bundles" in said  # alike kernels are counted once
+    assert counts[2] - counts[1] == pytest.approx(2 * (counts[1] - counts[0]), rel=0.05) and counts[1] - counts[0] > counts[0] / 2
+
+def test_a_kernel_without_a_cost_estimate_stops_the_run():
+    with pytest.raises(UncostedKernel, match="band_fwd.* has no cost_estimate"):
+        dry_run.main(["v6e:1x1", "--stage=0", *SMALL, "--batch_tokens=1024"], Model(loss=uncosted_loss))
+
+# ---- Errors ----
+@pytest.mark.parametrize("argv, words", [
+    (["v6e:3x5"], "v6e:3x5: no such topology .* v6e:1x1, .*v6e:2x4"), (["tpu9:2x2"], "these work: .*v5p:2x2x1"), ([], "TOPOLOGY"),
+    (["v6e:1x1", "--num_layer=2"], "the nearest is --num_layers"), (["v6e:1x1", "--piece=tail"], "--piece"),
+    (["v6e:1x1", "--stage=7"], "--stage=7: wanted 0 to 2"), (["v6e:1x1", "--preset=huge"], "--preset=huge: wanted speedrun"),
+    (["v6e:1x1", "--head_dim=6"], "--head_dim=6")])
+def test_a_wrong_flag_is_an_error_before_anything_compiles(argv, words):
+    with pytest.raises(UsageError, match=words):
+        dry_run.main(argv)
+
+def test_without_the_compiler_the_error_names_the_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'pip install "jax\[tpu\]'):
+        dry_run.main(["v6e:1x1"])
+
+def test_what_does_not_fit_says_by_how_much_and_what_to_turn():
+    with pytest.raises(UsageError) as raised:
+        dry_run.main(["v6e:1x1", "--stage=0", *SMALL, "--num_layers=1", "--skips=", "--long_layers=", "--offset_layers=", "--head_block=0",
+                      "--micro_tokens=0", "--batch_tokens=262144", "--vocab_size=50257"])
+    said = re.fullmatch(r"train_0 does not fit: it needs ([\d.]+) GiB of the chip's 31.25, ([\d.]+) too many. Turn one or more of these: "
+                        r"--micro_tokens=(\d+), --head_block=(\d+), --batch_tokens=(\d+)", str(raised.value))
+    assert said and float(said[1]) - 31.25 == pytest.approx(float(said[2]), abs=0.02)
+    assert 512 <= int(said[3]) < 262144 and int(said[4]) < 262144 and int(said[5]) < 262144
+
+def test_an_error_is_one_sentence_and_exit_code_2():
+    done = subprocess.run([sys.executable, "-m", "scripts.dry_run", "v6e:3x5"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: v6e:3x5: no such topology") and done.stderr.count("\n") == 1
+
+def test_presets_need_no_data():
+    assert (dry_run.config([]).vocab_size, dry_run.config([]).bos_id) == (50257, 50256)
+    assert (dry_run.config(["--preset=tiny"]).vocab_size, dry_run.config(["--preset=tiny"]).bos_id) == (257, 256)
+    jax.config.update("jax_default_matmul_precision", None)
