@@ -37,7 +37,8 @@ PIECES = ("layer", "attention", "head", "optimizer")
 BRANCHES = [(r"band_(fwd|bwd)", lambda grid: {"weights": bundles.one_of_chain(grid[-1])})]
 
 class Job(NamedTuple):
-    """A program to compile. tokens: of one run, all chips; flops: of the model in one run, all chips, 0 where not counted."""
+    """A program to compile. tokens: of one run, all chips; flops: of the model in one run, all chips, 0 where not counted; chips:
+    of a piece compiled for one chip, how many share a step of the stage."""
     name: str
     function: object
     arguments: tuple
@@ -46,6 +47,7 @@ class Job(NamedTuple):
     tokens: int
     flops: float
     stage: object
+    chips: int = 0
 
 # ---- Topology and compiler ----
 def topology_devices(name):
@@ -137,8 +139,8 @@ def pieces_of(piece, stage, model, mesh, cfg):
     B, T, one = num_rows // mesh.size, width - 1, train.make_mesh(mesh.devices.flatten().tolist()[:1])
     whole = NamedSharding(one, P())
     def shape(dtype, *dims): return jax.ShapeDtypeStruct(dims, dtype, sharding=whole)
-    def job(name, function, *arguments, mesh=one, tokens=B * T):
-        return Job(name, jax.jit(function), arguments, mesh, 0, tokens, 0.0, stage)
+    def job(name, function, *arguments, tokens=B * T):
+        return Job(name, jax.jit(function), arguments, one, 0, tokens, 0.0, stage, mesh.size)
     if piece == "layer":
         few = dataclasses.replace(cfg, num_layers=2, skips="", vocab_size=128, bos_id=0)  # two blocks and a small embedding
         specs = {name: spec for name, spec in model.specs(few).items() if name != "head"}
@@ -171,7 +173,7 @@ def pieces_of(piece, stage, model, mesh, cfg):
         return train.State(state.step + 1, params, slots), train.gather(params, specs, n, cfg)
     grads = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(train.shape_of(spec, cfg), f32, sharding=NamedSharding(mesh, P())), specs)
     mapped = jax.shard_map(optimizer, mesh=mesh, in_specs=(parts, P()), out_specs=(parts, P()), check_vma=False)
-    return [job("optimizer", mapped, state, grads, mesh=mesh, tokens=stage.batch_tokens)]
+    return [Job("optimizer", jax.jit(mapped), (state, grads), mesh, 0, stage.batch_tokens, 0.0, stage)]
 
 # ---- Compiling and judging one ----
 def out_of_memory(job, need_gib, have_gib, cfg):
@@ -230,11 +232,15 @@ def judge(job, chip_name, seconds, cfg, dump=None):
 def describe(job, row, cost, plain, kernels, chip):
     mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
     steps = f"{job.steps} steps of " if job.steps else ""
+    model = f"model {job.flops / job.mesh.size / 1e12:.3f} TFLOP, " if job.flops else ""
     lines = [f"{job.name}: {steps}{job.tokens} tokens, {row['peak_hbm_gib']:.2f} of {chip.hbm_gib} GiB HBM per chip, "
              f"compiled in {row['compile_s']:.1f} s",
              f"  predicted {row['est_ms']:.2f} ms (low {row['low_ms']:.2f}, high {row['high_ms']:.2f}){mfu}",
-             f"  per chip: model {job.flops / job.mesh.size / 1e12:.3f} TFLOP, compiled {cost['flops'] / 1e12:.3f} TFLOP, "
+             f"  per chip: {model}compiled {cost['flops'] / 1e12:.3f} TFLOP, "
              f"{cost['hbm_bytes'] / 1e9:.2f} GB of HBM traffic, {cost['sent_bytes'] / 1e9:.4f} GB sent"]
+    if job.chips:
+        per_step = job.stage.batch_tokens / job.chips / job.tokens
+        lines.append(f"  a step of stage {job.stage.index} holds {per_step:g} of these per chip: {per_step * row['est_ms']:.2f} ms")
     groups = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     for entry in cost["rows"]:
         if entry.op:
