@@ -49,7 +49,8 @@ def parse(text):
         for comment in re.findall(r"/\* ((?:Start|End)[^*]*)\*/", line):
             for number in re.findall(r"Start(?:/End empty)? region (\d+)", comment):
                 regions.setdefault(number, address)
-        tests |= {p: (register, int(k)) for p, register, k in re.findall(r"(%p\w+) = scmp\.ne\.s32\.totalorder (%s\w+), (\d+)\b", line)}
+        found = re.findall(r"(%p\w+) = scmp\.ne\.s32\.totalorder (%s\w+), (\d+)\b", line)
+        tests |= {predicate: (register, int(k)) for predicate, register, k in found}
         branches += [(address, *found) for found in re.findall(r"sbr\.rel \((.*?)\) target = \$region(\d+)", line)]
     spans, loops = [], []
     for at, predicate, region in branches:

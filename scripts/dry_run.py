@@ -13,7 +13,7 @@ Compiling the preset's three training programs takes several minutes.
 import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: constants are made on the CPU, a TPU in this machine is left alone
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: constants are made there, a TPU in this machine is left alone
 for _name, _value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                       "TPU_ACCELERATOR_TYPE": "v6e-8"}.items():  # else minutes of asking the cloud's metadata server
     os.environ.setdefault(_name, _value)
@@ -37,8 +37,8 @@ PIECES = ("layer", "attention", "head", "optimizer")
 BRANCHES = [(r"band_(fwd|bwd)", lambda grid: {"weights": bundles.one_of_chain(grid[-1])})]
 
 class Job(NamedTuple):
-    """A program to compile. tokens: of one run, all chips; flops: of the model in one run, all chips, 0 where not counted; chips:
-    of a piece compiled for one chip, how many share a step of the stage."""
+    """A program to compile. tokens: of one run, all chips; flops: of the model in one run, all chips, 0 where not counted;
+    chips: of a piece compiled for one chip, how many share a step of the stage."""
     name: str
     function: object
     arguments: tuple
@@ -63,11 +63,11 @@ def topology_devices(name):
             raise ValueError(chip)
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices)
     except Exception as error:  # whatever libtpu throws at a name
-        raise UsageError(f"{name}: no such topology for the compiler; these work: {', '.join(TOPOLOGIES)}, and more of a kind as "
-                         "far as libtpu knows them") from error
+        raise UsageError(f"{name}: no such topology for the compiler; these work: {', '.join(TOPOLOGIES)}, and more of a "
+                         "kind as far as libtpu knows them") from error
 
 def time_kernels(pipe, argv, model):
-    """A process of its own, for libtpu is told once, when it loads, that it shall write bundles: sends ({body: seconds}, notes)."""
+    """A process of its own, as libtpu is told once, when it loads, to write bundles: sends ({body: seconds}, notes)."""
     args, flags = parse(argv)
     folder, cfg = tempfile.mkdtemp(prefix="bundles-"), config(flags)
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {bundles.dump_flags(folder)}"
@@ -85,8 +85,8 @@ def time_kernels(pipe, argv, model):
                     body, time_s, per_step = bundles.time_alone(eqn, mesh.devices.flat[0], clock, folder, BRANCHES)
                     if body not in seconds:
                         seconds[body] = time_s
-                        notes.append(f"kernel {eqn.params['name']}: grid {eqn.params['grid_mapping'].grid}, {per_step:.0f} bundles per "
-                                     f"grid step, {1e3 * time_s:.4f} ms before the factor {estimate.BUNDLE_RANGE[1]}")
+                        notes.append(f"kernel {eqn.params['name']}: grid {eqn.params['grid_mapping'].grid}, {per_step:.0f} bundles "
+                                     f"per grid step, {1e3 * time_s:.4f} ms before the factor {estimate.BUNDLE_RANGE[1]}")
         pipe.send((seconds, notes))
     finally:
         shutil.rmtree(folder)
@@ -134,7 +134,8 @@ def programs_of(model, mesh, cfg, only=None):
 
 def pieces_of(piece, stage, model, mesh, cfg):
     """Jobs of one part of a training step, in the shapes that a chip sees: `layer` two blocks forward and backward over two
-    micro-steps, `attention` its core for each window, `head` the loss with its gradients, `optimizer` update and collectives."""
+    micro-steps, `attention` its core for each window, `head` the loss with its gradients, `optimizer` the update with its
+    collectives on all chips."""
     _, num_rows, width = train.batch_shape(stage, mesh.size, cfg)
     B, T, one = num_rows // mesh.size, width - 1, train.make_mesh(mesh.devices.flatten().tolist()[:1])
     whole = NamedSharding(one, P())
@@ -159,7 +160,8 @@ def pieces_of(piece, stage, model, mesh, cfg):
                 attend = lambda q, k, v: train.ATTENTION[cfg.attention](q, k, v, first_BT, jnp.arange(T), window, cfg)
                 return jax.vjp(attend, q, k, v)[1](g)
             return forward_and_backward
-        return [job(f"attention_{window}", core(window), q, k, k, shape(jnp.int32, B, T), q) for window in sorted(set(stage.windows))]
+        first_BT = shape(jnp.int32, B, T)
+        return [job(f"attention_{window}", core(window), q, k, k, first_BT, q) for window in sorted(set(stage.windows))]
     if piece == "head":
         loss = jax.value_and_grad(lambda x, w, target, weight: train.cross_entropy(x, w, target, weight, cfg), argnums=(0, 1))
         x, w = shape(cfg.activation_dtype, B * T, cfg.model_dim), shape(cfg.compute_dtype, cfg.model_dim, cfg.padded_vocab)
@@ -171,7 +173,8 @@ def pieces_of(piece, stage, model, mesh, cfg):
         grads = train.reduce_grads(grads, specs, n, cfg)
         params, slots = train.update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
         return train.State(state.step + 1, params, slots), train.gather(params, specs, n, cfg)
-    grads = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(train.shape_of(spec, cfg), f32, sharding=NamedSharding(mesh, P())), specs)
+    everywhere = NamedSharding(mesh, P())
+    grads = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(train.shape_of(spec, cfg), f32, sharding=everywhere), specs)
     mapped = jax.shard_map(optimizer, mesh=mesh, in_specs=(parts, P()), out_specs=(parts, P()), check_vma=False)
     return [Job("optimizer", jax.jit(mapped), (state, grads), mesh, 0, stage.batch_tokens, 0.0, stage)]
 
@@ -189,10 +192,11 @@ def out_of_memory(job, need_gib, have_gib, cfg):
     elif advice["micro_tokens"] < row:  # a micro-step holds one row at least
         advice["val_seq_len" if evaluates else "seq_len"] = row >> halvings
     else:
-        advice["val_tokens" if evaluates else "batch_tokens"] = (cfg.val_tokens if evaluates else job.stage.batch_tokens) >> halvings
+        tokens = cfg.val_tokens if evaluates else job.stage.batch_tokens
+        advice["val_tokens" if evaluates else "batch_tokens"] = tokens >> halvings
     turns = ", ".join(f"--{name}={value}" for name, value in advice.items())
-    return UsageError(f"{job.name} does not fit: it needs {need_gib:.2f} GiB of the chip's {have_gib:.2f}, {need_gib - have_gib:.2f} too "
-                      f"many. Turn one or more of these: {turns}")
+    return UsageError(f"{job.name} does not fit: it needs {need_gib:.2f} GiB of the chip's {have_gib:.2f}, "
+                      f"{need_gib - have_gib:.2f} too many. Turn one or more of these: {turns}")
 
 def compile_job(job, chip, cfg):
     """(compiled program, seconds). UsageError where memory does not suffice."""
@@ -201,8 +205,9 @@ def compile_job(job, chip, cfg):
     try:
         program = lowered.compile(compiler_options=train.COMPILER_OPTIONS["tpu"])
     except jax.errors.JaxRuntimeError as error:
-        sizes = re.findall(r"\b([\d.]+[KMGT])\b", str(error))  # "Used 51.21G of 31.25G hbm", "temporaries (50.91G) exceeds ... (31.25G)"
-        if "RESOURCE_EXHAUSTED" in str(error) and re.search("memory (on|in memory space) hbm", str(error), re.I) and len(sizes) >= 2:
+        said = str(error)  # "Used 51.21G of 31.25G hbm", or "for HLO temporaries (50.91G) exceeds available HBM (31.25G)"
+        sizes, of_hbm = re.findall(r"\b([\d.]+[KMGT])\b", said), re.search("memory (on|in memory space) hbm", said, re.I)
+        if "RESOURCE_EXHAUSTED" in said and of_hbm and len(sizes) >= 2:
             raise out_of_memory(job, gib(sizes[0]), gib(sizes[1]), cfg) from error
         raise
     need = train.memory_of(program) / 2**30
@@ -222,8 +227,9 @@ def judge(job, chip_name, seconds, cfg, dump=None):
     cost, plain = estimate.estimate(module, chip_name, kernels), estimate.estimate(module, chip_name)
     kind = job.mesh.devices.flat[0].device_kind
     peak = next(flops for name, flops in train.PEAK_FLOPS.items() if name in kind) * job.mesh.size
+    mfu = job.flops / peak / cost["est_s"] if job.flops else None
     row = {"name": job.name, "steps": job.steps, "tokens_per_step": job.tokens, "est_ms": 1e3 * cost["est_s"],
-           "low_ms": 1e3 * cost["low_s"], "high_ms": 1e3 * cost["high_s"], "mfu": job.flops / peak / cost["est_s"] if job.flops else None,
+           "low_ms": 1e3 * cost["low_s"], "high_ms": 1e3 * cost["high_s"], "mfu": mfu,
            "peak_hbm_gib": train.memory_of(program) / 2**30, "compile_s": compile_s, "collective_bytes": cost["sent_bytes"],
            "sync_collective_ms": 1e3 * cost["sync_s"]}
     print(describe(job, row, cost, plain, kernels, chip), flush=True)
@@ -240,19 +246,20 @@ def describe(job, row, cost, plain, kernels, chip):
              f"{cost['hbm_bytes'] / 1e9:.2f} GB of HBM traffic, {cost['sent_bytes'] / 1e9:.4f} GB sent"]
     if job.chips:
         per_step = job.stage.batch_tokens / job.chips / job.tokens
-        lines.append(f"  a step of stage {job.stage.index} holds {per_step:g} of these per chip: {per_step * row['est_ms']:.2f} ms")
+        whole = f"{per_step * row['est_ms']:.2f} ms"
+        lines.append(f"  a step of stage {job.stage.index} holds {per_step:g} of these per chip: {whole}")
     groups = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     for entry in cost["rows"]:
         if entry.op:
-            where = f"{entry.op}, {'hidden' if entry.kind.startswith('async') else 'exposed'}{', in a loop' if entry.in_loop else ''}"
+            hidden = "hidden" if entry.kind.startswith("async") else "exposed"
+            where = f"{entry.op}, {hidden}{', in a loop' if entry.in_loop else ''}"
             groups[where] = [a + b * entry.calls for a, b in zip(groups[where], (1, entry.sent_bytes, entry.link_s))]
     lines += [f"  {where}: {count:g} times, {sent / 1e6:.1f} MB sent, {1e3 * seconds:.2f} ms"
               for where, (count, sent, seconds) in sorted(groups.items())]
     if kernels:
-        used = [entry for entry in cost["rows"] if entry.kind == "kernel"]
-        lines.append(f"  kernels {1e3 * cost['kernel_s']:.2f} ms in {sum(entry.calls for entry in used):g} calls, by their bundles; by "
-                     f"their cost_estimate alone the whole is {1e3 * plain['est_s']:.2f} ms (low {1e3 * plain['low_s']:.2f}, high "
-                     f"{1e3 * plain['high_s']:.2f})")
+        calls = sum(entry.calls for entry in cost["rows"] if entry.kind == "kernel")
+        lines.append(f"  kernels {1e3 * cost['kernel_s']:.2f} ms in {calls:g} calls, by their bundles; by their cost_estimate alone "
+                     f"the whole is {1e3 * plain['est_s']:.2f} ms (low {1e3 * plain['low_s']:.2f}, high {1e3 * plain['high_s']:.2f})")
     if cost["unknown_trip_counts"]:
         lines.append(f"  trip count unknown, taken as 1: {', '.join(cost['unknown_trip_counts'])}")
     return "\n".join(lines)
@@ -307,7 +314,7 @@ def jobs_of(args, model, mesh, cfg):
     return programs_of(model, mesh, cfg, args.stage)
 
 def main(argv=None, model=None):
-    """Returns what the JSON file holds. Raises UsageError. model: as of train.main, with functions that other modules can import."""
+    """Returns what the JSON file holds. Raises UsageError. model: as of train.main, of functions that a module holds."""
     argv, model = sys.argv[1:] if argv is None else argv, model or Model()
     args, flags = parse(argv)
     cfg = config(flags)
@@ -315,14 +322,15 @@ def main(argv=None, model=None):
     if args.dump:
         Path(args.dump).mkdir(parents=True, exist_ok=True)
     mesh, chip = train.make_mesh(devices), args.topology.split(":")[0]
-    print(f"{args.topology}: {len(devices)} x {devices[0].device_kind}, preset {cfg.preset}; nothing below was measured", flush=True)
+    kind = f"{len(devices)} x {devices[0].device_kind}"
+    print(f"{args.topology}: {kind}, preset {cfg.preset}; nothing below was measured", flush=True)
     jobs = jobs_of(args, model, mesh, cfg)
     seconds = kernel_seconds(jobs, argv, model)
     result = summary([judge(job, chip, seconds, cfg, args.dump) for job in jobs], args.topology, cfg)
     if not args.piece:
-        seconds = result["projected_train_s"]
-        print("projection: {projected_train_s:.1f} s of training (low {low_s:.1f}, high {high_s:.1f}) on {tokens} tokens".format(**result),
-              f"({'stage ' + str(args.stage) if args.stage is not None else 'the whole schedule'}); {seconds * 505e6 / result['tokens']:.1f} s "
+        covers = "the whole schedule" if args.stage is None else f"stage {args.stage}"
+        print("projection: {projected_train_s:.1f} s of training (low {low_s:.1f}, high {high_s:.1f})".format(**result),
+              f"on {result['tokens']} tokens ({covers}); {result['projected_train_s'] * 505e6 / result['tokens']:.1f} s "
               "per 505M tokens; allow 15 % either way. A projection is no measurement")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -96,7 +96,8 @@ def parse_instruction(line):
     op, end = rest[:start], end_of_group(rest, start)
     inside, plain = re.sub(r"/\*.*?\*/", "", rest[start + 1:end - 1]), rest[:start] in ("parameter", "constant")
     operands = () if op == "constant" else tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(head[2], type_text, op, operands, inside if plain else rest[end:], bool(head[1]), parse_arrays(type_text))
+    attrs = inside if plain else rest[end:]
+    return Instruction(head[2], type_text, op, operands, attrs, bool(head[1]), parse_arrays(type_text))
 
 def parse(text):
     """HLO text -> ({computation: {name: Instruction}}, the entry's name)."""
@@ -301,7 +302,8 @@ def splash_cost(instruction, computation):
     flops = 2.0 * matmuls * block_q * block_k * width * blocks
     return flops, flops * math.ceil(width / 256) * 256 / width, blocks
 
-def is_kernel(instruction): return instruction.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.attrs
+def is_kernel(instruction):
+    return instruction.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.attrs
 
 def kernel_cost(instruction, computation, hbm_bytes, chip, bundle_s):
     """(FLOPs, bytes, low, estimate, high seconds) of a Pallas kernel. bundle_s: seconds by its bundles, or None."""
@@ -311,7 +313,7 @@ def kernel_cost(instruction, computation, hbm_bytes, chip, bundle_s):
     if splash := splash_cost(instruction, computation):
         flops, padded, blocks = splash
     if not (stated or splash):
-        raise UncostedKernel(f"kernel {instruction.name} has no cost_estimate; give pallas_call(cost_estimate=pl.CostEstimate(...))")
+        raise UncostedKernel(f"kernel {instruction.name} has no cost_estimate; give its pallas_call a pl.CostEstimate")
     roofline = max(flops / chip.flops, hbm_bytes / chip.bandwidth)
     if bundle_s is not None:
         return flops, hbm_bytes, *(max(roofline, factor * bundle_s) for factor in BUNDLE_RANGE)
@@ -342,8 +344,8 @@ class Walk:
         self.module, self.chip, self.bundles, self.channels, self.unknown = module, chip, bundles or {}, set(), []
 
     def row(self, instruction, kind, calls, **numbers):
-        return Row(instruction.name, kind, calls, shape=instruction.type[:60], source=instruction.find(r'op_name="([^"]*)"', ""),
-                   **numbers)
+        source = instruction.find(r'op_name="([^"]*)"', "")
+        return Row(instruction.name, kind, calls, shape=instruction.type[:60], source=source, **numbers)
 
     def rows(self, name, calls=1, in_loop=False):
         computation = self.module.computations[name]
@@ -387,8 +389,8 @@ class Walk:
         cycles = int(i.find(r'"estimated_cycles":"(\d+)"', 0))
         flops, moved, rows = self.module.flops(i, computation), self.module.hbm_bytes(i, computation), []
         if is_kernel(i):
-            flops, moved, *seconds = kernel_cost(i, computation, moved, self.chip, self.bundles.get(i.name))
-            return [self.row(i, "kernel", calls, flops=flops, hbm_bytes=moved, **dict(zip(("low_s", "est_s", "high_s"), seconds)))]
+            flops, moved, low, est, high = kernel_cost(i, computation, moved, self.chip, self.bundles.get(i.name))
+            return [self.row(i, "kernel", calls, flops=flops, hbm_bytes=moved, low_s=low, est_s=est, high_s=high)]
         if i.op == "custom-call":
             if i.find(r'custom_call_target="([^"]*)"', "") in FREE_CALLS:
                 return []
@@ -401,8 +403,8 @@ class Walk:
                 rows = [self.collective(found, fused, calls, channel in self.module.async_channels)]
         low = max(flops / self.chip.flops, moved / self.chip.bandwidth)
         high = max(cycles / self.chip.clock, moved / self.chip.bandwidth) if cycles else low
-        return [self.row(i, "matmul" if flops else i.op, calls, flops=flops, hbm_bytes=moved, low_s=low, est_s=high, high_s=high),
-                *rows]
+        kind = "matmul" if flops else i.op
+        return [self.row(i, kind, calls, flops=flops, hbm_bytes=moved, low_s=low, est_s=high, high_s=high), *rows]
 
 def estimate(text, chip="v6e", bundles=None):
     """Costs per chip and predicted seconds of an HLO text, as a dict. bundles: see Walk. Raises UncostedKernel."""
@@ -418,8 +420,8 @@ def estimate(text, chip="v6e", bundles=None):
     rest = (high - total("high_s", "kernel") + low - total("low_s", "kernel")) / 2
     est = rest + total("est_s", "kernel")
     return {"est_s": est, "low_s": low, "high_s": high, "flops": total("flops"), "hbm_bytes": total("hbm_bytes"),
-            "prefetch_bytes": total("hbm_bytes", "prefetch"), "sent_bytes": total("sent_bytes"), "sync_s": sync, "async_s": hidden,
-            "kernel_s": total("est_s", "kernel"), "matmul_s": total("high_s", "matmul"), "rows": rows,
+            "prefetch_bytes": total("hbm_bytes", "prefetch"), "sent_bytes": total("sent_bytes"), "sync_s": sync,
+            "async_s": hidden, "kernel_s": total("est_s", "kernel"), "matmul_s": total("high_s", "matmul"), "rows": rows,
             "unknown_trip_counts": walk.unknown}
 
 def report(result, num_rows=25):
