@@ -95,6 +95,15 @@ def one_of_chain(last_grid_size):
         return [share(span.test[1]) if span.test else 1 for span in branches]
     return weights
 
+def one_of_chain_then_late(last_grid_size):
+    """Weights of such a chain whose branches run in all but the last `last` steps of a row, before a branch that runs in these:
+    outputs that leave `last` blocks late. The branches are taken in order."""
+    def weights(branches):
+        last = max(len(branches) - 2, 0)
+        runs = [1] * last + [last_grid_size - 2 * last] + [last] * (len(branches) > 1)
+        return [max(number, 0) / last_grid_size for number in runs[:len(branches)]]
+    return weights
+
 # ---- The kernels of a program ----
 def kernels(jaxpr):
     """All Pallas calls in a traced program, equations of its jaxpr."""

@@ -34,7 +34,8 @@ TOPOLOGIES = {"v6e:1x1": (1, 1, 1), "v6e:2x2": None, "v6e:2x4": (2, 4, 1), "v6e:
               "v5e:2x2": None, "v5e:2x4": (2, 4, 1), "v5e:4x4": None, "v5p:2x2x1": None, "v5p:2x2x2": None}  # chips per host
 PIECES = ("layer", "attention", "head", "optimizer")
 # How often a kernel's branches and inner loops run, by its name: (regex, grid -> arguments of bundles.count).
-BRANCHES = [(r"band_(fwd|bwd)", lambda grid: {"weights": bundles.one_of_chain(grid[-1])})]
+BRANCHES = [(r"band_fwd", lambda grid: {"weights": bundles.one_of_chain(grid[-1])}),
+            (r"band_bwd", lambda grid: {"weights": bundles.one_of_chain_then_late(grid[-1])})]
 
 class Job(NamedTuple):
     """A program to compile. tokens: of one run, all chips; flops: of the model in one run, all chips, 0 where not counted;
