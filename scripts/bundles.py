@@ -123,11 +123,13 @@ def time_alone(eqn, device, clock, folder, rules=()):
     """(body_of it, seconds of one call, its number of bundles per grid step) of a kernel, compiled alone for a device; libtpu
     must have been told to dump into folder. rules: (regex of the kernel's name, function from grid to the arguments of
     `count`). Raises ValueError for a kernel that these do not describe."""
-    one = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=[device]), PartitionSpec())
-    arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=one) for v in eqn.invars]
+    mesh, whole = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=[device]), PartitionSpec()
+    arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=NamedSharding(mesh, whole)) for v in eqn.invars]
     for path in Path(folder).glob("*"):
         path.unlink()
-    text = jax.jit(lambda *xs: eqn.primitive.bind(*xs, **eqn.params)).lower(*arguments).compile().as_text()
+    alone = jax.shard_map(lambda *xs: eqn.primitive.bind(*xs, **eqn.params), mesh=mesh, in_specs=whole, out_specs=whole,
+                          check_vma=False)  # a kernel's lowering asks the mesh what chip it is for
+    text = jax.jit(alone).lower(*arguments).compile().as_text()
     call = next(line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line)
     name, grid = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", call)[1], eqn.params["grid_mapping"].grid
     paths = [path for path in Path(folder).glob("*-final_bundles.txt")

@@ -142,7 +142,8 @@ def pieces_of(piece, stage, model, mesh, cfg):
     whole = NamedSharding(one, P())
     def shape(dtype, *dims): return jax.ShapeDtypeStruct(dims, dtype, sharding=whole)
     def job(name, function, *arguments, tokens=B * T):
-        return Job(name, jax.jit(function), arguments, one, 0, tokens, 0.0, stage, mesh.size)
+        mapped = jax.shard_map(function, mesh=one, in_specs=P(), out_specs=P(), check_vma=False)
+        return Job(name, jax.jit(mapped), arguments, one, 0, tokens, 0.0, stage, mesh.size)
     if piece == "layer":
         few = dataclasses.replace(cfg, num_layers=2, skips="", vocab_size=128, bos_id=0)  # two blocks and a small embedding
         specs = {name: spec for name, spec in model.specs(few).items() if name != "head"}
