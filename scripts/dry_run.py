@@ -156,10 +156,11 @@ def pieces_of(piece, stage, model, mesh, cfg):
             return jax.lax.scan(add, jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights), tokens_ABT)[0]
         return [job("layer", layer, params, shape(jnp.int32, 2, B, T), tokens=2 * B * T)]
     if piece == "attention":
-        q, k = (shape(cfg.compute_dtype, B, T, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.kv_heads))
+        q, k = (shape(cfg.compute_dtype, B, T, heads * cfg.head_dim) for heads in (cfg.num_heads, cfg.kv_heads))
         def core(window):
             def forward_and_backward(q, k, v, first_BT, g):
-                attend = lambda q, k, v: train.ATTENTION[cfg.attention](q, k, v, first_BT, jnp.arange(T), window, cfg)
+                table = train.rotary_table(T, cfg)
+                attend = lambda q, k, v: train.ATTENTION[cfg.attention](q, k, v, first_BT, 0, table, window, cfg)
                 return jax.vjp(attend, q, k, v)[1](g)
             return forward_and_backward
         first_BT = shape(jnp.int32, B, T)
@@ -292,6 +293,7 @@ def config(flags):
     cfg = Config(**train.PRESETS[preset] | given | {"preset": preset})
     vocab_size, bos_id = (50257, 50256) if cfg.train_files and cfg.val_files else (257, 256)
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or vocab_size, bos_id=cfg.bos_id if cfg.bos_id >= 0 else bos_id)
+    cfg = train.choose_attention(cfg, "tpu")
     train.validate(cfg)
     jax.config.update("jax_default_matmul_precision", "float32" if cfg.compute_dtype == "float32" else None)
     return cfg
