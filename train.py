@@ -557,7 +557,7 @@ def band_specs(num_heads, num_kv_heads, head_dim, band):
     """Block specs: wide [B, T, HK], wide of keys, late keys, row [B, H, 1, T], row [B, 1, 1, T], table [T, K/2], late table."""
     now = lambda i: jnp.minimum(i, band.length // band.block - 1)
     late = lambda i: jnp.maximum(i - band.depth, 0)
-    wide = lambda at, group: pl.BlockSpec((1, band.block, head_dim), lambda b, h, i: (b, at(i), h // group))
+    wide = lambda at, group: pl.BlockSpec((1, band.block, head_dim), lambda b, h, i: (b, at(i), jax.lax.div(h, group)))
     row = lambda heads: pl.BlockSpec((1, 1, 1, band.block), lambda b, h, i: (b, h * heads, 0, now(i)))
     table = lambda at: pl.BlockSpec((band.block, head_dim // 2), lambda b, h, i: (at(i), 0))
     return wide(now, 1), wide(now, num_heads // num_kv_heads), wide(late, 1), row(1), row(0), table(now), table(late)

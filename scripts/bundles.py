@@ -136,7 +136,7 @@ def time_alone(eqn, device, clock, folder, rules=()):
              if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt", path.name)]
     if not paths:
         raise ValueError(f"kernel {name}: the compiler left no bundles of it")
-    rule = next((rule(grid) for pattern, rule in rules if re.search(pattern, name)), {})
+    rule = next((rule(grid) for pattern, rule in rules if re.search(pattern, str(eqn.params["name"]))), {})
     try:
         per_step = count(parse(paths[0].read_text()), **rule)
     except ValueError as error:

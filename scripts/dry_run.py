@@ -145,7 +145,7 @@ def pieces_of(piece, stage, model, mesh, cfg):
         mapped = jax.shard_map(function, mesh=one, in_specs=P(), out_specs=P(), check_vma=False)
         return Job(name, jax.jit(mapped), arguments, one, 0, tokens, 0.0, stage, mesh.size)
     if piece == "layer":
-        few = dataclasses.replace(cfg, num_layers=2, skips="", vocab_size=128, bos_id=0)  # two blocks and a small embedding
+        few = dataclasses.replace(cfg, num_layers=2, mlp_only="", skips="", vocab_size=128, bos_id=0)  # two blocks and a small embedding
         specs = {name: spec for name, spec in model.specs(few).items() if name != "head"}
         params = jax.tree.map(lambda spec: shape(f32, *train.shape_of(spec, few)), specs)
         def layer(params, tokens_ABT):
@@ -166,9 +166,9 @@ def pieces_of(piece, stage, model, mesh, cfg):
         first_BT = shape(jnp.int32, B, T)
         return [job(f"attention_{window}", core(window), q, k, k, first_BT, q) for window in sorted(set(stage.windows))]
     if piece == "head":
-        loss = jax.value_and_grad(lambda x, w, target, weight: train.cross_entropy(x, w, target, weight, cfg), argnums=(0, 1))
-        x, w = shape(cfg.activation_dtype, B * T, cfg.model_dim), shape(cfg.compute_dtype, cfg.model_dim, cfg.padded_vocab)
-        return [job("head", loss, x, w, shape(jnp.int32, B * T), shape(f32, B * T))]
+        loss = jax.value_and_grad(lambda x, w, weight: train.log_partition(x, w, weight, cfg), argnums=(0, 1))
+        x, w = (shape(cfg.compute_dtype, size, cfg.model_dim) for size in (B * T, cfg.padded_vocab))
+        return [job("head", loss, x, w, shape(f32, B * T))]
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
     state = train.list_programs(model, mesh, cfg)[stage.index][2][0]
     parts = jax.tree.map(lambda place: place.spec, train.state_shardings(model, mesh, cfg))
@@ -227,7 +227,7 @@ def judge(job, chip_name, seconds, cfg, dump=None):
         (Path(dump) / f"{job.name}.hlo").write_text(text)
     module = estimate.Module(text)
     kernels = bundles.by_instruction(module, seconds)
-    cost, plain = estimate.estimate(module, chip_name, kernels), estimate.estimate(module, chip_name)
+    cost, plain = estimate.estimate(module, chip_name, kernels), estimate.estimate(module, chip_name, wait=False)
     kind = job.mesh.devices.flat[0].device_kind
     peak = next(flops for name, flops in train.PEAK_FLOPS.items() if name in kind) * job.mesh.size
     mfu = job.flops / peak / cost["est_s"] if job.flops else None
@@ -254,15 +254,20 @@ def describe(job, row, cost, plain, kernels, chip):
     groups = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     for entry in cost["rows"]:
         if entry.op:
-            hidden = "hidden" if entry.kind.startswith("async") else "exposed"
-            where = f"{entry.op}, {hidden}{', in a loop' if entry.in_loop else ''}"
+            kind = "asynchronous" if entry.kind.startswith("async") else "synchronous, exposed"
+            where = f"{entry.op}, {kind}{', in a loop' if entry.in_loop else ''}"
             groups[where] = [a + b * entry.calls for a, b in zip(groups[where], (1, entry.sent_bytes, entry.link_s))]
     lines += [f"  {where}: {count:g} times, {sent / 1e6:.1f} MB sent, {1e3 * seconds:.2f} ms"
               for where, (count, sent, seconds) in sorted(groups.items())]
+    if groups:
+        lines.append(f"  of {1e3 * cost['async_s']:.2f} ms of asynchronous collectives {1e3 * cost['wait_s']:.2f} ms are exposed, by the "
+                     f"compiler's order of instructions; with {1e3 * cost['sync_s']:.2f} ms synchronous, "
+                     f"{(cost['wait_s'] + cost['sync_s']) / cost['est_s']:.1%} of the whole")
     if kernels:
         calls = sum(entry.calls for entry in cost["rows"] if entry.kind == "kernel")
-        lines.append(f"  kernels {1e3 * cost['kernel_s']:.2f} ms in {calls:g} calls, by their bundles; by their cost_estimate alone "
-                     f"the whole is {1e3 * plain['est_s']:.2f} ms (low {1e3 * plain['low_s']:.2f}, high {1e3 * plain['high_s']:.2f})")
+        lines.append(f"  kernels {1e3 * cost['kernel_s']:.2f} ms in {calls:g} calls, by their bundles")
+    lines.append(f"  with kernels by their cost_estimate and asynchronous collectives for nothing: {1e3 * plain['est_s']:.2f} ms "
+                 f"(low {1e3 * plain['low_s']:.2f}, high {1e3 * plain['high_s']:.2f})")
     if cost["unknown_trip_counts"]:
         lines.append(f"  trip count unknown, taken as 1: {', '.join(cost['unknown_trip_counts'])}")
     return "\n".join(lines)
