@@ -348,8 +348,10 @@ def attention(x_BTD, p, first_BT, start, table, window, starts_BS, cfg, cache=No
     y_BTN = attend(q_BTN, k_BTN, v_BTN, first_BT, start, table, window, cfg)
     return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype), cache
 
-def mlp(x_BTD, p):  # ReLU^2 (arXiv:2109.08668)
-    return matmul("BTF,FD->BTD", jnp.square(jax.nn.relu(matmul("BTD,DF->BTF", x_BTD, p["w_up"]))), p["w_down"])
+relu_squared = jax.custom_jvp(lambda x: jnp.square(jax.nn.relu(x)))  # arXiv:2109.08668; its slope from x alone, no mask is kept
+relu_squared.defjvps(lambda dx, y, x: 2 * jax.nn.relu(x) * dx)
+
+def mlp(x_BTD, p): return matmul("BTF,FD->BTD", relu_squared(matmul("BTD,DF->BTF", x_BTD, p["w_up"])), p["w_down"])
 
 def lookup(weights, name, ids_BT, use):
     """Rows ids_BT of a table. Where weights[use] is there (zeros, in training), the gradient goes to it, row by row."""
@@ -443,9 +445,9 @@ def decode(weights, cache, tokens_BT, cfg):
     return softcapped_logits(x_BTD[:, -1], weights[head_name(cfg)], cfg), cache
 
 # ---- Banded attention on TPUs ----------------------------------------------------------------------------------------
-# Two Pallas kernels from raw queries and keys: QK norm, half-RoPE, scores, softmax and average, and all of it backward. Grid:
-# row, head, block of queries in order; the keys and values that later blocks can reach stay in fast memory. A block goes by
-# tiles of 256 queries, the width of the matrix unit, each against the one span of keys that its window can reach.
+# Two Pallas kernels, from raw queries and keys: QK norm, half-RoPE, scores, softmax and average, and all of it backward.
+# Grid: row, head, block of queries in order; the keys and values that later blocks can reach stay in fast memory. A block
+# goes by tiles of 256 queries, the width of the matrix unit, each against the one span of keys that its window can reach.
 TILE, LN2 = 256, math.log(2)
 
 class Band(NamedTuple):
@@ -454,9 +456,9 @@ class Band(NamedTuple):
     window: int
     block: int
     scale: float  # of q.k
-    depth = property(lambda self: -(-self.window // self.block))  # blocks back that a block can reach
-    spans = property(lambda self: [[(max(0, query - self.window) // 128 * 128, query) for query in range(
-        d * self.block, (d + 1) * self.block, TILE)] for d in range(min(self.depth + 1, self.length // self.block))])
+    spans = property(lambda self: [
+        [(max(0, query - self.window) // 128 * 128, query) for query in range(d * self.block, (d + 1) * self.block, TILE)]
+        for d in range(min(-(-self.window // self.block) + 1, self.length // self.block))])
 
 def dot(a, b, axes):  # axes: the one of each that is summed over
     return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=f32)
@@ -474,125 +476,116 @@ def prepare(x_TK, cos, sin, scale):
     return ((x * cos + pltpu.roll(x, x.shape[1] // 2, 1) * sin) * r_T1).astype(x_TK.dtype), r_T1
 
 def prepare_backward(dz_TK, z_TK, r_T1, cos, sin, scale):
-    z, mean_T1 = z_TK.astype(f32), jnp.mean(dz_TK * z_TK.astype(f32), axis=1, keepdims=True) * (LN2 / scale)
-    g = dz_TK - z * mean_T1
+    z = z_TK.astype(f32)
+    g = dz_TK - z * jnp.mean(dz_TK * z, axis=1, keepdims=True) * (LN2 / scale)
     return ((g * cos + pltpu.roll(g * sin, g.shape[1] // 2, 1)) * (r_T1 * LN2)).astype(z_TK.dtype)
 
 def visible(weights, first, keys_axis):
     """Zero the weights of keys before `first`, and in the last TILE keys, which are the queries' own, of later ones."""
-    key = jax.lax.broadcasted_iota(jnp.int32, weights.shape, keys_axis)
-    weights, before = jnp.where(key >= first, weights, 0.0), weights.shape[keys_axis] - TILE
-    earlier, own = (jax.lax.slice_in_dim(weights, *ends, axis=keys_axis) for ends in ((0, before), (before, before + TILE)))
-    key, query = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (keys_axis, 1 - keys_axis))
-    own = jnp.where(key <= query, own, 0.0)
-    return jnp.concatenate([earlier, own], axis=keys_axis) if before else own
+    iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    weights, size = jnp.where(iota(weights.shape, keys_axis) >= first, weights, 0.0), weights.shape[keys_axis]
+    own = jax.lax.slice_in_dim(weights, size - TILE, size, axis=keys_axis)
+    own = jnp.where(iota(own.shape, keys_axis) <= iota(own.shape, 1 - keys_axis), own, 0.0)
+    earlier = [jax.lax.slice_in_dim(weights, 0, size - TILE, axis=keys_axis)] if size > TILE else []
+    return jnp.concatenate([*earlier, own], axis=keys_axis)
 
-def band_forward_kernel(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, log_sum_ref, z_ref, values_ref, *, band):
+def each_tile(tile, band):
+    """Run tile(its place in the block, the queries' own rows, the rows of all keys they can reach) for the tiles of this block."""
     i = pl.program_id(2)
-    def tile(base, key, query):
-        here, own, keys = pl.ds(query % band.block, TILE), rows_at(base + query), rows_at(base + key, query - key + TILE)
-        table = band_table(cos_ref, sin_ref, here)
-        z_ref[own], _ = prepare(k_ref[0, here], *table, band.scale)
-        values_ref[own] = v_ref[0, here]
-        q_TK, _ = prepare(q_ref[0, here], *table, band.scale)
-        e_TS = visible(jnp.exp2(dot(q_TK, z_ref[keys], (1, 1))), first_ref[0, 0, 0, here].reshape(TILE, 1) - base - key, 1)
-        sum_T1 = jnp.sum(e_TS, axis=1, keepdims=True)
-        y_ref[0, here] = (dot(e_TS.astype(q_TK.dtype), values_ref[keys], (1, 0)) / sum_T1).astype(q_TK.dtype)
-        log_sum_ref[0, 0, :, here] = as_row(jnp.log2(sum_T1))
     for d, spans in enumerate(band.spans):  # the last stands for all blocks with as many before them as they can reach
         @pl.when(jnp.minimum(i, len(band.spans) - 1) == d)
         def _():
-            for span in spans:
-                tile((i - d) * band.block, *span)
+            for key, query in spans:
+                base = (i - d) * band.block
+                tile(pl.ds(query % band.block, TILE), rows_at(base + query), rows_at(base + key, query - key + TILE))
 
-def band_backward_kernel(first_ref, q_ref, k_ref, v_ref, y_ref, dy_ref, log_sum_ref, cos_ref, sin_ref, late_cos_ref, late_sin_ref,
+def band_forward_kernel(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, log_sum_ref, z_ref, values_ref, *, band):
+    def tile(here, own, keys):
+        table = band_table(cos_ref, sin_ref, own)
+        z_ref[own], _ = prepare(k_ref[0, here], *table, band.scale)
+        values_ref[own] = v_ref[0, here]
+        q_TK, _ = prepare(q_ref[0, here], *table, band.scale)
+        e_TS = visible(jnp.exp2(dot(q_TK, z_ref[keys], (1, 1))), first_ref[0, 0, 0, here].reshape(TILE, 1) - keys.start, 1)
+        sum_T1 = jnp.sum(e_TS, axis=1, keepdims=True)
+        y_ref[0, here] = (dot(e_TS.astype(q_TK.dtype), values_ref[keys], (1, 0)) / sum_T1).astype(q_TK.dtype)
+        log_sum_ref[0, 0, :, here] = as_row(jnp.log2(sum_T1))
+    each_tile(tile, band)
+
+def band_backward_kernel(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, dy_ref, log_sum_ref,
                          dq_ref, dk_ref, dv_ref, z_ref, values_ref, r_ref, dz_ref, dvalues_ref, *, band):
-    """Scores are recomputed keys by queries, so that only dq needs a transposition. A block's dk and dv leave `depth` blocks
-    late, when no later query can reach them."""
-    i, num_blocks = pl.program_id(2), band.length // band.block
-    def tile(base, key, query):
-        here, own, keys = pl.ds(query % band.block, TILE), rows_at(base + query), rows_at(base + key, query - key + TILE)
-        table, dy_TK = band_table(cos_ref, sin_ref, here), dy_ref[0, here]
+    """Scores are recomputed, keys by queries, so that only dq needs a transposition. dk and dv leave with the row's last block."""
+    def tile(here, own, keys):
+        table, dy_TK = band_table(cos_ref, sin_ref, own), dy_ref[0, here]
         z_ref[own], r_T1 = prepare(k_ref[0, here], *table, band.scale)
         r_ref[own], values_ref[own] = jnp.broadcast_to(r_T1, (TILE, 128)), v_ref[0, here]
         dz_ref[own] = dvalues_ref[own] = jnp.zeros((TILE, q_ref.shape[2]), f32)
         q_TK, r_T1 = prepare(q_ref[0, here], *table, band.scale)
         delta_1T = as_row(jnp.sum(y_ref[0, here].astype(f32) * dy_TK.astype(f32), axis=1, keepdims=True))
-        p_ST = visible(jnp.exp2(dot(z_ref[keys], q_TK, (1, 1)) - log_sum_ref[0, 0, :, here]), first_ref[0, 0, :, here] - base - key, 0)
+        p_ST = jnp.exp2(dot(z_ref[keys], q_TK, (1, 1)) - log_sum_ref[0, 0, :, here])
+        p_ST = visible(p_ST, first_ref[0, 0, :, here] - keys.start, 0)
         ds_ST = (p_ST * (dot(values_ref[keys], dy_TK, (1, 1)) - delta_1T)).astype(q_TK.dtype)
         dq_ref[0, here] = prepare_backward(dot(ds_ST, z_ref[keys], (0, 0)), q_TK, r_T1, *table, band.scale)
         dz_ref[keys] += dot(ds_ST, q_TK, (1, 0))
         dvalues_ref[keys] += dot(p_ST.astype(dy_TK.dtype), dy_TK, (1, 0))
-    def leave(base, start):
-        here, rows = pl.ds(start, TILE), rows_at(base + start)
-        r_TK, table = jnp.tile(r_ref[rows], (1, q_ref.shape[2] // 128)), band_table(late_cos_ref, late_sin_ref, here)
-        dk_ref[0, here] = prepare_backward(dz_ref[rows], z_ref[rows], r_TK, *table, band.scale)
-        dv_ref[0, here] = dvalues_ref[rows].astype(dv_ref.dtype)
-    for d, spans in enumerate(band.spans):
-        @pl.when((jnp.minimum(i, len(band.spans) - 1) == d) & (i < num_blocks))
-        def _():
-            for span in spans:
-                tile((i - d) * band.block, *span)
-                if d == band.depth:
-                    leave((i - d) * band.block, span[1] % band.block)
-    @pl.when(i >= num_blocks)
+    each_tile(tile, band)
+    @pl.when(pl.program_id(2) == band.length // band.block - 1)
     def _():
-        for start in range(0, band.block, TILE):
-            leave((i - band.depth) * band.block, start)
+        @pl.loop(0, band.length // TILE)
+        def _(t):
+            rows = rows_at(t * TILE)
+            r_TK, table = jnp.tile(r_ref[rows], (1, q_ref.shape[2] // 128)), band_table(cos_ref, sin_ref, rows)
+            dk_ref[0, rows] = prepare_backward(dz_ref[rows], z_ref[rows], r_TK, *table, band.scale)
+            dv_ref[0, rows] = dvalues_ref[rows].astype(dv_ref.dtype)
 
-def band_call(kernel, name, inputs, outputs, scratch, num_matmuls, num_heads, band):
-    """Run a kernel over the grid. inputs: (block spec, array) each; outputs: (block spec, shape and dtype) each."""
-    arrays, shapes = [array for _, array in inputs], [shape for _, shape in outputs]
+def band_call(kernel, name, num_matmuls, inputs, outputs, scratch, num_heads, band):
+    """Run a kernel. inputs: (kind of block, array), outputs: (kind, like). Kinds: block and row of [B, T, HK or GK], lane and shared
+    lane of [B, H or 1, 1, T], table [T, K/2]. scratch: (width, dtype) of memory for a row."""
+    arrays, shapes = [x for _, x in inputs], [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs]
     (num_rows, _, width), num_blocks = shapes[0].shape, band.length // band.block
+    head = lambda h, x: jax.lax.div(h, width // x.shape[2])  # several query heads may share a key head
+    spec = lambda kind, x: {
+        "block": lambda: pl.BlockSpec((1, band.block, width // num_heads), lambda b, h, i: (b, i, head(h, x))),
+        "row": lambda: pl.BlockSpec((1, band.length, width // num_heads), lambda b, h, i: (b, 0, h)),
+        "lane": lambda: pl.BlockSpec((1, 1, 1, band.block), lambda b, h, i: (b, h, 0, i)),
+        "shared lane": lambda: pl.BlockSpec((1, 1, 1, band.block), lambda b, h, i: (b, 0, 0, i)),
+        "table": lambda: pl.BlockSpec(x.shape, lambda b, h, i: (0, 0))}[kind]()
     blocks = band.spans + band.spans[-1:] * (num_blocks - len(band.spans))
     scores = num_rows * TILE * sum(query + TILE - key for spans in blocks for key, query in spans)  # of one head
     cost = pl.CostEstimate(flops=2 * num_matmuls * scores * width, transcendentals=num_heads * scores,
                            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays + shapes))
     return pl.pallas_call(
-        functools.partial(kernel, band=band), out_shape=shapes, grid=(num_rows, num_heads, num_blocks + (num_matmuls > 2) * band.depth),
-        in_specs=[spec for spec, _ in inputs], out_specs=[spec for spec, _ in outputs], scratch_shapes=scratch, cost_estimate=cost,
-        name=name, compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 << 20))(*arrays)
-
-def band_specs(num_heads, num_kv_heads, head_dim, band):
-    """Block specs: wide [B, T, HK], wide of keys, late keys, row [B, H, 1, T], row [B, 1, 1, T], table [T, K/2], late table."""
-    now = lambda i: jnp.minimum(i, band.length // band.block - 1)
-    late = lambda i: jnp.maximum(i - band.depth, 0)
-    wide = lambda at, group: pl.BlockSpec((1, band.block, head_dim), lambda b, h, i: (b, at(i), jax.lax.div(h, group)))
-    row = lambda heads: pl.BlockSpec((1, 1, 1, band.block), lambda b, h, i: (b, h * heads, 0, now(i)))
-    table = lambda at: pl.BlockSpec((band.block, head_dim // 2), lambda b, h, i: (at(i), 0))
-    return wide(now, 1), wide(now, num_heads // num_kv_heads), wide(late, 1), row(1), row(0), table(now), table(late)
+        functools.partial(kernel, band=band), out_shape=shapes, grid=(num_rows, num_heads, num_blocks), name=name, cost_estimate=cost,
+        in_specs=[spec(*x) for x in inputs], out_specs=[spec(*x) for x in outputs],
+        scratch_shapes=[pltpu.VMEM((band.length, width), dtype) for width, dtype in scratch], compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 << 20))(*arrays)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def banded(q_BTN, k_BTN, v_BTN, first_BT, table, num_heads, band):
     """Attention of raw queries and keys [B, T, HK] over the keys first_BT .. T. table: rotary, [T, K/2] each."""
     return _banded_forward(q_BTN, k_BTN, v_BTN, first_BT, table, num_heads, band)[0]
 
-def _banded_forward(q_BTN, k_BTN, v_BTN, first_BT, table, num_heads, band):
-    (num_rows, length, width), dtype = q_BTN.shape, q_BTN.dtype
-    head_dim = width // num_heads
-    wide, keys, _, row, shared_row, half, _ = band_specs(num_heads, k_BTN.shape[2] // head_dim, head_dim, band)
-    y_BTN, log_sum_BH1T = band_call(
-        band_forward_kernel, "band_fwd", [(shared_row, first_BT[:, None, None]), (wide, q_BTN), (keys, k_BTN), (keys, v_BTN), *((half, t) for t in table)],
-        [(wide, jax.ShapeDtypeStruct(q_BTN.shape, dtype)), (row, jax.ShapeDtypeStruct((num_rows, num_heads, 1, length), f32))],
-        [pltpu.VMEM((length, head_dim), dtype)] * 2, 2, num_heads, band)
-    return y_BTN, (q_BTN, k_BTN, v_BTN, first_BT, table, y_BTN, log_sum_BH1T)
+def band_inputs(q_BTN, k_BTN, v_BTN, first_BT, table):
+    return [("shared lane", first_BT[:, None, None]), *(("block", x) for x in (q_BTN, k_BTN, v_BTN)), *(("table", t) for t in table)]
+
+def _banded_forward(*arguments):
+    *arrays, num_heads, band = arguments
+    (num_rows, length, width), dtype = arrays[0].shape, arrays[0].dtype
+    log_sum = jax.ShapeDtypeStruct((num_rows, num_heads, 1, length), f32)
+    y_BTN, log_sum_BH1T = band_call(band_forward_kernel, "band_fwd", 2, band_inputs(*arrays), [("block", arrays[0]), ("lane", log_sum)],
+                                    [(width // num_heads, dtype)] * 2, num_heads, band)
+    return y_BTN, (arrays, y_BTN, log_sum_BH1T)
 
 def _banded_backward(num_heads, band, saved, dy_BTN):
-    q_BTN, k_BTN, v_BTN, first_BT, table, y_BTN, log_sum_BH1T = saved
-    (length, width), dtype, kv_width = q_BTN.shape[1:], q_BTN.dtype, k_BTN.shape[2]
-    head_dim, whole = width // num_heads, jax.ShapeDtypeStruct(q_BTN.shape, dtype)
-    wide, keys, late, row, shared_row, half, late_half = band_specs(num_heads, kv_width // head_dim, head_dim, band)
-    memory = lambda width, dtype: pltpu.VMEM((length, width), dtype)
+    arrays, y_BTN, log_sum_BH1T = saved
+    (q_BTN, k_BTN, *_), head_dim = arrays, y_BTN.shape[2] // num_heads
     dq_BTN, *dkv_BTN = band_call(
-        band_backward_kernel, "band_bwd", [
-            (shared_row, first_BT[:, None, None]), (wide, q_BTN), (keys, k_BTN), (keys, v_BTN), (wide, y_BTN), (wide, dy_BTN),
-            (row, log_sum_BH1T), *((half, t) for t in table), *((late_half, t) for t in table)], [(wide, whole), (late, whole), (late, whole)],
-        [memory(head_dim, dtype), memory(head_dim, dtype), memory(128, f32), memory(head_dim, f32), memory(head_dim, f32)], 5, num_heads, band)
-    dkv_BTN = (jnp.sum(rearrange(g, "B T (G R K) -> B T G R K", G=kv_width // head_dim, K=head_dim), axis=3).reshape(k_BTN.shape) for g in dkv_BTN)
-    return dq_BTN, *dkv_BTN, None, None
+        band_backward_kernel, "band_bwd", 5, [*band_inputs(*arrays), ("block", y_BTN), ("block", dy_BTN), ("lane", log_sum_BH1T)],
+        [("block", q_BTN), ("row", q_BTN), ("row", q_BTN)],
+        [(head_dim, q_BTN.dtype)] * 2 + [(128, f32)] + [(head_dim, f32)] * 2, num_heads, band)
+    of_group = lambda g_BTN: rearrange(g_BTN, "B T (G R K) -> B T G R K", G=k_BTN.shape[2] // head_dim, K=head_dim)
+    return dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
 
 banded.defvjp(_banded_forward, _banded_backward)
-
 
 # ---- Schedules -------------------------------------------------------------------------------------------------------
 # Pure functions of the step. Values are traced inside the step; shapes, which pick a program, are Python numbers.
@@ -889,6 +882,10 @@ def state_shardings(model, mesh, cfg):
     slots = lambda spec: dict.fromkeys(SLOTS[rules[spec.group].kind], place(spec))
     return State(NamedSharding(mesh, P()), jax.tree.map(place, specs), jax.tree.map(slots, specs))
 
+def partition(shardings): return jax.tree.map(lambda sharding: sharding.spec, shardings)
+def on_devices(function, mesh, inputs, outputs):
+    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+
 def gather(params, specs, num_devices, cfg, fetched=True):
     """Compute copies in compute_dtype, scalars in float32; whole on every device, layers only if fetched."""
     def whole(path, spec, w):
@@ -951,9 +948,8 @@ def make_train_step(stage, model, mesh, cfg):
         grads = jax.tree.map(lambda g: g / count, reduce_grads(restack(grads), specs, n, cfg))
         params, opt_state = update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
         return State(state.step + 1, params, opt_state), loss / count
-    parts = jax.tree.map(lambda sharding: sharding.spec, state_shardings(model, mesh, cfg))
-    return jax.jit(jax.shard_map(step_on_device, mesh=mesh, in_specs=(parts, P(None, "data")), out_specs=(parts, P()),
-                                 check_vma=False), donate_argnums=0)
+    parts = partition(state_shardings(model, mesh, cfg))
+    return jax.jit(on_devices(step_on_device, mesh, (parts, P(None, "data")), (parts, P())), donate_argnums=0)
 
 def make_eval_step(model, mesh, cfg):
     """(params, tokens uint16 [A, B, T+1]) -> (summed nats, targets scored). A row's first val_context score nothing."""
@@ -965,8 +961,7 @@ def make_eval_step(model, mesh, cfg):
             loss = model.loss(weights, tokens_BT, target_BT, weight_BT, val_stage(cfg).windows, cfg)
             return (totals[0] + loss, totals[1] + weight_BT.sum().astype(jnp.int32)), None
         return jax.lax.psum(jax.lax.scan(micro_step, (f32(0), jnp.int32(0)), tokens_ABT1)[0], "data")
-    parts = jax.tree.map(lambda sharding: sharding.spec, state_shardings(model, mesh, cfg).params)
-    return jax.jit(jax.shard_map(eval_on_device, mesh=mesh, in_specs=(parts, P(None, "data")), out_specs=P(), check_vma=False))
+    return jax.jit(on_devices(eval_on_device, mesh, (partition(state_shardings(model, mesh, cfg).params), P(None, "data")), P()))
 
 def make_init(model, mesh, cfg):
     """() -> State at step 0, born split over the devices."""
@@ -977,10 +972,9 @@ def make_init(model, mesh, cfg):
         return State(jnp.int32(0), params, jax.tree.map(slots, specs, params))
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
-COMPILER_OPTIONS = {"tpu": {
-    # gradients and weights travel by the SparseCores beside the matmuls: 6.2 -> 2.3 ms of optimizer and collectives (v6e-8, predicted)
-    **{f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")},
-    "xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"}, "gpu": {}, "cpu": {}}  # by platform, stated in the log
+# By platform, stated in the log. Gradients and weights travel by the SparseCores: scripts/presets, records/v6e
+COMPILER_OPTIONS = {"cpu": {}, "gpu": {}, "tpu": {"xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"} | {
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}}
 
 def list_programs(model, mesh, cfg):
     """{"init", each stage's index, "eval": (name, jitted function, argument shapes)}; stages alike share an entry."""

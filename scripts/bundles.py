@@ -10,7 +10,7 @@ what lies between it and its target, such as the body of a `pl.when`, by default
 Stalls are not in it (DMA that is not done, results that are not ready): against splash attention kernels that were timed,
 bundles give 0.82 / 0.79 / 0.93 at blocks 256 / 512 / 1024. scripts/estimate.py therefore multiplies by 1.15.
 """
-import hashlib, math, re
+import math, re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,13 +95,11 @@ def one_of_chain(last_grid_size):
         return [share(span.test[1]) if span.test else 1 for span in branches]
     return weights
 
-def one_of_chain_then_late(last_grid_size):
-    """Weights of such a chain whose branches run in all but the last `last` steps of a row, before a branch that runs in these:
-    outputs that leave `last` blocks late. The branches are taken in order."""
+def one_of_chain_then_last(last_grid_size):
+    """Weights of such a chain, taken in order, before a branch that runs in the last step of a row."""
     def weights(branches):
-        last = max(len(branches) - 2, 0)
-        runs = [1] * last + [last_grid_size - 2 * last] + [last] * (len(branches) > 1)
-        return [max(number, 0) / last_grid_size for number in runs[:len(branches)]]
+        most = max(len(branches) - 2, 0)
+        return [number / last_grid_size for number in [1] * most + [last_grid_size - most, 1]]
     return weights
 
 # ---- The kernels of a program ----
@@ -115,13 +113,16 @@ def kernels(jaxpr):
             if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
                 yield from kernels(inner)
 
-def body_of(custom_call):
-    """What tells kernels apart, whatever program they are in: a hash of the code that the custom call carries."""
-    return hashlib.sha256(re.search(r'"body":"([^"]*)"', custom_call)[1].encode()).hexdigest()
+def identity(costs):
+    """What tells kernels apart in whatever program they are: their cost_estimate, a dict of FLOPs, transcendentals and bytes."""
+    return tuple(int(costs.get(key, 0)) for key in ("flops", "transcendentals", "bytes_accessed"))
+
+def identity_of(custom_call):
+    return identity(dict(re.findall(r'"(\w+)":"?(\d+)', re.search(r'"cost_estimate":\{([^}]*)\}|$', custom_call)[1] or "")))
 
 def time_alone(eqn, device, clock, folder, rules=()):
-    """(body_of it, seconds of one call, its number of bundles per grid step) of a kernel, compiled alone for a device; libtpu
-    must have been told to dump into folder. rules: (regex of the kernel's name, function from grid to the arguments of
+    """(identity of it, seconds of one call, its number of bundles per grid step) of a kernel, compiled alone for a device; libtpu
+    must have been told to dump into folder. rules: (regex of the kernel's name, function from its equation to the arguments of
     `count`). Raises ValueError for a kernel that these do not describe."""
     mesh, whole = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=[device]), PartitionSpec()
     arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=NamedSharding(mesh, whole)) for v in eqn.invars]
@@ -136,14 +137,14 @@ def time_alone(eqn, device, clock, folder, rules=()):
              if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt", path.name)]
     if not paths:
         raise ValueError(f"kernel {name}: the compiler left no bundles of it")
-    rule = next((rule(grid) for pattern, rule in rules if re.search(pattern, str(eqn.params["name"]))), {})
+    rule = next((rule(eqn) for pattern, rule in rules if re.search(pattern, str(eqn.params["name"]))), {})
     try:
         per_step = count(parse(paths[0].read_text()), **rule)
     except ValueError as error:
         raise ValueError(f"kernel {name}, grid {grid}: {error}") from error
-    return body_of(call), per_step * math.prod(grid) / clock, per_step
+    return identity_of(call), per_step * math.prod(grid) / clock, per_step
 
 def by_instruction(module, seconds):
-    """{instruction name: seconds of one call} of the kernels of an estimate.Module, from {body: seconds}."""
+    """{instruction name: seconds of one call} of the kernels of an estimate.Module, from {identity: seconds}."""
     calls = [i for computation in module.computations.values() for i in computation.values() if is_kernel(i)]
-    return {i.name: seconds[body_of(i.attrs)] for i in calls if body_of(i.attrs) in seconds}
+    return {i.name: seconds[identity_of(i.attrs)] for i in calls if identity_of(i.attrs) in seconds}

@@ -33,9 +33,11 @@ from train import Config, Model, UsageError, f32
 TOPOLOGIES = {"v6e:1x1": (1, 1, 1), "v6e:2x2": None, "v6e:2x4": (2, 4, 1), "v6e:4x4": None, "v5e:1x1": (1, 1, 1),
               "v5e:2x2": None, "v5e:2x4": (2, 4, 1), "v5e:4x4": None, "v5p:2x2x1": None, "v5p:2x2x2": None}  # chips per host
 PIECES = ("layer", "attention", "head", "optimizer")
-# How often a kernel's branches and inner loops run, by its name: (regex, grid -> arguments of bundles.count).
-BRANCHES = [(r"band_fwd", lambda grid: {"weights": bundles.one_of_chain(grid[-1])}),
-            (r"band_bwd", lambda grid: {"weights": bundles.one_of_chain_then_late(grid[-1])})]
+def blocks_of(eqn): return eqn.params["grid_mapping"].grid[-1]
+# How often a kernel's branches and inner loops run, by its name: (regex, equation -> arguments of bundles.count).
+BRANCHES = [(r"band_fwd", lambda eqn: {"weights": bundles.one_of_chain(blocks_of(eqn))}),
+            (r"band_bwd", lambda eqn: {"weights": bundles.one_of_chain_then_last(blocks_of(eqn)),
+                                       "trips": [eqn.invars[1].aval.shape[1] // train.TILE]})]
 
 class Job(NamedTuple):
     """A program to compile. tokens: of one run, all chips; flops: of the model in one run, all chips, 0 where not counted;
@@ -68,7 +70,7 @@ def topology_devices(name):
                          "kind as far as libtpu knows them") from error
 
 def time_kernels(pipe, argv, model):
-    """A process of its own, as libtpu is told once, when it loads, to write bundles: sends ({body: seconds}, notes)."""
+    """A process of its own, as libtpu is told once, when it loads, to write bundles: sends ({identity: seconds}, notes)."""
     args, flags = parse(argv)
     folder, cfg = tempfile.mkdtemp(prefix="bundles-"), config(flags)
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {bundles.dump_flags(folder)}"
@@ -83,9 +85,9 @@ def time_kernels(pipe, argv, model):
                 seen.add(key)
                 with capture_errors(notes):
                     clock = estimate.CHIPS[args.topology.split(":")[0]].clock
-                    body, time_s, per_step = bundles.time_alone(eqn, mesh.devices.flat[0], clock, folder, BRANCHES)
-                    if body not in seconds:
-                        seconds[body] = time_s
+                    which, time_s, per_step = bundles.time_alone(eqn, mesh.devices.flat[0], clock, folder, BRANCHES)
+                    if which not in seconds:
+                        seconds[which] = time_s
                         notes.append(f"kernel {eqn.params['name']}: grid {eqn.params['grid_mapping'].grid}, {per_step:.0f} bundles "
                                      f"per grid step, {1e3 * time_s:.4f} ms before the factor {estimate.BUNDLE_RANGE[1]}")
         pipe.send((seconds, notes))
@@ -100,7 +102,7 @@ def capture_errors(notes):
         notes.append(f"{error}; its cost_estimate counts instead")
 
 def kernel_seconds(jobs, argv, model):
-    """{body: seconds} of the Pallas kernels in the jobs, printed too."""
+    """{identity: seconds} of the Pallas kernels in the jobs, printed too."""
     if not any(True for job in jobs for _ in bundles.kernels(job.function.trace(*job.arguments).jaxpr.jaxpr)):
         return {}
     context = multiprocessing.get_context("spawn")
@@ -219,7 +221,7 @@ def compile_job(job, chip, cfg):
     return program, time.perf_counter() - start
 
 def judge(job, chip_name, seconds, cfg, dump=None):
-    """Compile a job, print its block, return its JSON row. seconds: of kernels by their bundles, {body: seconds}."""
+    """Compile a job, print its block, return its JSON row. seconds: of kernels by their bundles, {identity: seconds}."""
     chip = estimate.CHIPS[chip_name]
     program, compile_s = compile_job(job, chip, cfg)
     text = program.as_text()

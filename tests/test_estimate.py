@@ -2,7 +2,7 @@
 import pytest
 
 from scripts import bundles
-from scripts.bundles import Span, count, one_of_chain, one_of_chain_then_late
+from scripts.bundles import Span, count, one_of_chain, one_of_chain_then_last
 from scripts.estimate import CHIPS, UncostedKernel, estimate, report
 
 CHIP = CHIPS["v6e"]
@@ -139,7 +139,7 @@ def test_a_branch_counts_as_often_as_it_runs():
     assert count(listing(), [0.5, 0, 0.25]) == FIXED + 35 + 22.5
     assert count(listing(), [0]) == FIXED + 170
     assert count(listing(), one_of_chain(8)) == FIXED + 70 / 8 + 80 / 8 + 90 * 6 / 8
-    assert count(listing(), one_of_chain_then_late(9)) == pytest.approx(FIXED + (70 + 80 * 7 + 90) / 9)
+    assert count(listing(), one_of_chain_then_last(9)) == pytest.approx(FIXED + (70 + 80 * 8 + 90) / 9)
 
 def test_a_branch_or_loop_that_nobody_described_is_an_error():
     with pytest.raises(ValueError, match="4 weights for 3 branches"):
