@@ -938,6 +938,7 @@ def make_train_step(stage, model, mesh, cfg):
             rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}
             loss, (grads, row_grads) = jax.value_and_grad(lambda weights, rows: model.loss(
                 weights | rows | fetch, tokens_BT, target_BT, weight_BT, stage.windows, cfg), argnums=(0, 1))(weights, rows)
+            grads = jax.lax.optimization_barrier(grads) if cfg.fsdp else grads  # XLA fails where it would move reductions out
             totals = jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads))
             return totals, ({"inputs": tokens_BT, "targets": target_BT}, row_grads)
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
