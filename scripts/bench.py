@@ -143,7 +143,12 @@ def compare(rows, one, other):
 
 # ---- The host loader ----
 LOADS = list(itertools.product(("896", "2048"), ("131072", "262144", "393216")))  # max_doc_len, batch_tokens
-CONSUMES = 393_216 / 0.085  # tokens per second of 8 chips: a projection, not a measurement
+PROJECTION = ROOT / "records/v6e/speedrun.json"  # of scripts/dry_run.py
+
+def projected_consumption():
+    """Tokens per second that 8 chips take at most, by the projection: not a measurement."""
+    programs = json.loads(PROJECTION.read_text())["programs"]
+    return max(1e3 * p["tokens_per_step"] / p["est_ms"] for p in programs if p["name"].startswith("train"))
 BOS = 50256
 
 def generate_shards(folder, num_shards, num_tokens):
@@ -203,7 +208,7 @@ def bench_loader(args):
         validate(cfg)
     print(f"jax {jax.__version__}, {pin(args.core)}. {args.shards} shards of {args.shard_tokens} tokens, rows of {cfg.seq_len}. "
           f"Consumed: {args.consumes / 1e6:.2f} million tokens/s"
-          + (", a projection (393,216 tokens in 85 ms, by 8 chips)" if args.consumes == CONSUMES else ""))
+          + (f", the projection of {PROJECTION.relative_to(ROOT)} for 8 chips" if args.projected else ""))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     rows, mesh = [], make_mesh()
@@ -256,8 +261,8 @@ def parse(argv):
     flag("--core", type=int, metavar="N", help="CPU to run on (default: the first this process may use)")
     flag("--json", metavar="FILE", help="write the rows there, a list of objects")
     flag("--loader", action="store_true", help="time the host loader instead")
-    flag("--consumes", type=float, default=CONSUMES, metavar="TOKENS_PER_S",
-         help="what it is compared with (default: %(default).0f, a projection for 8 chips)")
+    flag("--consumes", type=float, metavar="TOKENS_PER_S",
+         help=f"what it is compared with (default: what {PROJECTION.relative_to(ROOT)} says of 8 chips, a projection)")
     flag("--shards", type=int, default=2, metavar="N", help="shards it reads (default: %(default)s)")
     flag("--shard_tokens", type=int, default=100_000_000, metavar="N", help="tokens in each (default: %(default)s)")
     for peer, _ in PEER.values():
@@ -268,6 +273,7 @@ def parse(argv):
     if args.rounds < 1 or args.steps < 0 or not set(args.only) <= set(FLAGS):
         fail(f"--only={','.join(args.only)} --rounds={args.rounds} --steps={args.steps}: wanted step, char or both with a "
              "comma, at least 1 round, and no negative steps")
+    args.projected, args.consumes = args.consumes is None, projected_consumption() if args.consumes is None else args.consumes
     if min(args.consumes, args.shards, args.shard_tokens) <= 0:
         fail(f"--consumes={args.consumes:g} --shards={args.shards} --shard_tokens={args.shard_tokens}: wanted more than 0 of each")
     return args
