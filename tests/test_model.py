@@ -12,19 +12,20 @@ import pytest
 import numpy_gpt
 from jaxprs import equations
 from train import (
-    Config, Spec, attention_xla, constant, count_params, cross_entropy, decode, forward, gather, head_of, init_cache,
-    init_params, loss_fn, matmul, name_of, normal, optimizer_rules, param_specs, rotary_table, rotate,
+    Config, Spec, attention_xla, capped, constant, count_params, decode, forward, gather, head_name, init_cache,
+    init_params, log_partition, lookup, loss_fn, matmul, name_of, normal, optimizer_rules, param_specs, rotary_table, rotate,
     rms_norm, shape_of, softcapped_logits, softmax_average, stages, unstack, restack)
 
 BOS, ROWS, LENGTH = 7, 2, 22
 BASE = Config(
-    num_layers=3, model_dim=20, num_heads=6, num_kv_heads=2, head_dim=12, mlp_dim=37, vocab_size=131, bos_id=BOS, skips="0>2",
+    num_layers=3, model_dim=20, num_heads=6, num_kv_heads=2, head_dim=12, mlp_dim=37, vocab_size=131, bos_id=BOS, mlp_only="", skips="0>2",
     offset_layers="", softcap=5.0, rope_base=50.0, attn_scale=0.25, attn_block=11, compute_dtype="float32", stage_ends="1", batch_tokens="44",
     seq_len="22", max_doc_len="0", window_short="0", window_long="0", long_layers="1", val_window_short=0, val_window_long=0)
 config = functools.partial(dataclasses.replace, BASE)
 CASES = {
     "plain, a key head per query head, no skips, key offsets": config(num_kv_heads=0, skips="", offset_layers="0,2"),
-    "packed, one key head, deep, two skips": config(num_layers=4, num_kv_heads=1, skips="0>2,1>3", max_doc_len="22"),
+    "packed, one key head, deep, a block without attention, two skips": config(
+        num_layers=4, num_kv_heads=1, mlp_only="2", skips="0>2,1>3", max_doc_len="22"),
     "packed, short and long windows, key offsets": config(
         max_doc_len="22", window_short="5", window_long="13", val_window_short=5, val_window_long=13, offset_layers="1,2"),
     "tied, no softcap, default scale, whole attention, key offsets, two skips into one block": config(
@@ -62,7 +63,7 @@ def compiled(cfg):
         copies = lambda weights: unstack(gather(weights, param_specs(cfg), 1, cfg))
         x_BTD, _ = forward(copies(weights), tokens_BT, windows, cfg)
         x_ND = x_BTD.reshape(-1, cfg.model_dim)
-        logits = softcapped_logits(x_ND, head_of(copies(weights), cfg), cfg)
+        logits = softcapped_logits(x_ND, copies(weights)[head_name(cfg)], cfg)
         loss, grads = jax.value_and_grad(lambda w: loss_fn(copies(w), tokens_BT, target_BT, weight_BT, windows, cfg))(weights)
         return logits.reshape(*tokens_BT.shape, -1), loss, grads
     return jit(run)
@@ -183,7 +184,8 @@ def test_in_a_plain_stream_a_token_changes_later_documents_too():
 def rotated_copies(vector, positions, cfg):
     """One vector at each of these positions: [T, K]."""
     x_BTHK = jnp.tile(jnp.asarray(vector, jnp.float32)[None, None, None], (1, len(positions), 1, 1))
-    return np.float64(rotate(x_BTHK, rotary_table(jnp.array(positions), cfg)))[0, :, 0]
+    table = [t[list(positions)] for t in rotary_table(max(positions) + 1, cfg)]
+    return np.float64(rotate(x_BTHK, table))[0, :, 0]
 
 def test_rotated_q_dot_k_depends_on_the_difference_of_positions_only():
     rng, cfg, positions = np.random.default_rng(0), config(head_dim=20), range(40)
@@ -211,10 +213,10 @@ def test_half_of_the_dims_do_not_rotate_and_the_others_turn_at_rates_from_one_to
 
 def attention_and_gradients(block, window, length=24):
     """(q, k, v, first, cotangent) -> (output, gradients of output . cotangent)."""
-    def run(q_BTHK, k_BSGK, v_BSGK, first_BT, g_BTHK):
-        cfg, position_T = config(attn_block=block), jnp.arange(length)
-        y, pull = jax.vjp(lambda *qkv: attention_xla(*qkv, first_BT, position_T, window, cfg), q_BTHK, k_BSGK, v_BSGK)
-        return y, pull(g_BTHK)
+    def run(q_BTN, k_BSN, v_BSN, first_BT, g_BTN):
+        cfg = config(attn_block=block)
+        y, pull = jax.vjp(lambda *qkv: attention_xla(*qkv, first_BT, 0, rotary_table(length, cfg), window, cfg), q_BTN, k_BSN, v_BSN)
+        return y, pull(g_BTN)
     return run
 
 @functools.cache
@@ -223,7 +225,7 @@ def compiled_attention(block, window):
 
 def attention_inputs(window, length=24):
     rng = np.random.default_rng(0)
-    q, g, k, v = (np.float32(rng.standard_normal((2, length, heads, 12))) for heads in (6, 6, 2, 2))
+    q, g, k, v = (np.float32(rng.standard_normal((2, length, heads * 12))) for heads in (6, 6, 2, 2))
     begins = rng.random((2, length)) < 0.15
     first = np.maximum.accumulate(np.where(begins, np.arange(length)[None], 0), axis=1)
     return q, k, v, np.maximum(first, np.arange(length)[None] - window) if window else first, g
@@ -235,18 +237,11 @@ def test_blocks_of_queries_change_neither_attention_nor_its_gradients(window):
     for block in (8, 5):  # 5 does not divide the length
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), compiled_attention(block, window)(*inputs), whole)
 
-def test_attention_and_its_gradients_are_those_of_softmax_written_out():
-    inputs = attention_inputs(7)
-    def plain(q_BTHK, k_BSGK, v_BSGK, first_BT):
-        k_BSHK, v_BSHK = (jnp.repeat(z, 3, axis=2) for z in (k_BSGK, v_BSGK))
-        score = 0.25 * jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK)
-        t, s = jnp.arange(24)[None, None, :, None], jnp.arange(24)[None, None, None]
-        visible = (s <= t) & (s >= first_BT[:, None, :, None])
-        return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(jnp.where(visible, score, -jnp.inf)), v_BSHK)
-    def run(q, k, v, first, g):
-        y, pull = jax.vjp(lambda *qkv: plain(*qkv, first), q, k, v)
-        return y, pull(g)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), compiled_attention(8, 7)(*inputs), jit(run)(*inputs))
+def test_attention_and_its_gradients_are_those_written_out_in_float64():
+    """From raw queries and keys: their norm, rotation, softmax and average, and all of it backward."""
+    q, k, v, first, g = inputs = attention_inputs(7)
+    expected = numpy_gpt.attention_and_gradients(q, k, v, first, g, BASE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), compiled_attention(8, 7)(*inputs), expected)
 
 def test_blocks_do_not_compute_the_keys_that_causality_and_window_put_out_of_reach():
     def scores(block, window):
@@ -315,23 +310,73 @@ def test_no_matmul_of_a_bfloat16_training_loss_has_a_float32_operand(tie, residu
 
 def head_inputs(cfg, scale=1.0):
     rng = np.random.default_rng(0)
-    x_ND, head_DV = (np.float32(scale * rng.standard_normal(shape)) for shape in ((21, 20), (20, cfg.padded_vocab)))
-    return x_ND, head_DV, rng.integers(0, cfg.vocab_size, 21), np.float32(rng.choice([0, 0.3, 1], 21))
+    x_ND, head_VD = (np.float32(scale * rng.standard_normal(shape)) for shape in ((21, 20), (cfg.padded_vocab, 20)))
+    return x_ND, head_VD, rng.integers(0, cfg.vocab_size, 21), np.float32(rng.choice([0, 0.3, 1], 21))
 
-@pytest.mark.parametrize("softcap", [5.0, 0.0])
-@pytest.mark.parametrize("vocab_size,head_block", [(131, 7), (128, 0), (128, 8)])  # three blocks, one, and one that is uneven
+def cross_entropy(x_ND, head_VD, target_N, weight_N, cfg):
+    """As loss_fn puts it together: the partition less the label's logit, which is looked up."""
+    label_N = jnp.sum(x_ND * lookup({"head": head_VD}, "head", target_N, "targets"), axis=-1)
+    return log_partition(x_ND, head_VD, weight_N, cfg) - jnp.sum(weight_N * capped(label_N, cfg))
+
+each_head = pytest.mark.parametrize("softcap,vocab_size,head_block", [  # three blocks, one, and one that is uneven
+    (softcap, *sizes) for softcap in (5.0, 0.0) for sizes in ((131, 7), (128, 0), (128, 8))])
+
+@each_head
 def test_cross_entropy_and_its_gradients_are_those_of_plain_autodiff(vocab_size, head_block, softcap):
     cfg = config(softcap=softcap, vocab_size=vocab_size, head_block=head_block)
-    x_ND, head_DV, target_N, weight_N = head_inputs(cfg)
+    x_ND, head_VD, target_N, weight_N = head_inputs(cfg)
     def plain(x, head):
-        z = (x @ head)[:, :vocab_size]
+        z = (x @ head.T)[:, :vocab_size]
         z = softcap * jnp.tanh(z / softcap) if softcap else z
         return jnp.sum(-jax.nn.log_softmax(z)[np.arange(21), target_N] * weight_N)
-    found, expected = (jit(jax.value_and_grad(lambda x, head: 3.7 * f(x, head), argnums=(0, 1)))(x_ND, head_DV) for f in
+    found, expected = (jit(jax.value_and_grad(lambda x, head: 3.7 * f(x, head), argnums=(0, 1)))(x_ND, head_VD) for f in
                        (lambda x, head: cross_entropy(x, head, target_N, weight_N, cfg), plain))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
-    only_loss = jit(lambda: cross_entropy(x_ND, head_DV, target_N, weight_N, cfg))()
+    only_loss = jit(lambda: cross_entropy(x_ND, head_VD, target_N, weight_N, cfg))()
     np.testing.assert_allclose(3.7 * only_loss, expected[0], rtol=1e-5)
+
+@each_head
+def test_the_log_partition_and_its_gradients_are_those_of_float64(vocab_size, head_block, softcap):
+    cfg = config(softcap=softcap, vocab_size=vocab_size, head_block=head_block)
+    x_ND, head_VD, _, weight_N = head_inputs(cfg)
+    x, head = np.float64(x_ND), np.float64(head_VD[:vocab_size])
+    z = softcap * np.tanh(x @ head.T / softcap) if softcap else x @ head.T
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    dz = -1.3 * weight_N[:, None] * p * (1 - (z / softcap) ** 2 if softcap else 1)
+    loss, (dx, dhead) = jit(jax.value_and_grad(lambda x, head: -1.3 * log_partition(x, head, weight_N, cfg), argnums=(0, 1)))(x_ND, head_VD)
+    np.testing.assert_allclose(loss, -1.3 * (weight_N * np.log(np.exp(z).sum(axis=1))).sum(), rtol=1e-6)
+    np.testing.assert_allclose(dx, dz @ head, atol=1e-5)
+    np.testing.assert_allclose(dhead[:vocab_size], dz.T @ x, atol=1e-5)
+    assert not np.any(dhead[vocab_size:])  # the ids that pad the table
+
+def test_the_log_partition_of_bfloat16_has_gradients_within_its_rounding():
+    x_ND, head_VD, _, weight_N = (jnp.asarray(x, jnp.bfloat16) if i < 2 else x for i, x in enumerate(head_inputs(BASE)))
+    x, head = (np.float64(np.float32(z)) for z in (x_ND, head_VD[:131]))
+    z = 5 * np.tanh(x @ head.T / 5)
+    dz = weight_N[:, None] * np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) * (1 - (z / 5) ** 2)
+    loss, (dx, dhead) = jit(jax.value_and_grad(lambda x, head: log_partition(x, head, weight_N, BASE), argnums=(0, 1)))(x_ND, head_VD)
+    assert (loss.dtype, dx.dtype, dhead.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_allclose(loss, (weight_N * np.log(np.exp(z).sum(axis=1))).sum(), rtol=1e-4)
+    for found, exact in ((dx, dz @ head), (dhead[:131], dz.T @ x)):  # the softmax, its scaled other side and the result are rounded
+        assert np.linalg.norm(np.float64(np.float32(found)) - exact) < 2 ** -8 * np.linalg.norm(exact)
+
+@pytest.mark.parametrize("tie", [0, 1])
+def test_the_gradient_of_a_lookup_is_the_same_in_total_whichever_way_it_goes(tie):
+    """To the table, or row by row to the zeros that stand beside it."""
+    cfg = config(tie_embed=tie)
+    weights, tokens, targets = random_weights(cfg), random_tokens(cfg), random_tokens(cfg, seed=2)
+    weight = np.random.default_rng(3).choice([0.0, 0.5, 1.0], tokens.shape).astype(np.float32)
+    windows, apart = stages(cfg)[0].windows, unstack(weights)
+    rows = {use: np.zeros((*tokens.shape, 20), np.float32) for use in ("inputs", "targets")}
+    loss = lambda weights, rows: loss_fn(weights | rows, tokens, targets, weight, windows, cfg)
+    plain_loss, plain = jit(jax.value_and_grad(lambda w: loss(w, {})))(apart)
+    row_loss, (found, by_row) = jit(jax.value_and_grad(loss, argnums=(0, 1)))(apart, rows)
+    assert float(plain_loss) == float(row_loss)
+    found = jax.tree.map(np.array, found)
+    for use, ids, name in (("inputs", tokens, "embed"), ("targets", targets, head_name(cfg))):
+        assert np.any(by_row[use])
+        np.add.at(found[name], ids, by_row[use])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, jax.tree.map(np.array, plain))
 
 @pytest.mark.parametrize("head_block", [0, 7])
 def test_where_no_gradient_is_wanted_the_compiled_loss_multiplies_by_the_head_once(head_block):
@@ -340,14 +385,14 @@ def test_where_no_gradient_is_wanted_the_compiled_loss_multiplies_by_the_head_on
     count = lambda f: len(re.findall(r" = \S+ dot\(", jit(f).lower(*head_inputs(cfg)).compile().as_text()))
     assert (count(loss), count(jax.value_and_grad(loss, argnums=(0, 1)))) == (1, 3)
 
-def assert_finite_and_exact(x_ND, head_DV, target_N, weight_N, cfg):
-    z = (np.float64(x_ND) @ np.float64(head_DV))[:, :cfg.vocab_size]
+def assert_finite_and_exact(x_ND, head_VD, target_N, weight_N, cfg):
+    z = (np.float64(x_ND) @ np.float64(head_VD).T)[:, :cfg.vocab_size]
     expected = numpy_gpt.nats(z, target_N)
-    loss, grads = jit(jax.value_and_grad(lambda *xs: cross_entropy(*xs, target_N, weight_N, cfg), argnums=(0, 1)))(x_ND, head_DV)
+    loss, grads = jit(jax.value_and_grad(lambda *xs: cross_entropy(*xs, target_N, weight_N, cfg), argnums=(0, 1)))(x_ND, head_VD)
     np.testing.assert_allclose(loss, (expected * weight_N).sum(), rtol=1e-4)
     p = np.exp(z - z.max(axis=1, keepdims=True))
     g = (p / p.sum(axis=1, keepdims=True) - np.eye(cfg.vocab_size)[target_N]) * weight_N[:, None]
-    np.testing.assert_allclose(grads[0], g @ head_DV[:, :cfg.vocab_size].T, atol=0.05, rtol=1e-3)
+    np.testing.assert_allclose(grads[0], g @ head_VD[:cfg.vocab_size], atol=0.05, rtol=1e-3)
     return expected
 
 def test_cross_entropy_of_logits_far_apart_is_large_and_not_infinite():
@@ -356,13 +401,13 @@ def test_cross_entropy_of_logits_far_apart_is_large_and_not_infinite():
 
 def test_cross_entropy_of_logits_far_below_the_paddings_is_exact():
     cfg = config(softcap=0.0)
-    x_ND, head_DV, target_N, weight_N = head_inputs(cfg)
-    x_ND[:, 0], head_DV[0], head_DV[:, cfg.vocab_size:] = 1, -200, 0  # every used logit near -200, the padding's at 0
-    assert_finite_and_exact(x_ND, head_DV, target_N, weight_N, cfg)
+    x_ND, head_VD, target_N, weight_N = head_inputs(cfg)
+    x_ND[:, 0], head_VD[:, 0], head_VD[cfg.vocab_size:] = 1, -200, 0  # every used logit near -200, the padding's at 0
+    assert_finite_and_exact(x_ND, head_VD, target_N, weight_N, cfg)
 
 def test_a_target_of_weight_zero_gives_no_loss_and_no_gradient():
-    x_ND, head_DV, target_N, _ = head_inputs(BASE)
-    loss, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(x_ND, head_DV, target_N, np.zeros(21, np.float32), BASE)
+    x_ND, head_VD, target_N, _ = head_inputs(BASE)
+    loss, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(x_ND, head_VD, target_N, np.zeros(21, np.float32), BASE)
     assert loss == 0 and not any(np.any(grad) for grad in grads)
 
 def test_rms_norm_gives_unit_rms_in_the_inputs_dtype_and_survives_zeros():
@@ -378,7 +423,7 @@ def test_rms_norm_gives_unit_rms_in_the_inputs_dtype_and_survives_zeros():
 def compiled_decode(cfg):
     return jit(lambda weights, cache, tokens: decode(unstack(weights), cache, tokens, cfg))
 
-@pytest.mark.parametrize("cfg", [WINDOWS, TIED], ids=["packed, windows", "plain, tied"])
+@pytest.mark.parametrize("cfg", [PACKED, WINDOWS, TIED], ids=["packed, a block without attention", "packed, windows", "plain, tied"])
 @pytest.mark.parametrize("prompt", [1, 9])
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row_at_every_position(cfg, prompt):
     weights, tokens = random_weights(cfg), random_tokens(cfg)
@@ -392,7 +437,8 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row_at_every_positi
 def test_the_cache_holds_key_value_heads_in_compute_dtype_not_query_heads_in_float32():
     cfg = config(compute_dtype="bfloat16")
     kv = jax.eval_shape(lambda: init_cache(5, 31, cfg))["kv"]
-    assert [[(z.shape, z.dtype) for z in layer] for layer in kv] == 3 * [2 * [((5, 31, 2, 12), jnp.bfloat16)]]
+    assert [[(z.shape, z.dtype) for z in layer] for layer in kv] == 3 * [2 * [((5, 31, 2 * 12), jnp.bfloat16)]]
+    assert len(jax.eval_shape(lambda: init_cache(5, 31, config(mlp_only="0,2")))["kv"]) == 1
 
 
 # ---- The weight table ------------------------------------------------------------------------------------------------
@@ -402,12 +448,12 @@ def test_every_weight_has_the_shape_and_group_its_row_says(cfg):
     specs = param_specs(cfg)
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), specs, cfg))
     assert jax.tree.structure(params) == jax.tree.structure(specs)
-    sizes = {"L": cfg.num_layers, "D": 20, "F": 37, "HK": 72, "GK": (cfg.num_kv_heads or 6) * 12, "V": 256,
+    sizes = {"L": cfg.num_layers, "I": 3, "D": 20, "F": 37, "HK": 72, "GK": (cfg.num_kv_heads or 6) * 12, "V": 256,
              "J": len(cfg.skips.split(","))}
     for (path, spec), weight in zip(jax.tree.leaves_with_path(specs), jax.tree.leaves(params)):
         assert weight.shape == tuple(sizes[letter] for letter in spec.axes.split()), name_of(path)
         assert weight.dtype == jnp.float32
-        assert spec.axes.startswith("L") == ("blocks" in name_of(path))
+        assert spec.axes.startswith("L") == ("blocks/" in name_of(path)) and spec.axes.startswith("I") == ("attention/" in name_of(path))
         assert (spec.group == "scalar") == (len(weight.shape) == 1)
         for optimizer in ("muon", "adamw"):
             assert spec.group in optimizer_rules(dataclasses.replace(cfg, optimizer=optimizer))
@@ -415,15 +461,23 @@ def test_every_weight_has_the_shape_and_group_its_row_says(cfg):
 def test_the_weights_are_counted_as_by_hand():
     attention, rest = 20 * (72 + 24 + 24 + 72), 2 * 20 * 37
     assert count_params(param_specs(BASE), BASE) == 3 * (attention + rest + 2) + 2 * 256 * 20 + 1
+    without = config(mlp_only="0,2")
+    assert count_params(param_specs(without), without) == attention + 3 * (rest + 2) + 2 * 256 * 20 + 1
     gpt2 = Config(vocab_size=50257)
-    assert count_params(param_specs(gpt2), gpt2) == 2 * 50304 * 768 + 12 * (4 * 768 ** 2 + 2 * 768 * 3072 + 2) + 1
+    assert count_params(param_specs(gpt2), gpt2) == 2 * 50688 * 768 + 10 * 4 * 768 ** 2 + 11 * (2 * 768 * 3072 + 2) + 1
+
+def test_a_vocabulary_is_padded_to_whole_registers_and_a_large_one_to_equal_shares_of_eight_devices():
+    padded = {131: 256, 256: 256, 257: 384, 8192: 8192, 8193: 8704, 50257: 50688, 50688: 50688}
+    assert {size: config(vocab_size=size).padded_vocab for size in padded} == padded
 
 def test_a_tied_head_and_a_model_without_skips_have_no_weights_for_them():
     assert "head" not in param_specs(TIED) and "skip_mix" not in param_specs(PLAIN)
     assert {"head", "skip_mix"} <= set(param_specs(BASE))
 
 def test_grouped_queries_shrink_keys_and_values_and_nothing_else():
-    few, many = shapes(config(num_kv_heads=2))["blocks"], shapes(config(num_kv_heads=0))["blocks"]
+    few, many = (shapes(config(num_kv_heads=heads)) for heads in (2, 0))
+    assert few["blocks"] == many["blocks"]
+    few, many = few["attention"], many["attention"]
     assert {name for name in few if few[name] != many[name]} == {"w_k", "w_v"}
     assert [few[name][-1] * 3 for name in ("w_k", "w_v")] == [many[name][-1] for name in ("w_k", "w_v")] == [72, 72]
 
@@ -437,23 +491,43 @@ def test_a_new_row_of_the_table_leaves_every_other_weights_first_value():
 
 def test_first_values_depend_on_the_seed_and_differ_between_rows():
     a, b = (compiled_init(BASE)(seed) for seed in (0, 1))
-    assert not np.array_equal(a["embed"], b["embed"]) and not np.array_equal(a["blocks"]["w_k"], a["blocks"]["w_v"])
-    assert not np.array_equal(a["blocks"]["w_q"][0], a["blocks"]["w_q"][1])
+    assert not np.array_equal(a["embed"], b["embed"]) and not np.array_equal(a["attention"]["w_k"], a["attention"]["w_v"])
+    assert not np.array_equal(a["attention"]["w_q"][0], a["attention"]["w_q"][1])
 
 def test_first_values_have_the_spread_the_table_names():
     cfg = config(model_dim=80, vocab_size=1024)
     p = compiled_init(cfg)(0)
     np.testing.assert_allclose([np.std(p["embed"]), np.mean(p["embed"])], [1.0, 0.0], atol=0.02)
-    for name in ("w_q", "w_k", "w_v", "w_up"):
-        w = p["blocks"][name]
+    for w in (*(p["attention"][name] for name in ("w_q", "w_k", "w_v")), p["blocks"]["w_up"]):
         np.testing.assert_allclose(np.std(w), 0.5 * 80 ** -0.5, rtol=0.03)
         assert np.abs(w).max() <= 3 ** 0.5 * 0.5 * 80 ** -0.5
-    assert not np.any(p["head"]) and not np.any(p["blocks"]["w_out"]) and not np.any(p["blocks"]["w_down"])
+    assert not np.any(p["head"]) and not np.any(p["attention"]["w_out"]) and not np.any(p["blocks"]["w_down"])
 
 def test_unstacked_and_restacked_weights_are_the_same_weights():
-    weights = random_weights(BASE)
+    cfg = config(mlp_only="1")
+    weights = random_weights(cfg)
     apart, again = jit(lambda w: (unstack(w), restack(unstack(w))))(weights)
     jax.tree.map(np.testing.assert_array_equal, again, weights)
-    assert len(apart["blocks"]) == 3 and unstack({"head": 1}) == restack({"head": 1}) == {"head": 1}
-    for i, layer in enumerate(apart["blocks"]):
-        assert np.array_equal(layer["w_up"], weights["blocks"]["w_up"][i])
+    assert len(apart["blocks"]) == 3 and len(apart["attention"]) == 2 and unstack({"head": 1}) == restack({"head": 1}) == {"head": 1}
+    for name, matrix in (("blocks", "w_up"), ("attention", "w_q")):
+        for i, layer in enumerate(apart[name]):
+            assert np.array_equal(layer[matrix], weights[name][matrix][i])
+
+
+# ---- Blocks without attention ----------------------------------------------------------------------------------------
+
+def test_a_block_without_attention_has_no_attention_weights_and_looks_at_no_other_token():
+    cfg = config(num_layers=2, mlp_only="0,1", skips="", offset_layers="0,1")
+    assert all(shape[0] == 0 for shape in shapes(cfg)["attention"].values())
+    weights, tokens = random_weights(config(num_layers=2, skips="")), random_tokens(cfg)
+    weights["attention"] = {name: w[:0] for name, w in weights["attention"].items()}
+    for place in np.flatnonzero(tokens[0] != BOS):
+        assert positions_changed_by(place, weights, tokens, cfg) == {place}
+
+@pytest.mark.parametrize("mlp_only", ["0", "0,2"])
+def test_wherever_the_blocks_without_attention_are_the_logits_are_those_of_the_float64_gpt(mlp_only):
+    """Windows and key offsets stay with the block they name, not with the place in the stack of those with attention."""
+    cfg = config(mlp_only=mlp_only, offset_layers="1,2", max_doc_len="22", window_short="5", window_long="13")
+    weights, tokens = random_weights(cfg), random_tokens(cfg)
+    assert {w.shape[0] for w in weights["attention"].values()} == {3 - len(mlp_only.split(","))}
+    np.testing.assert_allclose(model_logits(weights, tokens, cfg)[..., :131], oracle_logits(weights, tokens, cfg), atol=2e-4)
