@@ -147,7 +147,7 @@ def test_a_cpu_trains_the_demo_whatever_shards_there_are(tmp_path, monkeypatch):
 def test_an_accelerator_with_shards_trains_the_speedrun(accelerator):
     make_folder(accelerator / "data")
     cfg, why = train.configure([f"--train_files={accelerator}/data/train_*.bin"])
-    assert cfg == train.Config(preset="speedrun", train_files=f"{accelerator}/data/train_*.bin")
+    assert cfg == train.Config(preset="speedrun", attention="band", train_files=f"{accelerator}/data/train_*.bin")
     assert "4 x TPU v5 lite" in why
 
 
@@ -180,8 +180,26 @@ def test_an_unknown_preset_is_answered_with_those_there_are():
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_every_preset_is_a_config_that_can_run_and_flags_override_it(preset):
     cfg, _ = train.configure([f"--preset={preset}"])
-    assert dataclasses.asdict(cfg) == dataclasses.asdict(train.Config()) | train.PRESETS[preset] | {"preset": preset}
+    assert dataclasses.asdict(cfg) == dataclasses.asdict(train.Config()) | train.PRESETS[preset] | {"preset": preset, "attention": "xla"}
     assert train.configure([f"--preset={preset}", "--steps=77", "--seed=5"])[0] == dataclasses.replace(cfg, steps=77, seed=5)
+
+
+FITS = dict(head_dim=128, seq_len="256,512", val_seq_len=768, compute_dtype="bfloat16")
+
+@pytest.mark.parametrize("changes, platform, chosen", [
+    ({}, "tpu", "band"), ({"head_dim": 256}, "tpu", "band"), ({"head_dim": 64}, "tpu", "xla"), ({"head_dim": 192}, "tpu", "xla"),
+    ({"seq_len": "385"}, "tpu", "xla"), ({"seq_len": "512,1152"}, "tpu", "xla"), ({"val_seq_len": 800}, "tpu", "xla"),
+    ({"compute_dtype": "float32"}, "tpu", "xla"), ({}, "cpu", "xla"), ({}, "gpu", "xla"),
+    ({"attention": "xla"}, "tpu", "xla"), ({"attention": "band"}, "cpu", "band"), ({"attention": "band", "head_dim": 64}, "tpu", "band")])
+def test_attention_is_chosen_by_platform_and_shapes_unless_it_is_asked_for(changes, platform, chosen):
+    cfg = train.Config(**FITS | changes)
+    assert train.choose_attention(cfg, platform) == dataclasses.replace(cfg, attention=chosen)
+
+
+@pytest.mark.parametrize("preset, chosen", [("speedrun", "band"), ("demo", "xla"), ("tiny", "xla")])
+def test_on_a_tpu_the_speedrun_has_the_kernels_and_the_small_presets_have_not(preset, chosen, accelerator):
+    assert train.configure([f"--preset={preset}"])[0].attention == chosen
+    assert train.configure([f"--preset={preset}", "--attention=xla"])[0].attention == "xla"
 
 
 # ---- What a config must satisfy ----

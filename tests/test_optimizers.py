@@ -18,7 +18,7 @@ from train import (
 
 # D < HK, D > GK is tall, D == F is square: every orientation Muon meets
 CFG = Config(
-    steps=8, num_layers=3, model_dim=20, num_heads=3, num_kv_heads=1, head_dim=12, mlp_dim=20, vocab_size=131, bos_id=7,
+    steps=8, num_layers=3, model_dim=20, num_heads=3, num_kv_heads=1, head_dim=12, mlp_dim=20, vocab_size=131, bos_id=7, mlp_only="",
     skips="0>2", compute_dtype="float32", stage_ends="0.5,1", batch_tokens="44", seq_len="22", max_doc_len="0", window_short="0",
     window_long="0", long_layers="", stage_lr="0.7,0.4", muon_lr=0.03, muon_wd=0.4, muon_momentum="0.8,0.95,3", embed_lr=0.3,
     head_lr=0.05, scalar_lr=0.02, adamw_lr=0.01, adam_beta1=0.7, adam_beta2=0.9, adam_eps=1e-3, adam_wd=0.3, warmup_steps=2,
@@ -31,7 +31,7 @@ def random(shape, seed=0):
     return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
 def named(tree):
-    """{"blocks/w_q": leaf in float64, ...}"""
+    """{"attention/w_q": leaf in float64, ...}"""
     return {name_of(path): np.float64(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 def quintic(s, steps=5):
@@ -162,16 +162,16 @@ def test_smaller_singular_values_only_grow():
 # ---- Orthogonalize, spread over devices ------------------------------------------------------------------------------
 
 def spread(shapes, axes, num_devices, cfg=CFG):
-    """orthogonalize_spread under shard_map, of matrices split along these axes."""
+    """orthogonalize_spread under shard_map, of matrices split along these axes, which count from the end."""
     matrices = [np.float32(random(shape)) for shape in shapes]
     mesh = make_mesh(jax.devices()[:num_devices])
-    parts = [P() if axis is None else P(*[None] * axis, "data") for axis in axes]
+    parts = [P() if axis is None else P(*[None] * (len(shape) + axis), "data") for shape, axis in zip(shapes, axes)]
     run = lambda *u: orthogonalize_spread(list(u), axes, num_devices, cfg)
     mapped = jax.shard_map(run, mesh=mesh, in_specs=tuple(parts), out_specs=parts, check_vma=False)
     return matrices, jit(mapped), mapped
 
 SPREAD = {  # two orientations of one shape in one batch of 5; 11 and 4 matrices on 8 devices; a square one both ways; unsplit
-    (3, 16, 11): 1, (2, 11, 16): 2, (11, 24, 7): 1, (2, 2, 24, 5): 2, (3, 16, 16): 1, (1, 16, 16): 2, (3, 11, 13): None}
+    (3, 16, 11): -2, (2, 11, 16): -1, (11, 24, 7): -2, (2, 2, 24, 5): -2, (3, 16, 16): -2, (1, 16, 16): -1, (3, 11, 13): None}
 
 def test_spread_over_eight_devices_every_matrix_is_orthogonalized_as_on_one():
     matrices, run, _ = spread(list(SPREAD), list(SPREAD.values()), 8)
@@ -186,7 +186,7 @@ def test_on_one_device_nothing_is_exchanged():
         np.testing.assert_allclose(found, svd_orthogonalize(g), atol=2e-5)
 
 def test_each_device_orthogonalizes_its_share_of_the_matrices():
-    shapes, axes = [(11, 24, 7), (5, 7, 24)], [1, 2]
+    shapes, axes = [(11, 24, 7), (5, 7, 24)], [-2, -1]
     matrices, _, mapped = spread(shapes, axes, 8)
     text = str(jax.make_jaxpr(mapped)(*matrices))
     assert text.count("all_to_all[") == 2  # one trade there and one back, for both arrays
@@ -246,7 +246,7 @@ def test_muon_is_its_definition_in_float64_for_tall_wide_and_square_matrices(tra
 
 def test_each_of_q_k_and_v_of_each_layer_is_orthogonalized_by_itself():
     """Gradients of very different sizes: orthogonalized together, the small ones would vanish."""
-    size = {"blocks/w_q": 1e-3, "blocks/w_k": 1.0, "blocks/w_v": 1e3}
+    size = {"attention/w_q": 1e-3, "attention/w_k": 1.0, "attention/w_v": 1e3}
     cfg = config(num_kv_heads=0, steps=100, warmup_steps=0)  # then all three have one shape
     run = Trained(cfg, RULES | {"muon": Rule("muon", 1.0)}, steps=1, gradient=lambda step, name, shape: random(shape) * size.get(name, 1))
     for name in size:

@@ -299,11 +299,11 @@ def test_loss_svg_is_xml_that_holds_every_point(finished):
 # ---- Checkpoints ----
 
 def test_a_checkpoint_names_every_row_of_the_weight_table_with_its_optimizer_state(finished):
-    size = {"L": 2, "D": 24, "F": 40, "V": 384, "HK": 16, "GK": 16, "J": 1}  # 257 tokens, padded to 3 * 128
+    size = {"L": 2, "I": 2, "D": 24, "F": 40, "V": 384, "HK": 16, "GK": 16, "J": 1}  # 257 tokens, padded to 3 * 128
     table = train.param_specs(config_of(finished))
-    rows = {name: row for name, row in table.items() if name != "blocks"} | {f"blocks/{name}": row for name, row in table["blocks"].items()}
+    rows = {train.name_of(path): row for path, row in jax.tree.leaves_with_path(table)}
     shapes = {name: tuple(size[axis] for axis in row.axes.split()) for name, row in rows.items()}
-    assert shapes["embed"] == (384, 24) and shapes["blocks/w_down"] == (2, 40, 24)
+    assert shapes["embed"] == shapes["head"] == (384, 24) and shapes["blocks/w_down"] == (2, 40, 24) and shapes["attention/w_q"] == (2, 24, 16)
     params = tensors_of(finished.folder / "ckpt/step-000012/params.safetensors")
     assert {name: array.shape for name, array in params.items()} == shapes
     assert all(np.isfinite(array).all() for array in params.values())
@@ -356,10 +356,10 @@ def test_the_logged_validation_loss_is_that_of_the_saved_weights(finished):
         targets.append([tokens[i + 1] if first <= i < 500 else 0 for i in places])
         weights.append([float(first <= i < 500) for i in places])
     assert np.sum(weights) == 500
-    params = {"blocks": {}}
+    params = {"blocks": {}, "attention": {}}
     for name, array in tensors_of(finished.folder / "ckpt/step-000012/params.safetensors").items():
-        where = params["blocks"] if name.startswith("blocks/") else params
-        where[name.removeprefix("blocks/")] = jnp.array(array)
+        stack, _, row = name.rpartition("/")
+        (params[stack] if stack else params)[row] = jnp.array(array)
     nats = jax.jit(lambda w, *rows: train.loss_fn(w, *rows, (16, 0), cfg))(
         train.unstack(params), jnp.array(inputs), jnp.array(targets), jnp.array(weights, jnp.float32))
     assert finished.rows[-1]["val_loss"] == pytest.approx(float(nats) / 500, rel=2e-6, abs=1e-6)
@@ -620,9 +620,9 @@ def test_weights_of_other_shapes_are_named(finished):
     state = lambda **changes: jax.eval_shape(train.make_init(train.Model(), mesh, dataclasses.replace(config_of(finished), **changes)))
     with pytest.raises(train.CheckpointError, match=r"params.safetensors.*blocks/w_down.*\(2, 40, 24\).*\(2, 56, 24\)"):
         train.load_checkpoint(folder, 12, state(mlp_dim=56))
-    with pytest.raises(train.CheckpointError, match=r"params.safetensors.*head.*\(24, 384\).*nothing"):
+    with pytest.raises(train.CheckpointError, match=r"params.safetensors.*head.*\(384, 24\).*nothing"):
         train.load_checkpoint(folder, 12, state(tie_embed=1))
-    with pytest.raises(train.CheckpointError, match=r"opt.safetensors.*blocks/w_down/m.*nothing.*\(2, 40, 24\)"):
+    with pytest.raises(train.CheckpointError, match=r"opt.safetensors.*attention/w_k/m.*nothing.*\(2, 24, 16\)"):
         train.load_checkpoint(folder, 12, state(optimizer="adamw"))
 
 
@@ -816,7 +816,7 @@ def test_sampling_with_a_seed_is_deterministic_and_follows_the_model(finished):
 def test_matrices_that_fill_whole_devices_in_float32_compile():
     """XLA refused slices of a batch that were whole members of it in unlike layouts, on a CPU of two devices."""
     cfg, mesh = train.Config(compute_dtype="float32"), train.make_mesh(jax.devices()[:2])
-    spread = jax.shard_map(lambda up, down: train.orthogonalize_spread([up, down], [2, 1], 2, cfg), mesh=mesh,
+    spread = jax.shard_map(lambda up, down: train.orthogonalize_spread([up, down], [-1, -2], 2, cfg), mesh=mesh,
                            in_specs=(train.P(None, None, "data"), train.P(None, "data")),
                            out_specs=[train.P(None, None, "data"), train.P(None, "data")], check_vma=False)
     up = np.random.default_rng(0).normal(size=(2, 16, 32)).astype(np.float32)
