@@ -14,14 +14,14 @@ import pytest
 import numpy_gpt
 from jaxprs import equations
 from train import (
-    Config, Model, NO_TOKEN, Shards, Spec, batch_shape, compile_all, cross_entropy, flops_per_token, gather, inputs_and_targets,
-    make_eval_step, make_init, make_mesh, make_train_step, matmul, name_of, normal, param_specs, plan_val, shape_of, split_axis,
-    stages, state_shardings, to_devices, val_stage)
+    Config, Model, NO_TOKEN, Shards, Spec, batch_shape, compile_all, flops_per_token, gather, inputs_and_targets, lookup,
+    log_partition, make_eval_step, make_init, make_mesh, make_train_step, matmul, name_of, normal, param_specs, plan_val, shape_of,
+    split_axis, stages, state_shardings, sum_rows, to_devices, val_stage)
 
 BOS, LENGTH = 7, 16
 # On eight devices heads and vocabulary are held split, the mlp (20 x 37) is not: both ways of reducing a gradient
 CFG = Config(
-    steps=200, num_layers=2, model_dim=20, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=37, vocab_size=131, bos_id=BOS,
+    steps=200, num_layers=2, model_dim=20, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=37, vocab_size=131, bos_id=BOS, mlp_only="",
     skips="0>1", offset_layers="1", softcap=9.0, rope_base=50.0, attn_scale=0.25, attn_block=8, compute_dtype="float32", stage_ends="1",
     batch_tokens="384", seq_len="16", micro_tokens=16, max_doc_len="16", window_short="5", window_long="11", long_layers="1",
     head_lr=0.03, val_tokens=200, val_seq_len=16, val_context=5, val_window_short=4, val_window_long=9)
@@ -90,7 +90,7 @@ def test_the_training_loss_is_the_float64_mean_over_the_targets_that_are_there()
 def test_the_first_momenta_are_the_slope_of_the_float64_mean_loss():
     one, rows = ONE(), random_rows(5)
     _, slots, _ = one_step(one, rows)
-    for name, scale in [("head/m", 1 - CFG.adam_beta1), ("embed/m", 1 - CFG.adam_beta1), ("blocks/w_v/momentum", 1 - 0.85)]:
+    for name, scale in [("head/m", 1 - CFG.adam_beta1), ("embed/m", 1 - CFG.adam_beta1), ("attention/w_v/momentum", 1 - 0.85)]:
         *path, _ = name.split("/")
         direction = np.random.default_rng(0).standard_normal(slots[name].shape)
         def loss_at(distance):
@@ -134,6 +134,52 @@ def test_over_fifty_steps_one_device_and_eight_lose_the_same():
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
 
 
+# ---- Layers gathered one by one --------------------------------------------------------------------------------------
+
+FSDP = {"fsdp": 1, "adam_eps": 1e-3}  # eps: else Adam makes a whole step of the noise in a gradient that is almost zero
+
+def test_layers_that_are_gathered_one_by_one_learn_as_those_gathered_at_once_and_as_on_one_device():
+    """The mlp's weights are whole on every device, the attention's are split."""
+    losses, states = [], []
+    for built in (build(config(**FSDP), 8), build(config(adam_eps=1e-3), 8), build(config(adam_eps=1e-3, micro_tokens=6 * 16), 1)):
+        state, series = built.random_state(), []
+        for step in range(4):
+            state, loss = built.step(state, built.batch(random_rows(24, seed=step)))
+            series.append(float(loss))
+        losses.append(series)
+        states.append(jax.tree.map(np.asarray, name_leaves(state)))
+    assert losses[0][-1] < losses[0][0] - 0.3
+    for other in (1, 2):
+        np.testing.assert_allclose(losses[0], losses[other], rtol=1e-5)
+        for name, leaf in states[other].items():
+            np.testing.assert_allclose(states[0][name], leaf, atol=1e-4 * np.abs(leaf).max(), err_msg=name)
+
+def test_with_fsdp_too_the_state_is_split_as_the_table_says():
+    built = build(config(**FSDP), 8)
+    state, _ = built.step(built.init(), built.batch(random_rows(24)))
+    for name, leaf in [*name_leaves(state.params).items(), *name_leaves(state.opt_state).items()]:
+        weight = name if name in LOCAL_SHAPES else name.rpartition("/")[0]
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {LOCAL_SHAPES[weight]}, name
+        assert len({str(shard.index) for shard in leaf.addressable_shards}) == (8 if weight in SPLIT else 1), name
+
+def test_with_fsdp_each_micro_step_asks_for_a_layer_forward_and_again_backward_and_keeps_none():
+    """As traced: what a compiler may keep or move it is told by the remat, which a CPU's does not heed."""
+    cfg, mesh, shape = config(**FSDP), make_mesh(), {name: shape_of(spec, CFG) for name, spec in name_leaves(param_specs(CFG)).items()}
+    arguments = jax.eval_shape(make_init(Model(), mesh, cfg)), jax.ShapeDtypeStruct(batch_shape(stages(cfg)[0], 8, cfg), jnp.uint16)
+    traced = list(equations(jax.make_jaxpr(make_train_step(stages(cfg)[0], Model(), mesh, cfg))(*arguments).jaxpr))
+    results = lambda eqns, name: sorted(v.aval.shape for e in eqns if e.primitive.name == name for v in e.outvars)
+    loop, = (list(equations(e.params["jaxpr"].jaxpr)) for e in traced if e.primitive.name == "scan" and e.params["length"] == 3)
+    stacked = [name for name in SPLIT if "/" in name]
+    assert results(loop, "all_gather") == sorted(2 * 2 * [shape[name][1:] for name in stacked])  # two layers, there and back
+    assert len(results(loop, "reduce_scatter")) == 2 * len(stacked)
+    assert results(traced, "all_gather") == sorted(results(loop, "all_gather") + [shape["embed"], shape["head"]])
+    assert len(results(traced, "reduce_scatter")) == 2 * len(stacked) + 2
+    remats = [e for e in loop if e.primitive.name.startswith(("remat", "checkpoint"))]
+    assert len(remats) == 2 and all(e.params["prevent_cse"] for e in remats)
+    for e in remats:  # what a layer's backward starts from: no whole matrix is among it
+        assert not {v.aval.shape for v in e.invars} & {shape[name][1:] for name in stacked}
+
+
 # ---- Learning --------------------------------------------------------------------------------------------------------
 
 def test_one_batch_overfits():
@@ -159,18 +205,37 @@ def test_every_weight_of_every_layer_moves_within_three_steps():
             inputs[np.concatenate([row[0][:-1] for row in rows])] = True
             assert np.array_equal(moved.any(axis=1), inputs)
         elif name == "head":
-            assert np.array_equal(moved.any(axis=0), np.arange(256) < CFG.vocab_size)  # the padding stays
+            assert np.array_equal(moved.any(axis=1), np.arange(256) < CFG.vocab_size)  # the padding stays
         else:
             assert moved.reshape(len(moved), -1).any(axis=1).all(), name
+
+
+# ---- The gradient of a lookup ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("count, num_rows, dtype", [
+    (1, 5, "float32"), (100, 37, "float32"), (256, 300, "float32"), (257, 11, "float32"), (1000, 131, "float32"), (1000, 131, "bfloat16"),
+    (700, 1, "float32")])
+def test_the_rows_of_a_lookup_are_summed_as_by_float64_numpy(count, num_rows, dtype):
+    """Ids come unsorted, some often and some never."""
+    rng = np.random.default_rng(count)
+    ids = np.minimum(rng.geometric(3 / num_rows, count) - 1, num_rows - 1) if num_rows > 1 else np.zeros(count, int)
+    g = np.asarray(rng.standard_normal((count, 20)), dtype)
+    expected = np.zeros((num_rows, 20))
+    np.add.at(expected, ids, np.float64(g))
+    if num_rows == 131:
+        assert np.bincount(ids).max() > 10 and len(np.unique(ids)) < 131
+    found = jax.jit(sum_rows, static_argnums=2)(ids, g, num_rows)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=2e-7 * np.abs(np.float64(g)).sum(axis=0).max())  # of the running sums
 
 
 # ---- Where the state lives -------------------------------------------------------------------------------------------
 
 LOCAL_SHAPES = {
-    "embed": (32, 20), "head": (20, 32), "skip_mix": (1,), "blocks/x_mix": (2,), "blocks/x0_mix": (2,), "blocks/w_q": (2, 20, 6),
-    "blocks/w_k": (2, 20, 2), "blocks/w_v": (2, 20, 2), "blocks/w_out": (2, 6, 20), "blocks/w_up": (2, 20, 37),
+    "embed": (32, 20), "head": (32, 20), "skip_mix": (1,), "blocks/x_mix": (2,), "blocks/x0_mix": (2,), "attention/w_q": (2, 20, 6),
+    "attention/w_k": (2, 20, 2), "attention/w_v": (2, 20, 2), "attention/w_out": (2, 6, 20), "blocks/w_up": (2, 20, 37),
     "blocks/w_down": (2, 37, 20)}
-SPLIT = {"embed", "head", "blocks/w_q", "blocks/w_k", "blocks/w_v", "blocks/w_out"}
+SPLIT = {"embed", "head", "attention/w_q", "attention/w_k", "attention/w_v", "attention/w_out"}
 
 def test_weights_and_optimizer_state_are_split_over_eight_devices_and_stay_so():
     eight = EIGHT()
@@ -195,10 +260,10 @@ def test_first_weights_do_not_depend_on_the_number_of_devices():
 def test_a_weight_is_split_along_the_first_axis_of_the_rule_that_divides():
     axes = lambda n, **changes: {name: split_axis(spec, config(**changes), n) for name, spec in name_leaves(param_specs(config(**changes))).items()}
     assert {name: axis for name, axis in axes(8).items() if axis is not None} == {
-        "embed": 0, "head": 1, "blocks/w_q": 2, "blocks/w_k": 2, "blocks/w_v": 2, "blocks/w_out": 1}
-    assert axes(8, mlp_dim=40)["blocks/w_up"] == 2 and axes(8, mlp_dim=40)["blocks/w_down"] == 1
-    assert (axes(4)["embed"], axes(4)["blocks/w_q"], axes(4)["blocks/w_out"]) == (0, 2, 1)  # though D divides too
-    assert axes(5)["blocks/w_up"] == 1 and axes(5)["blocks/w_down"] == 2 and axes(5)["embed"] == 1  # along D
+        "embed": -2, "head": -2, "attention/w_q": -1, "attention/w_k": -1, "attention/w_v": -1, "attention/w_out": -2}
+    assert axes(8, mlp_dim=40)["blocks/w_up"] == -1 and axes(8, mlp_dim=40)["blocks/w_down"] == -2
+    assert (axes(4)["embed"], axes(4)["attention/w_q"], axes(4)["attention/w_out"]) == (-2, -1, -2)  # though D divides too
+    assert axes(5)["blocks/w_up"] == -2 and axes(5)["blocks/w_down"] == -1 and axes(5)["embed"] == -1  # along D
 
 def test_the_state_is_donated():
     eight = EIGHT()
@@ -276,26 +341,30 @@ def test_muon_exchanges_an_eighth_of_each_split_matrix_there_and_back(program):
 
 # ---- Precision -------------------------------------------------------------------------------------------------------
 
-def test_with_bfloat16_matmuls_masters_and_sums_of_gradients_are_float32_and_matrices_travel_in_bfloat16():
+def test_with_bfloat16_matmuls_masters_and_sums_over_micro_steps_are_float32_and_weights_and_gradients_travel_in_bfloat16():
     cfg, mesh = config(compute_dtype="bfloat16"), make_mesh()
     state = jax.eval_shape(make_init(Model(), mesh, cfg))
     batch = jax.ShapeDtypeStruct(batch_shape(stages(cfg)[0], 8, cfg), jnp.uint16)
     jaxpr, out = jax.make_jaxpr(make_train_step(stages(cfg)[0], Model(), mesh, cfg), return_shape=True)(state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), out[0]) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    kinds = {}
+    kinds, micro_steps = {}, [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "scan" and eqn.params["length"] == 3]
+    for eqn in micro_steps:
+        sums = eqn.outvars[:eqn.params["num_carry"]]
+        assert len(sums) == 3 + 2 * 8 + 2 and {v.aval.dtype.name for v in sums} == {"float32"}
+    assert len(micro_steps) == 1
     for eqn in equations(jaxpr.jaxpr):
         kinds.setdefault(eqn.primitive.name, []).append(sorted({v.aval.dtype.name for v in eqn.invars if hasattr(v, "aval")}))
     assert kinds["dot_general"] and all(dtypes == ["bfloat16"] for dtypes in kinds["dot_general"])
     assert kinds["all_to_all"] and all(dtypes == ["bfloat16"] for dtypes in kinds["all_to_all"])
-    assert kinds["reduce_scatter"] == 6 * [["float32"]]
-    assert sorted(kinds["all_gather"]) == 5 * [["bfloat16"]] + [["float32"]]  # the embedding is looked up, not multiplied
+    assert kinds["reduce_scatter"] == 6 * [["bfloat16"]]
+    assert kinds["all_gather"] == 6 * [["bfloat16"]]
 
-def test_compute_copies_are_bfloat16_where_they_are_multiplied_and_float32_elsewhere():
+def test_compute_copies_of_tables_and_matrices_are_bfloat16_and_of_scalars_float32():
     for tie in (0, 1):
         cfg = config(compute_dtype="bfloat16", tie_embed=tie)
         copies = jax.eval_shape(lambda: gather(jax.tree.map(lambda spec: jnp.zeros(shape_of(spec, cfg)), param_specs(cfg)),
                                                param_specs(cfg), 1, cfg))
-        single = {"skip_mix", "blocks/x_mix", "blocks/x0_mix"} | (set() if tie else {"embed"})
+        single = {"skip_mix", "blocks/x_mix", "blocks/x0_mix"}
         assert {name for name, leaf in name_leaves(copies).items() if leaf.dtype == jnp.float32} == single
 
 
@@ -359,6 +428,9 @@ def test_flops_per_token_are_counted_as_by_hand(tie):
         pairs = sum(1 for t in range(32) for s in range(32) if t - window <= s <= t)
         attention += 6 * 2 * (2 * 8) * pairs / 32 * 3  # heads; q.k and p.v; 2 per dim; mean per token; forward, two backward
     assert flops_per_token(stage, param_specs(cfg), cfg) == pytest.approx(6 * matrices + attention, rel=1e-9)
+    without = dataclasses.replace(cfg, mlp_only="1")  # the block with the whole row in view
+    gone = 6 * (20 * 48 + 2 * 20 * 16 + 48 * 20) + 6 * 2 * (2 * 8) * sum(range(1, 33)) / 32 * 3
+    assert flops_per_token(stage, param_specs(without), without) == pytest.approx(6 * matrices + attention - gone, rel=1e-9)
     longer = stage._replace(windows=(1000, 0, 1000))  # a window past the row is no window
     assert flops_per_token(longer, param_specs(cfg), cfg) == flops_per_token(stage._replace(windows=(0, 0, 0)), param_specs(cfg), cfg)
 
@@ -366,20 +438,22 @@ def test_flops_per_token_are_counted_as_by_hand(tie):
 # ---- Another architecture --------------------------------------------------------------------------------------------
 
 def bigram_specs(cfg):
-    return {"embed": Spec("V D", normal(1.0), "embed"), "blocks": {"w_mix": Spec("L D F", normal(0.1), "muon")},
-            "head": Spec("F V", normal(0.1), "head")}
+    return {"embed": Spec("V D", normal(1.0), "embed"), "blocks": {"w_mix": Spec("L D D", normal(0.1), "muon")},
+            "head": Spec("V D", normal(0.1), "head")}
 
 def bigram_loss(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
-    x_ND = weights["embed"][tokens_BT.ravel()]
-    y_NF = sum(jnp.tanh(matmul("ND,DF->NF", x_ND, layer["w_mix"])) for layer in weights["blocks"])
-    return cross_entropy(y_NF, weights["head"], target_BT.ravel(), weight_BT.ravel(), cfg)
+    """Its labels are looked up in the head itself, so that the head's whole gradient comes from the loss."""
+    x_ND = lookup(weights, "embed", tokens_BT, "inputs").reshape(-1, cfg.model_dim)
+    y_ND = sum(jnp.tanh(matmul("ND,DM->NM", x_ND, layer["w_mix"])) for layer in weights["blocks"])
+    label_N = jnp.sum(y_ND * weights["head"][target_BT.ravel()], axis=-1)
+    return log_partition(y_ND, weights["head"], weight_BT.ravel(), cfg) - jnp.sum(weight_BT.ravel() * label_N)
 
 def test_another_model_trains_through_the_same_programs_and_stages_alike_share_one():
     cfg = config(stage_ends="0.2,0.4,1", seq_len="16,8,16", max_doc_len="16,8,8", micro_tokens=0, muon_lr=0.01)
     model, mesh = Model(specs=bigram_specs, loss=bigram_loss), make_mesh(jax.devices()[:2])
     programs, notes = compile_all(model, mesh, cfg)
     assert list(programs) == ["init", 0, 1, 2, "eval"] and programs[0] is programs[2] and programs[0] is not programs[1]
-    assert [note.split()[1] for note in notes] == ["init", "eval", "train_0", "train_1"]
+    assert [note.split()[1] for note in notes] == ["init", "train_0", "train_1", "eval"]
     state, losses = programs["init"](), []
     for step in range(30):
         state, loss = programs[0](state, to_devices(random_rows(24, seed=step % 3), stages(cfg)[0], mesh, cfg))
