@@ -15,8 +15,7 @@ log), and the loop (steps, main). Importing this file does nothing.
 One letter, one axis, in array names, einsum strings and the weight table alike:
     A micro-batches of a step   B rows   T query position   S key position   L layer   D model width   V vocabulary
     H query heads   G key/value heads   R query heads per key/value head   K head width   F mlp width   J skips
-    I layers with attention
-    N tokens, or R heads of T queries, in one axis   M, N the rows (inputs) and columns (outputs) of any matrix
+    I layers with attention   N tokens, or R heads of T queries, in one axis   M, N any matrix's inputs and outputs
 
 Every device runs the same program on its own rows. Weights and optimizer state live split over the devices; a step
 gathers compute copies once, accumulates gradients locally, and reduces each gradient element once.
@@ -40,11 +39,11 @@ f32 = jnp.float32
 ROOT = Path(__file__).resolve().parent
 
 # What a user can mend; `command` turns each into one sentence and its exit code.
-class UsageError(ValueError): exit_code = 2        # a flag that cannot be
-class DataError(ValueError): exit_code = 3         # a shard or corpus that is missing, damaged or too small
-class CheckpointError(ValueError): exit_code = 4   # a checkpoint that is damaged or another run's
+class UsageError(ValueError): exit_code = 2       # a flag that cannot be
+class DataError(ValueError): exit_code = 3        # a shard or corpus that is missing, damaged or too small
+class CheckpointError(ValueError): exit_code = 4  # a checkpoint that is damaged or another run's
 class OtherConfig(CheckpointError): pass
-class NonFiniteLoss(RuntimeError): exit_code = 5   # the loss became NaN or infinite
+class NonFiniteLoss(RuntimeError): exit_code = 5  # the loss became NaN or infinite
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,8 +158,7 @@ def stages(cfg):
     def column(name, kind=int):
         values = [kind(x) for x in getattr(cfg, name).split(",")]
         if len(values) not in (1, len(ends)):
-            raise UsageError(f"--{name}={getattr(cfg, name)}: wanted one value, or one for each of the {len(ends)} stages "
-                             f"of --stage_ends={cfg.stage_ends}")
+            raise UsageError(f"--{name}={getattr(cfg, name)}: wanted one value, or one per stage of --stage_ends={cfg.stage_ends}")
         return values * (len(ends) // len(values))
     windows = [layer_windows(*pair, cfg) for pair in zip(column("window_short"), column("window_long"))]
     return [Stage(*row) for row in zip(range(len(ends)), [0, *ends], ends, column("batch_tokens"), column("seq_len"),
@@ -168,9 +166,8 @@ def stages(cfg):
 
 def val_stage(cfg):
     """Validation as a stage: one batch, whose rows score all but their context."""
-    num_rows = -(-cfg.val_tokens // (cfg.val_seq_len - cfg.val_context))
-    return Stage(-1, 0, 0, num_rows * cfg.val_seq_len, cfg.val_seq_len, 0,
-                 layer_windows(cfg.val_window_short, cfg.val_window_long, cfg), 0.0)
+    num_rows, windows = -(-cfg.val_tokens // (cfg.val_seq_len - cfg.val_context)), (cfg.val_window_short, cfg.val_window_long)
+    return Stage(-1, 0, 0, num_rows * cfg.val_seq_len, cfg.val_seq_len, 0, layer_windows(*windows, cfg), 0.0)
 
 def layer_list(text): return [int(layer) for layer in text.split(",") if layer]
 def layer_windows(short, long, cfg):
@@ -184,8 +181,8 @@ def make_mesh(devices=None):
 
 def split_axis(spec, cfg, num_devices):
     """The axis, from the end, along which a weight and its optimizer state are split, or None: a copy on each device."""
-    axes = spec.axes.split()
-    return next((axes.index(a) - len(axes) for a in SPLIT_AXES if a in axes and AXIS_SIZE[a](cfg) % num_devices == 0), None)
+    axes, sizes = spec.axes.split(), axis_sizes(cfg)
+    return next((axes.index(a) - len(axes) for a in SPLIT_AXES if a in axes and sizes[a] % num_devices == 0), None)
 
 product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 operands, float32 sums
 
@@ -207,10 +204,10 @@ _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backwar
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 # Every weight is one row: axes, first value, optimizer group. Shapes, sharding, routing, the parameter count and the
 # checkpoint's names are read off this table. Stacked over the layers that have them; a matrix is the last two axes.
-AXIS_SIZE = {
-    "L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
-    "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim,
-    "V": lambda cfg: cfg.padded_vocab, "J": lambda cfg: len(cfg.skip_pairs)}
+def axis_sizes(cfg):
+    return {"L": cfg.num_layers, "I": cfg.num_layers - len(layer_list(cfg.mlp_only)), "J": len(cfg.skip_pairs),
+            "D": cfg.model_dim, "F": cfg.mlp_dim, "V": cfg.padded_vocab,
+            "HK": cfg.num_heads * cfg.head_dim, "GK": cfg.kv_heads * cfg.head_dim}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -228,28 +225,23 @@ def param_specs(cfg):
     equally likely (modded-nanogpt, October 2024)."""
     matrix = uniform(0.5 * cfg.model_dim ** -0.5)
     table = {
-        "embed": Spec("V D", normal(1.0), "embed"),
+        "embed": Spec("V D", normal(0.02), "head") if cfg.tie_embed else Spec("V D", normal(1.0), "embed"),
         "attention": {
             "w_q": Spec("I D HK", matrix, "muon"),
             "w_k": Spec("I D GK", matrix, "muon"),
             "w_v": Spec("I D GK", matrix, "muon"),
-            "w_out": Spec("I HK D", constant(0.0), "muon"),
-        },
+            "w_out": Spec("I HK D", constant(0.0), "muon")},
         "blocks": {
             "w_up": Spec("L D F", matrix, "muon"),
             "w_down": Spec("L F D", constant(0.0), "muon"),
-            "x_mix": Spec("L", constant(1.0), "scalar"),   # weight of the residual stream as it enters a block
-            "x0_mix": Spec("L", constant(0.0), "scalar"),  # how much of the first embedding re-enters
-        },
+            "x_mix": Spec("L", constant(1.0), "scalar"),    # weight of the residual stream as it enters a block
+            "x0_mix": Spec("L", constant(0.0), "scalar")},  # how much of the first embedding re-enters
         "head": Spec("V D", constant(0.0), "head"),
-        "skip_mix": Spec("J", constant(0.2), "scalar"),
-    }
-    if cfg.tie_embed:
-        table["embed"] = Spec("V D", normal(0.02), "head")
+        "skip_mix": Spec("J", constant(0.2), "scalar")}
     unused = ["head"] * cfg.tie_embed + ["skip_mix"] * (not cfg.skips)
     return {name: row for name, row in table.items() if name not in unused}
 
-def shape_of(spec, cfg): return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
+def shape_of(spec, cfg): return tuple(axis_sizes(cfg)[axis] for axis in spec.axes.split())
 def count_params(specs, cfg): return sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs))
 def name_of(path): return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -259,7 +251,6 @@ def init_params(key, specs, cfg):
     return jax.tree.map_with_path(lambda path, spec: spec.init(leaf_key(path), shape_of(spec, cfg)).astype(f32), specs)
 
 STACKED = ("attention", "blocks")
-
 def unstack(weights):
     """Stacked weights -> lists of per-layer dicts: their gradients are then stacked once, not summed L times."""
     split = lambda stack: [jax.tree.map(lambda w: w[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))]
@@ -320,10 +311,9 @@ def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
 
 def attention_band(q_BTN, k_BTN, v_BTN, first_BT, start, table, window, cfg):
     """The same by the kernels below, for whole rows (start 0) of a multiple of 256 tokens."""
-    length = q_BTN.shape[1]
-    band = Band(length, min(window or length, length), math.gcd(length, 1024), cfg.score_scale)
-    q_BTN, k_BTN, v_BTN = (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN))
-    return banded(q_BTN, k_BTN, v_BTN, first_BT, tuple(t.astype(cfg.compute_dtype) for t in table), cfg.num_heads, band)
+    length, arrays = q_BTN.shape[1], (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table))
+    band = Band(length, min(window or length, length), math.gcd(length, 1024), cfg.score_scale, cfg.num_heads)
+    return banded(first_BT, *arrays, band)
 
 ATTENTION = {"xla": attention_xla, "band": attention_band}  # others stand behind the same signature
 
@@ -437,7 +427,7 @@ def init_cache(num_rows, max_len, cfg):
     """An empty key/value cache for `decode`: max_len positions for each of num_rows sequences."""
     zeros = lambda: jnp.zeros((num_rows, max_len, cfg.kv_heads * cfg.head_dim), cfg.compute_dtype)
     return {"position": jnp.int32(0), "bos": jnp.zeros((num_rows, max_len), bool),
-            "kv": [(zeros(), zeros()) for _ in range(AXIS_SIZE["I"](cfg))]}
+            "kv": [(zeros(), zeros()) for _ in range(axis_sizes(cfg)["I"])]}
 
 def decode(weights, cache, tokens_BT, cfg):
     """Append tokens (a prompt, or one per row) to the cache. Returns float32 logits_BV of what follows, and the cache."""
@@ -456,6 +446,7 @@ class Band(NamedTuple):
     window: int
     block: int
     scale: float  # of q.k
+    num_heads: int
     spans = property(lambda self: [
         [(max(0, query - self.window) // 128 * 128, query) for query in range(d * self.block, (d + 1) * self.block, TILE)]
         for d in range(min(-(-self.window // self.block) + 1, self.length // self.block))])
@@ -499,7 +490,7 @@ def each_tile(tile, band):
                 base = (i - d) * band.block
                 tile(pl.ds(query % band.block, TILE), rows_at(base + query), rows_at(base + key, query - key + TILE))
 
-def band_forward_kernel(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, log_sum_ref, z_ref, values_ref, *, band):
+def band_fwd(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, log_sum_ref, z_ref, values_ref, *, band):
     def tile(here, own, keys):
         table = band_table(cos_ref, sin_ref, own)
         z_ref[own], _ = prepare(k_ref[0, here], *table, band.scale)
@@ -511,8 +502,8 @@ def band_forward_kernel(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref,
         log_sum_ref[0, 0, :, here] = as_row(jnp.log2(sum_T1))
     each_tile(tile, band)
 
-def band_backward_kernel(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, dy_ref, log_sum_ref,
-                         dq_ref, dk_ref, dv_ref, z_ref, values_ref, r_ref, dz_ref, dvalues_ref, *, band):
+def band_bwd(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, dy_ref, log_sum_ref,
+             dq_ref, dk_ref, dv_ref, z_ref, values_ref, r_ref, dz_ref, dvalues_ref, *, band):
     """Scores are recomputed, keys by queries, so that only dq needs a transposition. dk and dv leave with the row's last block."""
     def tile(here, own, keys):
         table, dy_TK = band_table(cos_ref, sin_ref, own), dy_ref[0, here]
@@ -537,54 +528,48 @@ def band_backward_kernel(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref
             dk_ref[0, rows] = prepare_backward(dz_ref[rows], z_ref[rows], r_TK, *table, band.scale)
             dv_ref[0, rows] = dvalues_ref[rows].astype(dv_ref.dtype)
 
-def band_call(kernel, name, num_matmuls, inputs, outputs, scratch, num_heads, band):
-    """Run a kernel. inputs: (kind of block, array), outputs: (kind, like). Kinds: block and row of [B, T, HK or GK], lane and shared
-    lane of [B, H or 1, 1, T], table [T, K/2]. scratch: (width, dtype) of memory for a row."""
+def band_call(kernel, num_matmuls, inputs, outputs, scratch, band):
+    """Run a kernel. inputs: (kind, array), outputs: (kind, shape). Kinds: block and row of [B, T, HK or GK], lane of
+    [B, H or 1, 1, T], table [T, K/2]. scratch: (width, dtype) of memory for a row."""
     arrays, shapes = [x for _, x in inputs], [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs]
-    (num_rows, _, width), num_blocks = shapes[0].shape, band.length // band.block
+    (num_rows, length, width), head_dim = shapes[0].shape, shapes[0].shape[2] // band.num_heads
     head = lambda h, x: jax.lax.div(h, width // x.shape[2])  # several query heads may share a key head
-    spec = lambda kind, x: {
-        "block": lambda: pl.BlockSpec((1, band.block, width // num_heads), lambda b, h, i: (b, i, head(h, x))),
-        "row": lambda: pl.BlockSpec((1, band.length, width // num_heads), lambda b, h, i: (b, 0, h)),
-        "lane": lambda: pl.BlockSpec((1, 1, 1, band.block), lambda b, h, i: (b, h, 0, i)),
-        "shared lane": lambda: pl.BlockSpec((1, 1, 1, band.block), lambda b, h, i: (b, 0, 0, i)),
-        "table": lambda: pl.BlockSpec(x.shape, lambda b, h, i: (0, 0))}[kind]()
+    spec = lambda kind, x: pl.BlockSpec(*{
+        "block": ((1, band.block, head_dim), lambda b, h, i: (b, i, head(h, x))),
+        "row": ((1, length, head_dim), lambda b, h, i: (b, 0, h)),
+        "lane": ((1, 1, 1, band.block), lambda b, h, i: (b, h if x.shape[1] > 1 else 0, 0, i)),
+        "table": (x.shape, lambda b, h, i: (0, 0))}[kind])
+    num_blocks = length // band.block
     blocks = band.spans + band.spans[-1:] * (num_blocks - len(band.spans))
     scores = num_rows * TILE * sum(query + TILE - key for spans in blocks for key, query in spans)  # of one head
-    cost = pl.CostEstimate(flops=2 * num_matmuls * scores * width, transcendentals=num_heads * scores,
+    cost = pl.CostEstimate(flops=2 * num_matmuls * scores * width, transcendentals=band.num_heads * scores,
                            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays + shapes))
     return pl.pallas_call(
-        functools.partial(kernel, band=band), out_shape=shapes, grid=(num_rows, num_heads, num_blocks), name=name, cost_estimate=cost,
-        in_specs=[spec(*x) for x in inputs], out_specs=[spec(*x) for x in outputs],
-        scratch_shapes=[pltpu.VMEM((band.length, width), dtype) for width, dtype in scratch], compiler_params=pltpu.CompilerParams(
+        functools.partial(kernel, band=band), name=kernel.__name__, grid=(num_rows, band.num_heads, num_blocks), out_shape=shapes,
+        in_specs=[spec(*x) for x in inputs], out_specs=[spec(*x) for x in outputs], cost_estimate=cost,
+        scratch_shapes=[pltpu.VMEM((length, width), dtype) for width, dtype in scratch], compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 << 20))(*arrays)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def banded(q_BTN, k_BTN, v_BTN, first_BT, table, num_heads, band):
-    """Attention of raw queries and keys [B, T, HK] over the keys first_BT .. T. table: rotary, [T, K/2] each."""
-    return _banded_forward(q_BTN, k_BTN, v_BTN, first_BT, table, num_heads, band)[0]
+BAND_INPUTS = ("lane", "block", "block", "block", "table", "table")
 
-def band_inputs(q_BTN, k_BTN, v_BTN, first_BT, table):
-    return [("shared lane", first_BT[:, None, None]), *(("block", x) for x in (q_BTN, k_BTN, v_BTN)), *(("table", t) for t in table)]
+def _banded_forward(first_BT, q_BTN, k_BTN, v_BTN, cos, sin, band):
+    """Attention of raw queries and keys [B, T, HK] over the keys first_BT .. T. cos, sin: rotary, [T, K/2]."""
+    inputs = (first_BT[:, None, None], q_BTN, k_BTN, v_BTN, cos, sin)
+    log_sum = jax.ShapeDtypeStruct((len(q_BTN), band.num_heads, 1, band.length), f32)
+    y_BTN, log_sum_BH1T = band_call(band_fwd, 2, [*zip(BAND_INPUTS, inputs)], [("block", q_BTN), ("lane", log_sum)],
+                                    [(q_BTN.shape[2] // band.num_heads, q_BTN.dtype)] * 2, band)
+    return y_BTN, (inputs, y_BTN, log_sum_BH1T)
 
-def _banded_forward(*arguments):
-    *arrays, num_heads, band = arguments
-    (num_rows, length, width), dtype = arrays[0].shape, arrays[0].dtype
-    log_sum = jax.ShapeDtypeStruct((num_rows, num_heads, 1, length), f32)
-    y_BTN, log_sum_BH1T = band_call(band_forward_kernel, "band_fwd", 2, band_inputs(*arrays), [("block", arrays[0]), ("lane", log_sum)],
-                                    [(width // num_heads, dtype)] * 2, num_heads, band)
-    return y_BTN, (arrays, y_BTN, log_sum_BH1T)
-
-def _banded_backward(num_heads, band, saved, dy_BTN):
-    arrays, y_BTN, log_sum_BH1T = saved
-    (q_BTN, k_BTN, *_), head_dim = arrays, y_BTN.shape[2] // num_heads
+def _banded_backward(band, saved, dy_BTN):
+    inputs, y_BTN, log_sum_BH1T = saved
+    (_, q_BTN, k_BTN, *_), head_dim = inputs, y_BTN.shape[2] // band.num_heads
     dq_BTN, *dkv_BTN = band_call(
-        band_backward_kernel, "band_bwd", 5, [*band_inputs(*arrays), ("block", y_BTN), ("block", dy_BTN), ("lane", log_sum_BH1T)],
-        [("block", q_BTN), ("row", q_BTN), ("row", q_BTN)],
-        [(head_dim, q_BTN.dtype)] * 2 + [(128, f32)] + [(head_dim, f32)] * 2, num_heads, band)
+        band_bwd, 5, [*zip(BAND_INPUTS, inputs), ("block", y_BTN), ("block", dy_BTN), ("lane", log_sum_BH1T)],
+        [("block", q_BTN), ("row", q_BTN), ("row", q_BTN)], [(head_dim, q_BTN.dtype)] * 2 + [(128, f32)] + [(head_dim, f32)] * 2, band)
     of_group = lambda g_BTN: rearrange(g_BTN, "B T (G R K) -> B T G R K", G=k_BTN.shape[2] // head_dim, K=head_dim)
-    return dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
+    return None, dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
 
+banded = jax.custom_vjp(lambda *arguments: _banded_forward(*arguments)[0], nondiff_argnums=(6,))
 banded.defvjp(_banded_forward, _banded_backward)
 
 # ---- Schedules -------------------------------------------------------------------------------------------------------
@@ -718,16 +703,14 @@ def write_shard(path, tokens):
 
 def open_shard(path):
     """Memory-mapped tokens of a shard. Raises DataError for anything but a whole, well-formed one."""
-    again = "Is it a token shard? Fetch it again: python cached_fineweb10B.py"
     try:
-        header, size = np.fromfile(path, "<i4", 256), os.path.getsize(path)
+        header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise DataError(f"{path}: {size} bytes, begins with {header[:2].tolist()}, wanted {HEADER_BYTES} or more, beginning "
-                        f"with [{SHARD_MAGIC}, {SHARD_VERSION}]. {again}")
-    if header[2] <= 0 or size != HEADER_BYTES + 2 * int(header[2]):
-        raise DataError(f"{path}: {size} bytes, which is not {HEADER_BYTES} + 2 for each of its {header[2]} tokens. {again}")
+    count = header[2] if len(header) == 256 else 0
+    if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or count <= 0 or size != HEADER_BYTES + 2 * count:
+        raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, has {count} tokens; wanted [{SHARD_MAGIC}, {SHARD_VERSION}] and "
+                        f"{HEADER_BYTES} bytes + 2 per token. Is it a token shard? Fetch it again: python cached_fineweb10B.py")
     return np.asarray(np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES))  # a slice of a memmap costs 1 us, of its array 0.1
 
 def find_shards(pattern): return [Path(p) for p in sorted(glob.glob(pattern) or pattern and glob.glob(str(ROOT / pattern)))]
@@ -1135,10 +1118,10 @@ class Run:
         """To log.txt and the console; on a terminal the next line takes the place of a passing one."""
         self.append("log.txt", text)
         if self.writes:
-            terminal = sys.stdout.isatty()
-            text = text[:shutil.get_terminal_size().columns - 1] if terminal and passing else text
-            print(("\r\x1b[K" if self.passing else "") + text, end="" if terminal and passing else "\n", flush=True)
-            self.passing = terminal and passing
+            passing = passing and sys.stdout.isatty()
+            text = text[:shutil.get_terminal_size().columns - 1] if passing else text
+            print(("\r\x1b[K" if self.passing else "") + text, end="" if passing else "\n", flush=True)
+            self.passing = passing
     def settle(self, step, loss):
         """Wait for the loss of a dispatched step; its metrics. Raises NonFiniteLoss."""
         stage, loss = stage_at(step, self.table), float(loss)
@@ -1172,26 +1155,24 @@ class Run:
 def loss_svg(rows, cfg):
     """A picture of metrics rows against steps: training loss (line), validation loss (dots), target, stages."""
     train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
-    val = [(row["step"], row["val_loss"], row["train_time_s"]) for row in rows if "val_loss" in row]
-    low = min(loss for _, loss, *_ in train + val) - 0.05
-    high = max(loss for _, loss, *_ in train[len(train) // 20:] + val) + 0.05
+    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    low, high = min(loss for _, loss in train + val) - 0.05, max(loss for _, loss in train[len(train) // 20:] + val) + 0.05
     x = lambda step: f"{60 + 700 * step / cfg.steps:.1f}"
     y = lambda loss, up=0: f"{30 + 330 * (high - min(loss, high)) / (high - low) - up:.1f}"
     text = lambda px, py, words, anchor="middle": f'<text x="{px}" y="{py}" text-anchor="{anchor}">{words}</text>'
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 420" font-family="system-ui,sans-serif" font-size="12">',
-             "<style>text{fill:#333}path{fill:none;stroke:#8886}.train{stroke:#6c93c7}.goal{stroke:#2a8a4a;stroke-dasharray:5 4}"
-             "circle{fill:#c0392b}@media(prefers-color-scheme:dark){svg{background:#16181d}text{fill:#ddd}}</style>"]
-    for i in range(6):
-        loss, step = low + (high - low) * i / 5, cfg.steps * i // 5
-        parts += [f'<path d="M60 {y(loss)}H760"/>', text(54, y(loss, -4), f"{loss:.2f}", "end"), text(x(step), 378, step)]
-    parts += [f'<path d="M{x(stage.first)} 30V360"/>' for stage in stages(cfg)[1:]]
-    parts += [f'<path class="goal" d="M60 {y(cfg.target_loss)}H760"/>' if cfg.target_loss > low else ""]
-    parts.append(f'<path class="train" d="M{"L".join(f"{x(step)} {y(loss)}" for step, loss in train)}"/>')
-    for step, loss, _ in val:
-        parts += [f'<circle cx="{x(step)}" cy="{y(loss)}" r="3.5"/>', text(x(step), y(loss, 8), f"{loss:.3f}")]
-    title = f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {val[-1][2]:.1f} s of training"
-    axis = f"step; dots: validation, line: training batch, nats per token; dashes: target {cfg.target_loss:g}"
-    return "\n".join([*parts, text(410, 18, title), text(410, 402, axis), "</svg>"])
+    ticks = [(low + (high - low) * i / 5, cfg.steps * i // 5) for i in range(6)]
+    return "\n".join([
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 420" font-family="system-ui,sans-serif" font-size="12">',
+        "<style>text{fill:#333}path{fill:none;stroke:#8886}.train{stroke:#6c93c7}.goal{stroke:#2a8a4a;stroke-dasharray:5 4}",
+        "circle{fill:#c0392b}@media(prefers-color-scheme:dark){svg{background:#16181d}text{fill:#ddd}}</style>",
+        *(f'<path d="M60 {y(loss)}H760"/>' + text(54, y(loss, -4), f"{loss:.2f}", "end") for loss, _ in ticks),
+        *(text(x(step), 378, step) for _, step in ticks),
+        *(f'<path d="M{x(stage.first)} 30V360"/>' for stage in stages(cfg)[1:]),
+        f'<path class="goal" d="M60 {y(cfg.target_loss)}H760"/>' if cfg.target_loss > low else "",
+        f'<path class="train" d="M{"L".join(f"{x(step)} {y(loss)}" for step, loss in train)}"/>',
+        *(f'<circle cx="{x(step)}" cy="{y(loss)}" r="3.5"/>' + text(x(step), y(loss, 8), f"{loss:.3f}") for step, loss in val),
+        text(410, 18, f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {rows[-1]['train_time_s']:.1f} s of training"),
+        text(410, 402, f"step; dots: validation, line: training batch, nats per token; dashes: target {cfg.target_loss:g}"), "</svg>"])
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def parse_flags(argv):
@@ -1203,14 +1184,14 @@ def parse_flags(argv):
         fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, parser.convert_arg_line_to_args = fail, lambda line: shlex.split(line, comments=True)
-    fields, group = {field.name: field for field in dataclasses.fields(Config)}, parser
-    for line in Path(__file__).read_text().split("class Config:")[1].split("PRESETS = ")[0].splitlines():
-        if title := re.fullmatch(r"    # -- (.*)", line):
-            group = parser.add_argument_group(title[1])
-        elif entry := re.fullmatch(r"    (\w+): \w+ = .*? +# (.*)", line):
-            field = fields[entry[1]]
-            words = f"{entry[2]} (default: {field.default!r})".replace("%", "%%")
-            group.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=words)
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    source = Path(__file__).read_text().split("class Config:")[1].split("PRESETS = ")[0]
+    for title, name, words in re.findall(r"^    (?:# -- (.*)|(\w+): \w+ = .*? +# (.*))$", source, re.MULTILINE):
+        if title:
+            group = parser.add_argument_group(title)
+        else:
+            kind, words = fields[name].type, f"{words} (default: {fields[name].default!r})".replace("%", "%%")
+            group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=words)
     try:
         given, unknown = parser.parse_known_args(argv)
     except ValueError as error:  # UsageError, or an open quote in @FILE
