@@ -20,8 +20,8 @@ One letter, one axis, in array names, einsum strings and the weight table alike:
 Every device runs the same program on its own rows. Weights and optimizer state live split over the devices; a step
 gathers compute copies once, accumulates gradients locally, and reduces each gradient element once.
 """
-import argparse, bisect, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os, platform, re, shlex
-import shutil, sys, sysconfig, time, zlib
+import argparse, bisect, collections, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os, platform
+import re, shlex, shutil, sys, sysconfig, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -148,9 +148,8 @@ PRESETS = {
 MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices"}  # when resuming
 SPEEDRUN_SHARDS = 11  # training shards that hold the speedrun's tokens and the document ends it does not read
 
-# Steps first..last-1 share one compiled program: a table of stages is the sequence-length warmup.
-Stage = NamedTuple("Stage", [("index", int), ("first", int), ("last", int), ("batch_tokens", int), ("seq_len", int),
-                             ("max_doc_len", int), ("windows", tuple), ("lr", float)])  # windows: a length per block, 0: no limit
+# Steps first..last-1 share a compiled program: the table is the sequence-length warmup. windows: one per block, 0: no limit
+Stage = collections.namedtuple("Stage", "index first last batch_tokens seq_len max_doc_len windows lr")
 
 def stages(cfg):
     """The stage table. Raises UsageError where a list has neither one value nor one per stage."""
@@ -187,9 +186,8 @@ def split_axis(spec, cfg, num_devices):
 product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 operands, float32 sums
 
 def matmul(spec, x, w, out_dtype=None):
-    """einsum(spec, x, w) with operands in w's dtype, summed in float32, returned in out_dtype (default: x's).
-    Both gradients follow the same rule; autodiff alone would multiply float32 cotangents by bf16 operands, which makes
-    two matmuls of three float32. Each letter of an operand must occur in the other operand or in the result."""
+    """einsum(spec, x, w): operands in w's dtype, sums in float32, the result in out_dtype (default: x's). So are its gradients,
+    which autodiff would multiply in float32. A letter of one operand must occur in the other or in the result."""
     return _matmul(spec, x.astype(w.dtype), w).astype(out_dtype or x.dtype)
 
 def _matmul_backward(spec, operands, g):
@@ -281,8 +279,7 @@ def rotate(x_BTHK, table):
 
 def attention_xla(q_BTN, k_BSN, v_BSN, first_BT, start, table, window, cfg):
     """Attention of queries, the first at position start, over the keys first_BT (document and window) .. their own, anywhere.
-    q, k and v as projected, heads merged. When training (T == S) it goes by blocks of cfg.attn_block queries, against the
-    keys that causality and window leave."""
+    q, k, v as projected. In training (T == S) it goes by blocks of attn_block queries over the keys within their reach."""
     num_queries, num_keys, block = q_BTN.shape[1], k_BSN.shape[1], cfg.attn_block or q_BTN.shape[1]
     if num_queries != num_keys or num_queries % block:
         block, window = num_queries, 0
@@ -302,8 +299,7 @@ def attention_xla(q_BTN, k_BSN, v_BSN, first_BT, start, table, window, cfg):
     return jnp.concatenate(outputs, axis=1)
 
 def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
-    """softmax(q k) v over the visible keys; N is R heads of T queries. Normed q and k bound the scores, so no maximum is
-    subtracted, and the division comes last."""
+    """softmax(q k) v over the visible keys; N is R heads of T queries. Normed q and k bound the scores: no maximum is needed."""
     visible_B1NS = jnp.tile(visible_BTS, (1, q_BGNK.shape[2] // visible_BTS.shape[1], 1))[:, None]
     exp_BGNS = jnp.where(visible_B1NS, jnp.exp(matmul("BGNK,BGSK->BGNS", q_BGNK, k_BGSK, f32)), 0)
     y_BGNK = matmul("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) / jnp.sum(exp_BGNS, axis=-1, keepdims=True)
@@ -340,14 +336,11 @@ def attention(x_BTD, p, first_BT, start, table, window, starts_BS, cfg, cache=No
 
 relu_squared = jax.custom_jvp(lambda x: jnp.square(jax.nn.relu(x)))  # arXiv:2109.08668; its slope from x alone, no mask is kept
 relu_squared.defjvps(lambda dx, y, x: 2 * jax.nn.relu(x) * dx)
-
 def mlp(x_BTD, p): return matmul("BTF,FD->BTD", relu_squared(matmul("BTD,DF->BTF", x_BTD, p["w_up"])), p["w_down"])
 
 def lookup(weights, name, ids_BT, use):
     """Rows ids_BT of a table. Where weights[use] is there (zeros, in training), the gradient goes to it, row by row."""
-    if use not in weights:
-        return weights[name][ids_BT]
-    return jax.lax.stop_gradient(weights[name])[ids_BT] + weights[use]
+    return jax.lax.stop_gradient(weights[name])[ids_BT] + weights[use] if use in weights else weights[name][ids_BT]
 
 def forward(weights, tokens_BT, windows, cfg, cache=None):
     """tokens -> (normed final activations x_BTD, cache). weights: compute copies, layers unstacked; windows: per block.
@@ -391,9 +384,9 @@ def softcapped_logits(x_ND, head_VD, cfg):
     return z_NV if cfg.vocab_size == cfg.padded_vocab else jnp.where(used_1V, z_NV, -1e15)
 
 def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
-    """Sum over tokens of weight * log sum exp(logits), in float32. Its gradient is formed along with it: the unnormalised
-    softmax is stored, in head_VD's dtype, as the logits' matmul gives it, the row's normaliser goes to the narrow side of the
-    two matmuls that follow, and the label is no part of it (v6e: 16 ms of 45 for three passes over the logits)."""
+    """Sum over tokens of weight * log sum exp(logits), in float32, and its gradient: the unnormalised softmax is stored in
+    head_VD's dtype as the logits' matmul gives it, the row's normaliser goes to the narrow side of the next two matmuls,
+    and the label is no part of it (v6e: 16 ms of 45 for three passes over the logits)."""
     size = cfg.head_block if cfg.head_block and len(x_ND) % cfg.head_block == 0 else len(x_ND)
     def block(totals, rows):
         x_ND, weight_N1 = rows
@@ -414,7 +407,6 @@ log_partition = jax.custom_vjp(lambda *arguments: _log_partition_forward(*argume
 log_partition.defvjp(_log_partition_forward, lambda cfg, saved, g: (*((g * grad).astype(grad.dtype) for grad in saved), None))
 
 def head_name(cfg): return "embed" if cfg.tie_embed else "head"
-
 def loss_fn(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
     """Summed nats of the targets, each times its weight: log sum exp(logits) - logits[target]."""
     name = head_name(cfg)
@@ -551,7 +543,6 @@ def band_call(kernel, num_matmuls, inputs, outputs, scratch, band):
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 << 20))(*arrays)
 
 BAND_INPUTS = ("lane", "block", "block", "block", "table", "table")
-
 def _banded_forward(first_BT, q_BTN, k_BTN, v_BTN, cos, sin, band):
     """Attention of raw queries and keys [B, T, HK] over the keys first_BT .. T. cos, sin: rotary, [T, K/2]."""
     inputs = (first_BT[:, None, None], q_BTN, k_BTN, v_BTN, cos, sin)
@@ -593,14 +584,8 @@ def tokens_before(step, table):  # training tokens of the steps before this one
     return sum((min(s.last, step) - s.first) * s.batch_tokens for s in table if s.first < step)
 
 # ---- Optimizers ------------------------------------------------------------------------------------------------------
-class Rule(NamedTuple):
-    """How one group of weights is updated. kind: "muon" or "adam"; wd: decoupled decay per unit of learning rate."""
-    kind: str
-    lr: float
-    wd: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.0
-    eps: float = 0.0
+# How one group of weights is updated. kind: "muon" or "adam"; wd: decoupled decay per unit of learning rate.
+Rule = collections.namedtuple("Rule", "kind lr wd beta1 beta2 eps", defaults=(0.0, 0.0, 0.0, 0.0))
 
 SLOTS = {"muon": ("momentum",), "adam": ("m", "v")}  # optimizer state of a weight, each of its shape, float32
 
@@ -626,9 +611,9 @@ def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
     return x if wide else x.mT
 
 def orthogonalize_spread(matrices, axes, num_devices, cfg):
-    """Orthogonalize stacked matrices [..., M, N] that are held split along `axes`, each device doing its share: those of
-    one shape form a batch, padded to a multiple of the devices, and an all-to-all trades a slice of every matrix for every
-    slice of some, and back. That moves 1/num_devices of the bytes of gathering them."""
+    """Orthogonalize stacked matrices [..., M, N] held split along `axes`, each device its share. Those of one shape form a
+    batch, padded to a multiple of the devices; an all-to-all trades a slice of every matrix for every slice of some, and
+    back: 1/num_devices of the bytes of gathering them."""
     batches, results = {}, [None] * len(matrices)
     for i, (u, axis) in enumerate(zip(matrices, axes)):
         turned = u.mT if axis == -2 else u
@@ -749,9 +734,8 @@ def plan_stream(shards, cfg):
             yield rows, position
 
 def plan_packed(shards, cfg):
-    """Yield (rows, tokens read) of steps 0, 1, ..., each row packed from the beginnings of documents: of the POOL next, cut
-    to max_doc_len, the longest that fits, again and again; when none fits, the shortest, cut. What is cut off is not
-    trained on, as in the FineWeb records."""
+    """Yield (rows, tokens read) of steps 0, 1, ...: of the beginnings (max_doc_len) of the POOL next documents, a row takes
+    the longest that fits while one does, then the shortest, cut. What is cut off is not trained on, as in FineWeb's records."""
     documents = (tokens[first:last] for tokens in shards.tokens * cfg.max_epochs
                  for first, last in itertools.pairwise([*np.flatnonzero(tokens == cfg.bos_id).tolist(), len(tokens)]))
     queue, pool, read = enumerate(documents), [], 0
