@@ -20,8 +20,8 @@ One letter, one axis, in array names, einsum strings and the weight table alike:
 Every device runs the same program on its own rows. Weights and optimizer state live split over the devices; a step
 gathers compute copies once, accumulates gradients locally, and reduces each gradient element once.
 """
-import argparse, bisect, collections, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os, platform
-import re, shlex, shutil, sys, sysconfig, time, zlib
+import argparse, bisect, collections, contextlib, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os
+import platform, re, shlex, shutil, sys, sysconfig, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -44,6 +44,14 @@ class DataError(ValueError): exit_code = 3        # a shard or corpus that is mi
 class CheckpointError(ValueError): exit_code = 4  # a checkpoint that is damaged or another run's
 class OtherConfig(CheckpointError): pass
 class NonFiniteLoss(RuntimeError): exit_code = 5  # the loss became NaN or infinite
+
+@contextlib.contextmanager
+def reading(what, kind):
+    """What goes wrong within is raised as `kind`, unless it is one of these already."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise error if hasattr(error, "exit_code") else kind(f"{what} ({error!r})") from error
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +165,8 @@ def stages(cfg):
     def column(name, kind=int):
         values = [kind(x) for x in getattr(cfg, name).split(",")]
         if len(values) not in (1, len(ends)):
-            raise UsageError(f"--{name}={getattr(cfg, name)}: wanted one value, or one per stage of --stage_ends={cfg.stage_ends}")
+            raise UsageError(f"--{name}={getattr(cfg, name)}: wanted one value, or one for each of the {len(ends)} stages "
+                             f"of --stage_ends={cfg.stage_ends}")
         return values * (len(ends) // len(values))
     windows = [layer_windows(*pair, cfg) for pair in zip(column("window_short"), column("window_long"))]
     return [Stage(*row) for row in zip(range(len(ends)), [0, *ends], ends, column("batch_tokens"), column("seq_len"),
@@ -186,8 +195,8 @@ def split_axis(spec, cfg, num_devices):
 product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 operands, float32 sums
 
 def matmul(spec, x, w, out_dtype=None):
-    """einsum(spec, x, w): operands in w's dtype, sums in float32, the result in out_dtype (default: x's). So are its gradients,
-    which autodiff would multiply in float32. A letter of one operand must occur in the other or in the result."""
+    """einsum(spec, x, w): operands in w's dtype, sums in float32, the result in out_dtype (default: x's). Gradients likewise,
+    where autodiff would multiply in float32. A letter of one operand must occur in the other or in the result."""
     return _matmul(spec, x.astype(w.dtype), w).astype(out_dtype or x.dtype)
 
 def _matmul_backward(spec, operands, g):
@@ -299,7 +308,7 @@ def attention_xla(q_BTN, k_BSN, v_BSN, first_BT, start, table, window, cfg):
     return jnp.concatenate(outputs, axis=1)
 
 def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
-    """softmax(q k) v over the visible keys; N is R heads of T queries. Normed q and k bound the scores: no maximum is needed."""
+    """softmax(q k) v over the visible keys; N is R heads of T queries. Scores of normed q and k need no maximum."""
     visible_B1NS = jnp.tile(visible_BTS, (1, q_BGNK.shape[2] // visible_BTS.shape[1], 1))[:, None]
     exp_BGNS = jnp.where(visible_B1NS, jnp.exp(matmul("BGNK,BGSK->BGNS", q_BGNK, k_BGSK, f32)), 0)
     y_BGNK = matmul("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) / jnp.sum(exp_BGNS, axis=-1, keepdims=True)
@@ -445,7 +454,6 @@ class Band(NamedTuple):
 
 def dot(a, b, axes):  # axes: the one of each that is summed over
     return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=f32)
-
 def rows_at(start, size=TILE): return pl.ds(pl.multiple_of(start, 128), size)
 def as_row(column_T1): return jnp.broadcast_to(column_T1, (len(column_T1), 128)).T[:1]
 def band_table(cos_ref, sin_ref, rows):
@@ -537,9 +545,9 @@ def band_call(kernel, num_matmuls, inputs, outputs, scratch, band):
     cost = pl.CostEstimate(flops=2 * num_matmuls * scores * width, transcendentals=band.num_heads * scores,
                            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays + shapes))
     return pl.pallas_call(
-        functools.partial(kernel, band=band), name=kernel.__name__, grid=(num_rows, band.num_heads, num_blocks), out_shape=shapes,
-        in_specs=[spec(*x) for x in inputs], out_specs=[spec(*x) for x in outputs], cost_estimate=cost,
-        scratch_shapes=[pltpu.VMEM((length, width), dtype) for width, dtype in scratch], compiler_params=pltpu.CompilerParams(
+        functools.partial(kernel, band=band), grid=(num_rows, band.num_heads, num_blocks), out_shape=shapes, cost_estimate=cost,
+        in_specs=[spec(*x) for x in inputs], out_specs=[spec(*x) for x in outputs], name=kernel.__name__,
+        scratch_shapes=[pltpu.VMEM((length, size), dtype) for size, dtype in scratch], compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 << 20))(*arrays)
 
 BAND_INPUTS = ("lane", "block", "block", "block", "table", "table")
@@ -554,9 +562,10 @@ def _banded_forward(first_BT, q_BTN, k_BTN, v_BTN, cos, sin, band):
 def _banded_backward(band, saved, dy_BTN):
     inputs, y_BTN, log_sum_BH1T = saved
     (_, q_BTN, k_BTN, *_), head_dim = inputs, y_BTN.shape[2] // band.num_heads
+    narrow, wide = (head_dim, q_BTN.dtype), (head_dim, f32)
     dq_BTN, *dkv_BTN = band_call(
         band_bwd, 5, [*zip(BAND_INPUTS, inputs), ("block", y_BTN), ("block", dy_BTN), ("lane", log_sum_BH1T)],
-        [("block", q_BTN), ("row", q_BTN), ("row", q_BTN)], [(head_dim, q_BTN.dtype)] * 2 + [(128, f32)] + [(head_dim, f32)] * 2, band)
+        [("block", q_BTN), ("row", q_BTN), ("row", q_BTN)], [narrow, narrow, (128, f32), wide, wide], band)
     of_group = lambda g_BTN: rearrange(g_BTN, "B T (G R K) -> B T G R K", G=k_BTN.shape[2] // head_dim, K=head_dim)
     return None, dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
 
@@ -688,14 +697,12 @@ def write_shard(path, tokens):
 
 def open_shard(path):
     """Memory-mapped tokens of a shard. Raises DataError for anything but a whole, well-formed one."""
-    try:
+    with reading(f"{path}: cannot be read", DataError):
         header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     count = header[2] if len(header) == 256 else 0
     if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or count <= 0 or size != HEADER_BYTES + 2 * count:
-        raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, has {count} tokens; wanted [{SHARD_MAGIC}, {SHARD_VERSION}] and "
-                        f"{HEADER_BYTES} bytes + 2 per token. Is it a token shard? Fetch it again: python cached_fineweb10B.py")
+        raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, has {count} tokens; wanted {HEADER_BYTES} + 2 per token, "
+                        f"beginning with [{SHARD_MAGIC}, {SHARD_VERSION}]. Fetch it again: python cached_fineweb10B.py")
     return np.asarray(np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES))  # a slice of a memmap costs 1 us, of its array 0.1
 
 def find_shards(pattern): return [Path(p) for p in sorted(glob.glob(pattern) or pattern and glob.glob(str(ROOT / pattern)))]
@@ -706,11 +713,9 @@ def open_shards(pattern):
         raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; "
                         "or train on this machine's own text: --preset=demo")
     tokens, file = [open_shard(path) for path in paths], paths[0].parent / "meta.json"
-    try:
+    with reading(f"{file}: wanted tokenizer, vocab_size and bos_id", DataError):
         meta = json.loads(file.read_text()) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
         return Shards(paths, tokens, {k: kind(meta[k]) for k, kind in zip(("tokenizer", "vocab_size", "bos_id"), (str, int, int))})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file}: {error!r}; wanted tokenizer, vocab_size and bos_id") from error
 
 def plan_stream(shards, cfg):
     """Yield (rows, tokens read) of steps 0, 1, ... from the plain stream: each token once per epoch, in order or, with
@@ -1027,7 +1032,7 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress):
 
 def read_manifest(folder, cfg):
     """The manifest of a checkpoint of this config whose files have the hashes it names. Raises CheckpointError."""
-    try:
+    with reading(f"{folder}: not a whole checkpoint; delete it", CheckpointError):
         own, run = folder / "manifest.json", folder.parent.parent / "config.json"  # both hold the config
         saved, mine = dict(json.loads((run if run.exists() else own).read_text())["config"]), dataclasses.asdict(cfg)
         if differing := sorted(k for k in mine | saved if k not in MAY_DIFFER and mine.get(k) != saved.get(k)):
@@ -1036,12 +1041,9 @@ def read_manifest(folder, cfg):
         manifest = json.loads(own.read_text())
         progress, hashes, _ = (dict(manifest[key]) for key in ("progress", "sha256", "config"))
         step, files = int(manifest["step"]), ("params.safetensors", "opt.safetensors")
-        damaged = [file for file in files if file_sha256(folder / file) != hashes[file]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise error if isinstance(error, OtherConfig) else CheckpointError(f"{folder}: not a whole checkpoint ({error!r}); delete it") from error
-    if damaged:
-        raise CheckpointError(f"{folder / damaged[0]}: damaged, its SHA-256 is not the manifest's; delete {folder}")
-    return {"step": step, "progress": progress}
+        if damaged := [file for file in files if file_sha256(folder / file) != hashes[file]]:
+            raise CheckpointError(f"{folder / damaged[0]}: damaged, its SHA-256 is not the manifest's; delete {folder}")
+        return {"step": step, "progress": progress}
 
 def load_checkpoint(folder, step, state):
     """The State that a verified folder holds, placed as `state` is. CheckpointError where names, shapes or dtypes differ."""
@@ -1085,10 +1087,8 @@ class Run:
         self.total, self.reached = np.array(progress.get("seconds", [0.0, 0.0])), progress.get("reached")
         self.since, self.created, self.passing = None, time.perf_counter(), False
         self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
-        try:
+        with reading(f"--log_dir={cfg.log_dir}: no folder can be made there", UsageError):
             folder.mkdir(parents=True, exist_ok=True) if self.writes else None
-        except OSError as error:
-            raise UsageError(f"--log_dir={cfg.log_dir}: no folder can be made there ({error.strerror})") from error
     def start(self): self.since = np.array([time.perf_counter(), time.process_time()])
     def stop(self): self.total, self.since = self.seconds(), None
     def seconds(self):
@@ -1139,7 +1139,7 @@ class Run:
 def loss_svg(rows, cfg):
     """A picture of metrics rows against steps: training loss (line), validation loss (dots), target, stages."""
     train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
-    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    val, seconds = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row], rows[-1]["train_time_s"]
     low, high = min(loss for _, loss in train + val) - 0.05, max(loss for _, loss in train[len(train) // 20:] + val) + 0.05
     x = lambda step: f"{60 + 700 * step / cfg.steps:.1f}"
     y = lambda loss, up=0: f"{30 + 330 * (high - min(loss, high)) / (high - low) - up:.1f}"
@@ -1155,8 +1155,9 @@ def loss_svg(rows, cfg):
         f'<path class="goal" d="M60 {y(cfg.target_loss)}H760"/>' if cfg.target_loss > low else "",
         f'<path class="train" d="M{"L".join(f"{x(step)} {y(loss)}" for step, loss in train)}"/>',
         *(f'<circle cx="{x(step)}" cy="{y(loss)}" r="3.5"/>' + text(x(step), y(loss, 8), f"{loss:.3f}") for step, loss in val),
-        text(410, 18, f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {rows[-1]['train_time_s']:.1f} s of training"),
-        text(410, 402, f"step; dots: validation, line: training batch, nats per token; dashes: target {cfg.target_loss:g}"), "</svg>"])
+        text(410, 18, f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {seconds:.1f} s of training"),
+        text(410, 402, f"step; dots: validation, line: training batch, nats per token; dashes: target {cfg.target_loss:g}"),
+        "</svg>"])
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def parse_flags(argv):
@@ -1176,10 +1177,8 @@ def parse_flags(argv):
         else:
             kind, words = fields[name].type, f"{words} (default: {fields[name].default!r})".replace("%", "%%")
             group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=words)
-    try:
+    with reading("a file of flags cannot be read", UsageError):  # an open quote
         given, unknown = parser.parse_known_args(argv)
-    except ValueError as error:  # UsageError, or an open quote in @FILE
-        raise error if isinstance(error, UsageError) else UsageError(f"a file of flags cannot be read: {error}") from error
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
         fail(f"{unknown[0]}: there is no such flag; the nearest is --{near}")
@@ -1212,13 +1211,11 @@ def validate(cfg):
     def need(ok, name, wanted):
         if not ok:
             raise UsageError(f"--{name}={getattr(cfg, name)}: wanted {wanted}")
-    try:
+    with reading("a flag's value cannot be read", UsageError):
         table, ends, _ = stages(cfg), [float(x) for x in cfg.stage_ends.split(",")], muon_momentum(0, cfg)
         layer_list(cfg.offset_layers), layer_list(cfg.long_layers)
         dtypes = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.activation_dtype)
         pairs, trace = [(*pair,) for pair in cfg.skip_pairs], [int(x) for x in (cfg.profile or "0:1").split(":")]
-    except (ValueError, TypeError) as error:
-        raise error if isinstance(error, UsageError) else UsageError(f"a flag's value cannot be read: {error}") from error
     for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs"), (0, "seed num_kv_heads ns_steps vocab_size "
                          "attn_block head_block micro_tokens val_window_short val_window_long window_short window_long max_doc_len")):
         for name in names.split():
@@ -1304,8 +1301,7 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
     """Dispatch a step, then wait for the loss of the one before. Returns (state, last metrics)."""
     due = lambda every, done: bool(every) and done % every == 0
     first, pending = int(state.step), None
-    start, stop = [int(x) for x in (cfg.profile or "-1:-1").split(":")]
-    start, stop = max(start, first), min(stop, cfg.steps)
+    start, stop = np.clip([int(x) for x in (cfg.profile or "0:0").split(":")], first, cfg.steps).tolist()
     run.start()
     for step in range(first, cfg.steps):
         asked = time.perf_counter()
