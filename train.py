@@ -701,7 +701,7 @@ def open_shard(path):
         header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
     count = header[2] if len(header) == 256 else 0
     if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or count <= 0 or size != HEADER_BYTES + 2 * count:
-        raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, has {count} tokens; wanted {HEADER_BYTES} + 2 per token, "
+        raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, {count} tokens; wanted {HEADER_BYTES} + 2 per token, "
                         f"beginning with [{SHARD_MAGIC}, {SHARD_VERSION}]. Fetch it again: python cached_fineweb10B.py")
     return np.asarray(np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES))  # a slice of a memmap costs 1 us, of its array 0.1
 
@@ -984,7 +984,8 @@ def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
     of each query head and key that causality and window leave visible; document borders are not counted."""
     matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", "scalar"))
-    reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
+    windows = [window for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
+    reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in windows]
     keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
 
@@ -1091,8 +1092,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True) if self.writes else None
     def start(self): self.since = np.array([time.perf_counter(), time.process_time()])
     def stop(self): self.total, self.since = self.seconds(), None
-    def seconds(self):
-        """Of training so far: [wall, cpu]."""
+    def seconds(self):  # of training so far: [wall, cpu]
         return self.total + (0 if self.since is None else np.array([time.perf_counter(), time.process_time()]) - self.since)
     def append(self, name, text):
         if self.writes:
