@@ -46,8 +46,8 @@ class OtherConfig(CheckpointError): pass
 class NonFiniteLoss(RuntimeError): exit_code = 5  # the loss became NaN or infinite
 
 @contextlib.contextmanager
-def reading(what, kind):
-    """What goes wrong within is raised as `kind`, unless it is one of these already."""
+def errors_as(kind, what):
+    """An error within is raised as `kind`, with `what` before it; those above pass as they are."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -528,44 +528,41 @@ def band_bwd(first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, dy_ref, lo
             dk_ref[0, rows] = prepare_backward(dz_ref[rows], z_ref[rows], r_TK, *table, band.scale)
             dv_ref[0, rows] = dvalues_ref[rows].astype(dv_ref.dtype)
 
-def band_call(kernel, num_matmuls, inputs, outputs, scratch, band):
-    """Run a kernel. inputs: (kind, array), outputs: (kind, shape). Kinds: block and row of [B, T, HK or GK], lane of
-    [B, H or 1, 1, T], table [T, K/2]. scratch: (width, dtype) of memory for a row."""
-    arrays, shapes = [x for _, x in inputs], [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs]
+def band_call(kernel, num_matmuls, inputs, outputs, whole_rows, scratch, band):
+    """Run a kernel. Arrays go by blocks, which their rank tells: [B, T, HK or GK], [B, H or 1, 1, T], a table [T, K/2] whole.
+    Results are like outputs, then like whole_rows, which leave a row at a time. scratch: (width, dtype) of memory for a row."""
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*outputs, *whole_rows)]
     (num_rows, length, width), head_dim = shapes[0].shape, shapes[0].shape[2] // band.num_heads
     head = lambda h, x: jax.lax.div(h, width // x.shape[2])  # several query heads may share a key head
-    spec = lambda kind, x: pl.BlockSpec(*{
-        "block": ((1, band.block, head_dim), lambda b, h, i: (b, i, head(h, x))),
-        "row": ((1, length, head_dim), lambda b, h, i: (b, 0, h)),
-        "lane": ((1, 1, 1, band.block), lambda b, h, i: (b, h if x.shape[1] > 1 else 0, 0, i)),
-        "table": (x.shape, lambda b, h, i: (0, 0))}[kind])
+    spec = lambda x: pl.BlockSpec(*{
+        3: ((1, band.block, head_dim), lambda b, h, i: (b, i, head(h, x))),
+        4: ((1, 1, 1, band.block), lambda b, h, i: (b, h if x.shape[1] > 1 else 0, 0, i)),
+        2: (x.shape, lambda b, h, i: (0, 0))}[x.ndim])
+    row = pl.BlockSpec((1, length, head_dim), lambda b, h, i: (b, 0, h))
     num_blocks = length // band.block
     blocks = band.spans + band.spans[-1:] * (num_blocks - len(band.spans))
     scores = num_rows * TILE * sum(query + TILE - key for spans in blocks for key, query in spans)  # of one head
     cost = pl.CostEstimate(flops=2 * num_matmuls * scores * width, transcendentals=band.num_heads * scores,
-                           bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays + shapes))
+                           bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *shapes)))
     return pl.pallas_call(
         functools.partial(kernel, band=band), grid=(num_rows, band.num_heads, num_blocks), out_shape=shapes, cost_estimate=cost,
-        in_specs=[spec(*x) for x in inputs], out_specs=[spec(*x) for x in outputs], name=kernel.__name__,
+        in_specs=[*map(spec, inputs)], out_specs=[*map(spec, outputs), *(row for _ in whole_rows)], name=kernel.__name__,
         scratch_shapes=[pltpu.VMEM((length, size), dtype) for size, dtype in scratch], compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 << 20))(*arrays)
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 << 20))(*inputs)
 
-BAND_INPUTS = ("lane", "block", "block", "block", "table", "table")
 def _banded_forward(first_BT, q_BTN, k_BTN, v_BTN, cos, sin, band):
     """Attention of raw queries and keys [B, T, HK] over the keys first_BT .. T. cos, sin: rotary, [T, K/2]."""
-    inputs = (first_BT[:, None, None], q_BTN, k_BTN, v_BTN, cos, sin)
+    inputs, memory = (first_BT[:, None, None], q_BTN, k_BTN, v_BTN, cos, sin), (q_BTN.shape[2] // band.num_heads, q_BTN.dtype)
     log_sum = jax.ShapeDtypeStruct((len(q_BTN), band.num_heads, 1, band.length), f32)
-    y_BTN, log_sum_BH1T = band_call(band_fwd, 2, [*zip(BAND_INPUTS, inputs)], [("block", q_BTN), ("lane", log_sum)],
-                                    [(q_BTN.shape[2] // band.num_heads, q_BTN.dtype)] * 2, band)
+    y_BTN, log_sum_BH1T = band_call(band_fwd, 2, inputs, (q_BTN, log_sum), (), (memory, memory), band)
     return y_BTN, (inputs, y_BTN, log_sum_BH1T)
 
 def _banded_backward(band, saved, dy_BTN):
     inputs, y_BTN, log_sum_BH1T = saved
     (_, q_BTN, k_BTN, *_), head_dim = inputs, y_BTN.shape[2] // band.num_heads
     narrow, wide = (head_dim, q_BTN.dtype), (head_dim, f32)
-    dq_BTN, *dkv_BTN = band_call(
-        band_bwd, 5, [*zip(BAND_INPUTS, inputs), ("block", y_BTN), ("block", dy_BTN), ("lane", log_sum_BH1T)],
-        [("block", q_BTN), ("row", q_BTN), ("row", q_BTN)], [narrow, narrow, (128, f32), wide, wide], band)
+    dq_BTN, *dkv_BTN = band_call(band_bwd, 5, (*inputs, y_BTN, dy_BTN, log_sum_BH1T), (q_BTN,), (q_BTN, q_BTN),
+                                 (narrow, narrow, (128, f32), wide, wide), band)
     of_group = lambda g_BTN: rearrange(g_BTN, "B T (G R K) -> B T G R K", G=k_BTN.shape[2] // head_dim, K=head_dim)
     return None, dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
 
@@ -697,7 +694,7 @@ def write_shard(path, tokens):
 
 def open_shard(path):
     """Memory-mapped tokens of a shard. Raises DataError for anything but a whole, well-formed one."""
-    with reading(f"{path}: cannot be read", DataError):
+    with errors_as(DataError, f"{path}: cannot be read"):
         header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
     count = header[2] if len(header) == 256 else 0
     if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or count <= 0 or size != HEADER_BYTES + 2 * count:
@@ -713,7 +710,7 @@ def open_shards(pattern):
         raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; "
                         "or train on this machine's own text: --preset=demo")
     tokens, file = [open_shard(path) for path in paths], paths[0].parent / "meta.json"
-    with reading(f"{file}: wanted tokenizer, vocab_size and bos_id", DataError):
+    with errors_as(DataError, f"{file}: wanted tokenizer, vocab_size and bos_id"):
         meta = json.loads(file.read_text()) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
         return Shards(paths, tokens, {k: kind(meta[k]) for k, kind in zip(("tokenizer", "vocab_size", "bos_id"), (str, int, int))})
 
@@ -1033,7 +1030,7 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress):
 
 def read_manifest(folder, cfg):
     """The manifest of a checkpoint of this config whose files have the hashes it names. Raises CheckpointError."""
-    with reading(f"{folder}: not a whole checkpoint; delete it", CheckpointError):
+    with errors_as(CheckpointError, f"{folder}: not a whole checkpoint; delete it"):
         own, run = folder / "manifest.json", folder.parent.parent / "config.json"  # both hold the config
         saved, mine = dict(json.loads((run if run.exists() else own).read_text())["config"]), dataclasses.asdict(cfg)
         if differing := sorted(k for k in mine | saved if k not in MAY_DIFFER and mine.get(k) != saved.get(k)):
@@ -1088,7 +1085,7 @@ class Run:
         self.total, self.reached = np.array(progress.get("seconds", [0.0, 0.0])), progress.get("reached")
         self.since, self.created, self.passing = None, time.perf_counter(), False
         self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
-        with reading(f"--log_dir={cfg.log_dir}: no folder can be made there", UsageError):
+        with errors_as(UsageError, f"--log_dir={cfg.log_dir}: no folder can be made there"):
             folder.mkdir(parents=True, exist_ok=True) if self.writes else None
     def start(self): self.since = np.array([time.perf_counter(), time.process_time()])
     def stop(self): self.total, self.since = self.seconds(), None
@@ -1177,7 +1174,7 @@ def parse_flags(argv):
         else:
             kind, words = fields[name].type, f"{words} (default: {fields[name].default!r})".replace("%", "%%")
             group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=words)
-    with reading("a file of flags cannot be read", UsageError):  # an open quote
+    with errors_as(UsageError, "a file of flags cannot be read"):  # an open quote
         given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
@@ -1211,7 +1208,7 @@ def validate(cfg):
     def need(ok, name, wanted):
         if not ok:
             raise UsageError(f"--{name}={getattr(cfg, name)}: wanted {wanted}")
-    with reading("a flag's value cannot be read", UsageError):
+    with errors_as(UsageError, "a flag's value cannot be read"):
         table, ends, _ = stages(cfg), [float(x) for x in cfg.stage_ends.split(",")], muon_momentum(0, cfg)
         layer_list(cfg.offset_layers), layer_list(cfg.long_layers)
         dtypes = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.activation_dtype)
