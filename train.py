@@ -189,8 +189,8 @@ def make_mesh(devices=None):
 
 def split_axis(spec, cfg, num_devices):
     """The axis, from the end, along which a weight and its optimizer state are split, or None: a copy on each device."""
-    axes, sizes = spec.axes.split(), axis_sizes(cfg)
-    return next((axes.index(a) - len(axes) for a in SPLIT_AXES if a in axes and sizes[a] % num_devices == 0), None)
+    axes = spec.axes.split()
+    return next((axes.index(a) - len(axes) for a in SPLIT_AXES if a in axes and AXIS_SIZE[a](cfg) % num_devices == 0), None)
 
 product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 operands, float32 sums
 
@@ -211,10 +211,10 @@ _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backwar
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 # Every weight is one row: axes, first value, optimizer group. Shapes, sharding, routing, the parameter count and the
 # checkpoint's names are read off this table. Stacked over the layers that have them; a matrix is the last two axes.
-def axis_sizes(cfg):
-    return {"L": cfg.num_layers, "I": cfg.num_layers - len(layer_list(cfg.mlp_only)), "J": len(cfg.skip_pairs),
-            "D": cfg.model_dim, "F": cfg.mlp_dim, "V": cfg.padded_vocab,
-            "HK": cfg.num_heads * cfg.head_dim, "GK": cfg.kv_heads * cfg.head_dim}
+AXIS_SIZE = {
+    "L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)),
+    "J": lambda cfg: len(cfg.skip_pairs), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
+    "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim, "V": lambda cfg: cfg.padded_vocab}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -248,7 +248,7 @@ def param_specs(cfg):
     unused = ["head"] * cfg.tie_embed + ["skip_mix"] * (not cfg.skips)
     return {name: row for name, row in table.items() if name not in unused}
 
-def shape_of(spec, cfg): return tuple(axis_sizes(cfg)[axis] for axis in spec.axes.split())
+def shape_of(spec, cfg): return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
 def count_params(specs, cfg): return sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs))
 def name_of(path): return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -395,10 +395,10 @@ def softcapped_logits(x_ND, head_VD, cfg):
 def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
     """Sum over tokens of weight * log sum exp(logits), in float32, and its gradient: the unnormalised softmax is stored in
     head_VD's dtype as the logits' matmul gives it, the row's normaliser goes to the narrow side of the next two matmuls,
-    and the label is no part of it (v6e: 16 ms of 45 for three passes over the logits)."""
+    and the label is no part of it (speedrun on a v6e-8, predicted: 16.2 ms a step, 21.6 with the label in it)."""
     size = cfg.head_block if cfg.head_block and len(x_ND) % cfg.head_block == 0 else len(x_ND)
     def block(totals, rows):
-        x_ND, weight_N1 = rows
+        x_ND, x_DN, weight_N1 = rows
         logits_NV = softcapped_logits(x_ND, head_VD, cfg)
         top_N1 = 0.0 if 0 < cfg.softcap < 60 else jnp.max(logits_NV, axis=1, keepdims=True)  # capped logits need no maximum
         exp_NV = jnp.exp(logits_NV - top_N1)
@@ -406,11 +406,12 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
         p_NV, sum_N1 = (exp_NV * slope_NV).astype(head_VD.dtype), jnp.sum(exp_NV, axis=1, keepdims=True)
         p_NV, sum_N1 = jax.lax.optimization_barrier((p_NV, sum_N1))  # else XLA goes over the logits again
         loss, scale_N1 = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1)), weight_N1 / sum_N1
-        dhead_VD = product("NV,ND->VD", p_NV, (x_ND * scale_N1).astype(head_VD.dtype))
-        return (totals[0] + loss, totals[1] + dhead_VD), product("NV,VD->ND", p_NV, head_VD) * scale_N1
+        dhead_DV = product("DN,NV->DV", (x_DN * scale_N1.T).astype(head_VD.dtype), p_NV)
+        return (totals[0] + loss, totals[1] + dhead_DV), product("NV,VD->ND", p_NV, head_VD) * scale_N1
     x_AND, weight_AN1 = rearrange(x_ND, "(A N) D -> A N D", N=size), rearrange(weight_N, "(A N) -> A N 1", N=size)
-    (loss, dhead_VD), dx_AND = jax.lax.scan(block, (f32(0), jnp.zeros(head_VD.shape, f32)), (x_AND, weight_AN1))
-    return loss, (dx_AND.reshape(x_ND.shape).astype(x_ND.dtype), dhead_VD.astype(head_VD.dtype))
+    # x goes in both ways round: XLA's CPU would widen to float32 a bf16 matmul that sums over the first axis
+    (loss, dhead_DV), dx_AND = jax.lax.scan(block, (f32(0), jnp.zeros(head_VD.shape[::-1], f32)), (x_AND, x_AND.mT, weight_AN1))
+    return loss, (dx_AND.reshape(x_ND.shape).astype(x_ND.dtype), dhead_DV.T.astype(head_VD.dtype))
 
 log_partition = jax.custom_vjp(lambda *arguments: _log_partition_forward(*arguments)[0], nondiff_argnums=(3,))
 log_partition.defvjp(_log_partition_forward, lambda cfg, saved, g: (*((g * grad).astype(grad.dtype) for grad in saved), None))
@@ -428,7 +429,7 @@ def init_cache(num_rows, max_len, cfg):
     """An empty key/value cache for `decode`: max_len positions for each of num_rows sequences."""
     zeros = lambda: jnp.zeros((num_rows, max_len, cfg.kv_heads * cfg.head_dim), cfg.compute_dtype)
     return {"position": jnp.int32(0), "bos": jnp.zeros((num_rows, max_len), bool),
-            "kv": [(zeros(), zeros()) for _ in range(axis_sizes(cfg)["I"])]}
+            "kv": [(zeros(), zeros()) for _ in range(AXIS_SIZE["I"](cfg))]}
 
 def decode(weights, cache, tokens_BT, cfg):
     """Append tokens (a prompt, or one per row) to the cache. Returns float32 logits_BV of what follows, and the cache."""
@@ -884,7 +885,7 @@ def inputs_and_targets(tokens_BT1, cfg):
 
 def sum_rows(ids_N, g_ND, num_rows):
     """[V, D]: for each id the sum of its rows, float32: the gradient of a lookup. Rows are sorted by id, and what an id adds
-    to the running sum is its total: matmuls and gathers, where TPUs would scatter row by row."""
+    to the running sum is its total: matmuls and gathers, where a TPU might scatter row by row, at a cost nobody has shown."""
     size = min(256, len(ids_N))
     order = jnp.argsort(ids_N)
     rows_CND = rearrange(g_ND[jnp.pad(order, (0, -len(ids_N) % size + size))], "(C N) D -> C N D", N=size)
@@ -899,15 +900,17 @@ def make_train_step(stage, model, mesh, cfg):
     """(state, tokens uint16 [A, B, T+1]) -> (state, mean loss in nats per token). The state is donated."""
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
     tables = {"inputs": "embed", "targets": head_name(cfg)}  # what a row of each is looked up in
+    tables = {use: name for use, name in tables.items() if name in specs and specs[name].axes == "V D"}
     def step_on_device(state, tokens_ABT1):
         weights = unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp))
         fetch = {"fetch": lambda layer, name: gather(layer, specs[name], n, cfg)} if cfg.fsdp else {}
         def micro_step(totals, tokens_BT1):
+            here, tokens_BT1 = jax.lax.optimization_barrier((weights, tokens_BT1)) if cfg.fsdp else (weights, tokens_BT1)
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
             rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}
             loss, (grads, row_grads) = jax.value_and_grad(lambda weights, rows: model.loss(
-                weights | rows | fetch, tokens_BT, target_BT, weight_BT, stage.windows, cfg), argnums=(0, 1))(weights, rows)
-            grads = jax.lax.optimization_barrier(grads) if cfg.fsdp else grads  # XLA fails where it would move reductions out
+                weights | rows | fetch, tokens_BT, target_BT, weight_BT, stage.windows, cfg), argnums=(0, 1))(here, rows)
+            grads = jax.lax.optimization_barrier(grads) if cfg.fsdp else grads  # else XLA moves gathers out, or fails to
             totals = jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads))
             return totals, ({"inputs": tokens_BT, "targets": target_BT}, row_grads)
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
@@ -942,7 +945,7 @@ def make_init(model, mesh, cfg):
         return State(jnp.int32(0), params, jax.tree.map(slots, specs, params))
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
-# By platform, stated in the log. Gradients and weights travel by the SparseCores: scripts/presets, records/v6e
+# By platform, stated in the log. Gradients and weights travel by the SparseCores (predicted: 3.9 ms a step less)
 COMPILER_OPTIONS = {"cpu": {}, "gpu": {}, "tpu": {"xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"} | {
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}}
 
@@ -1210,7 +1213,7 @@ def validate(cfg):
             raise UsageError(f"--{name}={getattr(cfg, name)}: wanted {wanted}")
     with errors_as(UsageError, "a flag's value cannot be read"):
         table, ends, _ = stages(cfg), [float(x) for x in cfg.stage_ends.split(",")], muon_momentum(0, cfg)
-        layer_list(cfg.offset_layers), layer_list(cfg.long_layers)
+        layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers")}
         dtypes = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.activation_dtype)
         pairs, trace = [(*pair,) for pair in cfg.skip_pairs], [int(x) for x in (cfg.profile or "0:1").split(":")]
     for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs"), (0, "seed num_kv_heads ns_steps vocab_size "
@@ -1222,7 +1225,12 @@ def validate(cfg):
     need(0 <= cfg.attn_scale * cfg.head_dim <= 60, "attn_scale", f"at most {60 / cfg.head_dim:g}, 60 / --head_dim: exp must not overflow")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
     need(all(len(p) == 2 and 0 <= p[0] < p[1] < cfg.num_layers for p in pairs), "skips", f"A>B,... with A < B < {cfg.num_layers}")
-    need(cfg.attention in ATTENTION, "attention", " or ".join(ATTENTION))
+    for name, listed in layers.items():
+        need(len({*listed} & {*range(cfg.num_layers)}) == len(listed), name, f"distinct blocks from 0 to {cfg.num_layers - 1}")
+    need(len(layers["mlp_only"]) < cfg.num_layers, "mlp_only", "a block with attention")
+    need(cfg.attention in ("auto", "xla", "band"), "attention", "auto, xla or band")
+    need(cfg.attention != "band" or choose_attention(dataclasses.replace(cfg, attention="auto"), "tpu").attention == "band", "attention",
+         f"xla: band is for a --head_dim in 128s, rows in {TILE}s, bfloat16")
     need(cfg.optimizer in ("muon", "adamw"), "optimizer", "muon or adamw")
     need(sorted(ends) == ends and ends[0] > 0 and ends[-1] == 1, "stage_ends", "rising shares of the steps, the last 1")
     need(0 <= cfg.val_context < cfg.val_seq_len, "val_context", f"less than --val_seq_len={cfg.val_seq_len}")

@@ -179,7 +179,6 @@ def test_with_fsdp_each_micro_step_asks_for_a_layer_forward_and_again_backward_a
     for e in remats:  # what a layer's backward starts from: no whole matrix is among it
         assert not {v.aval.shape for v in e.invars} & {shape[name][1:] for name in stacked}
 
-@pytest.mark.xfail(strict=True, reason="XLA on CPUs moves the gathers of the forward pass, alike in every micro-step, out of their loop")
 def test_with_fsdp_the_compiled_step_holds_no_layer_gathered_from_one_micro_step_to_the_next():
     found = computations(build(config(**FSDP), 8).step.as_text())
     bodies = re.findall(r" while\(.*body=%([\w.\-]+)", "\n".join(itertools.chain(*found.values())))
