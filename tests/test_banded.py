@@ -38,10 +38,10 @@ def run_kernels(q, k, v, first, g, window, block, cfg):
     """(output, its gradients in q, k and v times g), with blocks of a given size."""
     length = q.shape[1]
     table = tuple(jnp.asarray(t, cfg.compute_dtype) for t in rotary_table(length, cfg))
-    band = Band(length, window or length, block, cfg.score_scale)
+    band = Band(length, window or length, block, cfg.score_scale, cfg.num_heads)
     with pltpu.force_tpu_interpret_mode():
         def there_and_back(q, k, v, first, g):
-            y, pull = jax.vjp(lambda *qkv: banded(*qkv, first, table, cfg.num_heads, band), q, k, v)
+            y, pull = jax.vjp(lambda *qkv: banded(first, *qkv, *table, band), q, k, v)
             return y, pull(g)
         return jax.block_until_ready(jit(there_and_back)(q, k, v, first, g))
 
