@@ -1200,11 +1200,13 @@ def choose_preset(given):
     return "speedrun", f"JAX sees {jax.device_count()} x {kind}, and there are shards"
 
 def choose_attention(cfg, platform):
-    """The config with --attention=auto settled for a platform."""
+    """The config with --attention=auto settled for a platform. Raises UsageError where band is asked for and cannot run."""
     lengths = [int(length) for length in f"{cfg.seq_len},{cfg.val_seq_len}".split(",") if length.isdigit()]
     fits = cfg.head_dim % 128 == 0 and all(length % TILE == 0 for length in lengths) and cfg.compute_dtype == "bfloat16"
-    chosen = "band" if platform == "tpu" and fits else "xla"
-    return cfg if cfg.attention != "auto" else dataclasses.replace(cfg, attention=chosen)
+    best = "band" if platform == "tpu" and fits else "xla"
+    if cfg.attention == "band" != best:
+        raise UsageError(f"--attention=band: wanted a TPU, --head_dim in 128s, rows in {TILE}s, bfloat16; auto takes what can run")
+    return cfg if cfg.attention != "auto" else dataclasses.replace(cfg, attention=best)
 
 def validate(cfg):
     """Raises UsageError for a config that cannot run."""
@@ -1228,9 +1230,9 @@ def validate(cfg):
     for name, listed in layers.items():
         need(len({*listed} & {*range(cfg.num_layers)}) == len(listed), name, f"distinct blocks from 0 to {cfg.num_layers - 1}")
     need(len(layers["mlp_only"]) < cfg.num_layers, "mlp_only", "a block with attention")
+    for name in ("tie_embed", "fsdp", "shuffle"):
+        need(getattr(cfg, name) in (0, 1), name, "0 or 1")
     need(cfg.attention in ("auto", "xla", "band"), "attention", "auto, xla or band")
-    need(cfg.attention != "band" or choose_attention(dataclasses.replace(cfg, attention="auto"), "tpu").attention == "band", "attention",
-         f"xla: band is for a --head_dim in 128s, rows in {TILE}s, bfloat16")
     need(cfg.optimizer in ("muon", "adamw"), "optimizer", "muon or adamw")
     need(sorted(ends) == ends and ends[0] > 0 and ends[-1] == 1, "stage_ends", "rising shares of the steps, the last 1")
     need(0 <= cfg.val_context < cfg.val_seq_len, "val_context", f"less than --val_seq_len={cfg.val_seq_len}")
