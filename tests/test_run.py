@@ -822,3 +822,9 @@ def test_matrices_that_fill_whole_devices_in_float32_compile():
     up = np.random.default_rng(0).normal(size=(2, 16, 32)).astype(np.float32)
     got = jax.jit(spread)(up, up.swapaxes(1, 2))
     np.testing.assert_allclose(got[0], np.swapaxes(got[1], 1, 2), atol=1e-5)
+
+
+def test_the_compiler_options_of_the_platform_are_among_the_versions_that_the_log_states(monkeypatch):
+    assert train.COMPILER_OPTIONS["tpu"] and not set(train.COMPILER_OPTIONS["tpu"]) & set(train.versions())
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert train.COMPILER_OPTIONS["tpu"].items() <= train.versions().items()
