@@ -79,11 +79,11 @@ class Config:
     rope_base: float = 1024.0         # the slowest rotation is 1/base radians per token
     attn_scale: float = 0.085         # multiplies q.k, both of unit rms; 0: 1/sqrt(head_dim)
     attention: str = "auto"           # implementation: band (Pallas, for TPUs), xla; auto: band on a TPU if it can
-    attn_block: int = 512             # queries per block of the xla attention: keys out of reach are not computed
-    head_block: int = 4096            # tokens whose logits exist at a time, in head and loss; 0: all at once
+    attn_block: int = 512             # queries per block of the xla attention, where it divides a row: keys out of reach are not computed
+    head_block: int = 4096            # tokens whose logits exist at a time, where it divides a micro-step; 0: all at once
     # -- Precision and sharding
-    fsdp: int = 0                     # 1: layers stay split over the devices and are gathered one by one, forward and backward
-    compute_dtype: str = "bfloat16"   # matmul operands; weights, optimizer state, norms, softmax, loss are float32
+    fsdp: int = 0                     # 1: in training layers stay split over the devices, gathered one by one, forward and backward
+    compute_dtype: str = "bfloat16"   # matmul operands, gradients between devices; weights, optimizer state, norms, sums of softmax and loss are float32
     residual_dtype: str = "auto"      # activations between matmuls; auto: compute_dtype
     # -- Stages: one value, or one per stage separated by commas
     stage_ends: str = "0.333,0.667,1" # share of the steps at which each stage ends
@@ -315,7 +315,7 @@ def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
     return y_BGNK.astype(v_BGSK.dtype)
 
 def attention_band(q_BTN, k_BTN, v_BTN, first_BT, start, table, window, cfg):
-    """The same by the kernels below, for whole rows (start 0) of a multiple of 256 tokens."""
+    """The same by the kernels below, for whole rows (start 0) of a multiple of 256 tokens; the table in compute_dtype."""
     length, arrays = q_BTN.shape[1], (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table))
     band = Band(length, min(window or length, length), math.gcd(length, 1024), cfg.score_scale, cfg.num_heads)
     return banded(first_BT, *arrays, band)
@@ -670,7 +670,9 @@ def update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg
     return tree.unflatten(params), tree.unflatten(slots)
 
 class Model(NamedTuple):
-    """The seam for another architecture: all that the loop asks of one. The default is this file's."""
+    """The seam for another architecture: all that the loop asks of one. The default is this file's. Stacks under the names of
+    STACKED arrive as lists of layers. In training `loss` gets more weights: "inputs" and "targets", rows for `lookup` of the tables
+    embed and head where their axes are "V D"; with --fsdp=1 "fetch", the function that gathers a layer of a stack."""
     specs: Callable = param_specs       # (cfg) -> nested dict of Spec
     loss: Callable = loss_fn            # (weights, tokens_BT, target_BT, weight_BT, windows, cfg) -> summed nats
     rules: Callable = optimizer_rules   # (cfg) -> {group: Rule}
@@ -885,16 +887,16 @@ def inputs_and_targets(tokens_BT1, cfg):
 
 def sum_rows(ids_N, g_ND, num_rows):
     """[V, D]: for each id the sum of its rows, float32: the gradient of a lookup. Rows are sorted by id, and what an id adds
-    to the running sum is its total: matmuls and gathers, where a TPU might scatter row by row, at a cost nobody has shown."""
+    to the running sum is its total: matmuls and gathers alone. What a scatter of rows costs a TPU, the compiler does not tell."""
     size = min(256, len(ids_N))
     order = jnp.argsort(ids_N)
     rows_CND = rearrange(g_ND[jnp.pad(order, (0, -len(ids_N) % size + size))], "(C N) D -> C N D", N=size)
     block_CD = jnp.sum(rows_CND.astype(f32), axis=1)
     before_CD = jnp.cumsum(block_CD, axis=0) - block_CD
-    running_CND = product("MN,CND->CMD", jnp.tril(jnp.ones((size, size), g_ND.dtype), -1), rows_CND) + before_CD[:, None]
+    inside_CND = product("MN,CND->CMD", jnp.tril(jnp.ones((size, size), g_ND.dtype), -1), rows_CND)  # of the block so far
     ends_V = jnp.searchsorted(ids_N[order], jnp.arange(num_rows), side="right", method="sort")
-    at_VD = rearrange(running_CND, "C N D -> (C N) D")[ends_V]  # the sum of the rows of all ids up to each
-    return at_VD - jnp.pad(at_VD, ((1, 0), (0, 0)))[:-1]
+    added = lambda at_VD: at_VD - jnp.pad(at_VD, ((1, 0), (0, 0)))[:-1]
+    return added(rearrange(inside_CND, "C N D -> (C N) D")[ends_V]) + added(before_CD[ends_V // size])  # in parts, so less cancels
 
 def make_train_step(stage, model, mesh, cfg):
     """(state, tokens uint16 [A, B, T+1]) -> (state, mean loss in nats per token). The state is donated."""
@@ -1195,17 +1197,19 @@ def choose_preset(given):
         return "demo", ("JAX sees only a CPU, so a small byte-level model learns Python from this machine's standard library. "
                         f"The real thing, on a TPU VM or a GPU machine: {real}")
     kind, pattern = jax.devices()[0].device_kind, given.get("train_files", Config.train_files)
-    if not find_shards(pattern):
+    if pattern and not find_shards(pattern):
         raise DataError(f"JAX sees a {kind}, but no shards match {pattern}: {real}; or --preset=demo, which needs none")
     return "speedrun", f"JAX sees {jax.device_count()} x {kind}, and there are shards"
 
 def choose_attention(cfg, platform):
     """The config with --attention=auto settled for a platform. Raises UsageError where band is asked for and cannot run."""
     lengths = [int(length) for length in f"{cfg.seq_len},{cfg.val_seq_len}".split(",") if length.isdigit()]
-    fits = cfg.head_dim % 128 == 0 and all(length % TILE == 0 for length in lengths) and cfg.compute_dtype == "bfloat16"
+    fits = (cfg.head_dim % 128 == 0 and all(length % TILE == 0 for length in lengths) and cfg.compute_dtype == "bfloat16"
+            and max(lengths, default=0) * cfg.head_dim <= 1 << 21)  # a row of one head lies in fast memory
     best = "band" if platform == "tpu" and fits else "xla"
     if cfg.attention == "band" != best:
-        raise UsageError(f"--attention=band: wanted a TPU, --head_dim in 128s, rows in {TILE}s, bfloat16; auto takes what can run")
+        raise UsageError(f"--attention=band: wanted a TPU, --head_dim in 128s, rows in {TILE}s of at most "
+                         f"{(1 << 21) // cfg.head_dim} tokens, bfloat16; auto takes what can run")
     return cfg if cfg.attention != "auto" else dataclasses.replace(cfg, attention=best)
 
 def validate(cfg):

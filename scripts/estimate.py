@@ -9,7 +9,7 @@ instructions that run, loop bodies times their trip count:
            it touches, prefetch between HBM and VMEM counts once in total.
     high   the compiler's own `estimated_cycles` / clock, at least the time of its HBM bytes.
 
-Synchronous collectives are added to both, asynchronous ones are taken as hidden as far as compute lasts. The estimate is the
+Synchronous collectives are added to both, asynchronous ones as far as the order of instructions exposes them (`waits`). The estimate is the
 mean of low and high. A Pallas kernel, which the compiler says nothing about, counts by its cost_estimate and, where its
 instruction bundles were counted (scripts/bundles.py), by these; JAX's splash attention by a fit to measured times.
 
@@ -18,7 +18,8 @@ single-chip step: estimate / measured = 0.93, 1.00, 1.06, 0.94; low alone is 0.6
 allow 15 % on a whole step and more on a piece. The links between chips are hardly tested by this; v5e and v5p not at all.
 Host input, dispatch and evaluation are not in it. To compare two variants look at low and the estimate together.
 """
-import collections, math, re, sys
+import argparse, collections, math, re
+from pathlib import Path
 from typing import NamedTuple
 
 class Chip(NamedTuple):
@@ -458,4 +459,8 @@ def report(result, num_rows=25):
     return "\n".join(lines)
 
 if __name__ == "__main__":
-    print(report(estimate(open(sys.argv[1]).read(), *sys.argv[2:3])))
+    parser = argparse.ArgumentParser(description="Predict the time of a compiled TPU program from its optimized HLO.")
+    parser.add_argument("file", type=Path, help="HLO text, as scripts/dry_run.py --dump writes it")
+    parser.add_argument("chip", nargs="?", default="v6e", choices=CHIPS)
+    args = parser.parse_args()
+    print(report(estimate(args.file.read_text(), args.chip)))
