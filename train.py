@@ -947,7 +947,7 @@ def make_init(model, mesh, cfg):
         return State(jnp.int32(0), params, jax.tree.map(slots, specs, params))
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
-# By platform, stated in the log. Gradients and weights travel by the SparseCores (predicted: 3.9 ms a step less)
+# By platform, stated in the log. Gradients and weights travel by the SparseCores (predicted: 1.5 ms of 67 less)
 COMPILER_OPTIONS = {"tpu": {"xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"} | {
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}}
 
