@@ -3,7 +3,7 @@ import pytest
 
 from scripts import bundles
 from scripts.bundles import Span, count, one_of_chain, one_of_chain_then_last
-from scripts.estimate import CHIPS, UncostedKernel, estimate, report
+from scripts.estimate import CHIPS, Row, UncostedKernel, estimate, report, waits
 
 CHIP = CHIPS["v6e"]
 
@@ -150,3 +150,11 @@ def test_a_branch_or_loop_that_nobody_described_is_an_error():
 
 def test_a_span_holds_those_inside_it_but_not_itself():
     assert Span(0, 10).holds(Span(2, 10)) and not Span(0, 10).holds(Span(0, 10)) and not Span(0, 10).holds(Span(5, 11))
+
+
+def test_an_asynchronous_collective_is_waited_for_as_far_as_nothing_computes_between_its_start_and_its_end():
+    start = lambda name, seconds: Row(name, "async collective", 1, link_s=seconds)
+    work, done = lambda seconds: Row("f", "fusion", 1, low_s=seconds, high_s=seconds), lambda name: Row(name, "done", 1)
+    assert waits([start("a", 5.0), work(2.0), done("a")]) == 3.0
+    assert waits([start("a", 5.0), work(7.0), done("a")]) == 0.0
+    assert waits([start("a", 5.0), start("b", 4.0), work(6.0), done("a"), done("b")]) == 3.0  # one after the other on the links

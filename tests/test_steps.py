@@ -468,3 +468,12 @@ def test_another_model_trains_through_the_same_programs_and_stages_alike_share_o
     assert losses[0] == pytest.approx(math.log(131), abs=0.5) and losses[-1] < losses[0] - 1.5
     nats, count = programs["eval"](state.params, to_devices([[random_rows(1)[0][0]]], val_stage(cfg), mesh, cfg))
     assert int(count) == 11 and math.isfinite(float(nats))
+
+
+def test_rows_of_one_sign_do_not_cancel_in_the_sum_of_an_id_that_occurs_once():
+    rng, size = np.random.default_rng(0), 65536
+    ids, g = rng.permutation(size), np.asarray(1 + 0.3 * rng.standard_normal((size, 4)), jnp.bfloat16)
+    expected = np.zeros((size, 4))
+    expected[ids] = np.float64(g)
+    error = np.abs(np.float64(jax.jit(sum_rows, static_argnums=2)(ids, g, size)) / expected - 1)
+    assert np.mean(error) < 2e-5 and np.quantile(error, 0.99) < 1e-4
