@@ -15,7 +15,7 @@ log), and the loop (steps, main). Importing this file does nothing.
 One letter, one axis, in array names, einsum strings and the weight table alike:
     A micro-batches of a step   B rows   T query position   S key position   L layer   D model width   V vocabulary
     H query heads   G key/value heads   R query heads per key/value head   K head width   F mlp width   J skips
-    I layers with attention   N tokens, or R heads of T queries, in one axis   M, N any matrix's inputs and outputs
+    I layers with attention   E inputs of a gate   N tokens, or R heads of T queries, in one axis   M, N any matrix's two
 
 Every device runs the same program on its own rows. Weights and optimizer state live split over the devices; a step
 gathers compute copies once, accumulates gradients locally, and reduces each gradient element once.
@@ -59,7 +59,7 @@ class Config:
     """Every number one can turn; the defaults are the speedrun. Each field is a flag, its comment the flag's help."""
     # -- Run
     preset: str = "auto"              # demo, speedrun, tiny; auto: demo on a CPU, else speedrun
-    steps: int = 1925                 # optimizer steps
+    steps: int = 1906                 # optimizer steps
     seed: int = 0                     # of first weights, and of the data order where it is shuffled
     optimizer: str = "muon"           # muon: matrices by Muon, the rest by Adam; adamw: everything by AdamW
     # -- Model
@@ -71,13 +71,17 @@ class Config:
     mlp_dim: int = 3072               # hidden width of the ReLU^2 MLP
     vocab_size: int = 0               # token ids there can be; 0: what the shards' meta.json says (GPT-2: 50257)
     bos_id: int = -1                  # the token before each document; -1: what meta.json says (GPT-2: 50256)
-    tie_embed: int = 0                # 1: the head is the transposed embedding
+    tied_stages: int = 2              # stages in which the embedding is the head; then it goes its own way from there
     mlp_only: str = "6"               # blocks without attention
     skips: str = "3>6"                # the stream after block 3 re-enters before block 6; a comma list, empty: none
+    late_inputs: str = "7>9,7>10"     # attention of block 9 reads the stream after block 7
+    backout: str = "7"                # the stream after this block is taken out of the last one in part; empty: none
     offset_layers: str = "3,10"       # blocks that match keys by the token before them (partial key offset)
-    softcap: float = 15.0             # logits are cap * tanh(logits / cap); 0: off
-    rope_base: float = 1024.0         # the slowest rotation is 1/base radians per token
-    attn_scale: float = 0.085         # multiplies q.k, both of unit rms; 0: 1/sqrt(head_dim)
+    gate_dims: int = 12               # dims of its input that a gate reads: of attention's heads, of a skip; 0: no gates
+    smear: int = 1                    # 1: a gate lets some of the token before into each embedding
+    softcap: str = "11.5,15,5"        # A,B,C: logits are A * tanh((logits + C) / B); one number: B = A, C = 0; 0: off
+    rope_base: float = 1024.0         # the slowest rotation is 1/base radians per token, before YaRN
+    attn_scale: float = 0.085         # multiplies q.k, both of unit rms, in the first stage; 0: 1/sqrt(head_dim)
     attention: str = "auto"           # implementation: band (Pallas, for TPUs), xla; auto: band on a TPU if it can
     attn_block: int = 512             # queries per block of the xla attention, where it divides a row: keys out of reach are not computed
     head_block: int = 4096            # tokens whose logits exist at a time, where it divides a micro-step; 0: all at once
@@ -86,31 +90,37 @@ class Config:
     compute_dtype: str = "bfloat16"   # matmul operands, gradients between devices; weights, optimizer state, norms, sums of softmax and loss are float32
     residual_dtype: str = "auto"      # activations between matmuls; auto: compute_dtype
     # -- Stages: one value, or one per stage separated by commas
-    stage_ends: str = "0.333,0.667,1" # share of the steps at which each stage ends
-    batch_tokens: str = "393216"      # tokens per optimizer step, all devices together
+    stage_ends: str = "0.3263,0.6527,0.979,1"  # share of the steps at which each stage ends
+    batch_tokens: str = "131072,262144,393216,393216"  # tokens per optimizer step, all devices together
     seq_len: str = "4096"             # tokens per row
-    max_doc_len: str = "896,2048,2048"  # tokens kept of a document, rows packed; 0: plain stream, no document mask
-    window_short: str = "128,384,640" # tokens a short layer looks back; 0: no limit
-    window_long: str = "384,896,1408" # tokens a long layer looks back; 0: no limit
-    stage_lr: str = "1"               # multiplies every learning rate
+    max_doc_len: str = "896,2048,2048,2048"  # tokens kept of a document, rows packed; 0: plain stream, no document mask
+    window_short: str = "128,384,640,768"    # tokens a short layer looks back; 0: no limit
+    window_long: str = "384,896,1408,1664"   # tokens a long layer looks back; 0: no limit. Where it grows, YaRN
+    stage_lr: str = "1,1.52,1.73,1.73"       # multiplies every learning rate
+    mtp: str = "0.5,0.25"             # loss weights of the second and third next token: each falls to 0 over a stage, the last first
     long_layers: str = "3,10"         # blocks with the long window, in every stage
     micro_tokens: int = 4096          # tokens per device and micro-step (accumulation follows); 0: all at once
     # -- Optimizers
-    muon_lr: float = 0.025            # Muon: spectral norm of a step, times sqrt(max(1, outputs/inputs))
-    muon_wd: float = 0.0              # decoupled: weights shrink by lr * wd per step
-    muon_momentum: str = "0.85,0.95,300"  # from, to, steps of linear warmup
-    ns_steps: int = 5                 # Newton-Schulz iterations
-    embed_lr: float = 0.3             # Adam, embedding
+    muon_lr: float = 0.023            # Muon: spectral norm of a step, times sqrt(longer/shorter side), w_down twice that
+    muon_wd: float = 1.2              # where a step shrinks a weight, it shrinks by lr^2 * wd more (cautious decay)
+    muon_beta2: float = 0.9           # NorMuon: decay of the mean square of a unit's steps; 0: off
+    muon_momentum: str = "0.85,0.95,300,50"  # from, to, steps of linear warmup, and of the way back at the end
+    ns_steps: int = 5                 # Newton-Schulz iterations, at most 5
+    embed_lr: float = 0.008           # Adam, embedding
     head_lr: float = 0.008            # Adam, head
-    scalar_lr: float = 0.02           # Adam, learned scalars
+    embed_std: float = 0.005          # of the first values of embedding and head
+    scalar_lr: float = 0.04           # Adam, learned scalars
+    gate_lr: float = 0.008            # Adam, gates
     adamw_lr: float = 0.001           # AdamW, everything, with --optimizer=adamw
-    adam_beta1: float = 0.8           # decay of the gradient's mean
-    adam_beta2: float = 0.95          # decay of its square's mean
+    adam_beta1: float = 0.5           # decay of the gradient's mean, embedding and head; scalars and gates 0.9
+    adam_beta2: float = 0.95          # decay of its square's mean, embedding and head; scalars and gates 0.99
     adam_eps: float = 1e-10           # added to the root of the square's mean
-    adam_wd: float = 0.0              # decoupled decay of Adam and AdamW, scalars excepted
+    adam_wd: float = 0.75             # embedding and head: as muon_wd; with --optimizer=adamw by lr * wd, everywhere
+    adam_every: int = 2               # steps whose gradients Adam takes together
     warmup_steps: int = 0             # linear learning rate warmup
-    cooldown_frac: float = 0.4        # share of the steps over which every learning rate falls linearly
-    final_lr_scale: float = 0.1       # to this share of its peak
+    cooldown_frac: float = 0.6        # share of the steps over which every learning rate falls linearly
+    final_lr_scale: float = 0.15      # to this share of the first stage's, where it stays for
+    final_steps: int = 40             # the last steps
     # -- Data
     train_files: str = "fineweb10B/fineweb_train_*.bin"  # glob of training shards; empty: the embedded corpus
     val_files: str = "fineweb10B/fineweb_val_*.bin"      # glob of validation shards; empty: the embedded corpus
@@ -137,20 +147,22 @@ class Config:
     padded_vocab = property(lambda self: -(-self.vocab_size // self.vocab_unit) * self.vocab_unit)
     activation_dtype = property(lambda self: self.compute_dtype if self.residual_dtype == "auto" else self.residual_dtype)
     score_scale = property(lambda self: self.attn_scale or self.head_dim ** -0.5)
-    skip_pairs = property(lambda self: tuple(tuple(map(int, pair.split(">"))) for pair in self.skips.split(",") if pair))
+    cap = property(lambda self: (lambda a, b=None, c=0.0: (a, b or a, c))(*map(float, self.softcap.split(","))))
 
 PRESETS = {
     "speedrun": {},
     "demo": dict(
-        steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", attn_scale=0.2,
-        offset_layers="0,1,2,3", stage_ends="1", batch_tokens="2048", seq_len="256", max_doc_len="0", window_short="0",
-        window_long="0", long_layers="", micro_tokens=1024, attn_block=128, muon_lr=0.02, muon_momentum="0.85,0.95,100",
-        adam_beta1=0.9, residual_dtype="float32", train_files="", val_files="", shuffle=1, val_tokens=262_144, val_every=250,
-        val_seq_len=256, val_context=128, val_window_short=0, val_window_long=0, target_loss=1.05),
+        steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", late_inputs="",
+        backout="2", attn_scale=0.2, offset_layers="0,1,2,3", tied_stages=0, stage_ends="1", batch_tokens="2048", seq_len="256",
+        max_doc_len="0", window_short="0", window_long="0", stage_lr="1", mtp="", long_layers="", micro_tokens=1024, attn_block=128,
+        muon_lr=0.02, muon_momentum="0.85,0.95,100,20", adam_every=1, final_steps=0, residual_dtype="float32", train_files="",
+        val_files="", shuffle=1, val_tokens=262_144, val_every=250, val_seq_len=256, val_context=128, val_window_short=0,
+        val_window_long=0, target_loss=1.05),
     "tiny": dict(
-        steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, mlp_only="", skips="0>2", offset_layers="1",
-        attn_scale=0.3, stage_ends="0.5,1", batch_tokens="512,1024", seq_len="32,64", max_doc_len="0", long_layers="1",
-        window_short="16,24", window_long="0", micro_tokens=0, attn_block=32, compute_dtype="float32", train_files="",
+        steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, mlp_only="", skips="0>2", late_inputs="0>2",
+        backout="1", offset_layers="1", gate_dims=5, attn_scale=0.3, tied_stages=1, stage_ends="0.5,1", batch_tokens="512,1024",
+        seq_len="32,64", max_doc_len="0", long_layers="1", window_short="16,24", window_long="48,0", stage_lr="1,1.2", mtp="0.5",
+        muon_momentum="0.85,0.95,10,5", final_steps=3, micro_tokens=0, attn_block=32, compute_dtype="float32", train_files="",
         val_files="", shuffle=1, val_tokens=2048, val_every=10, val_seq_len=64, val_context=32, val_window_short=24,
         val_window_long=0, target_loss=0.0, log_every=5)}
 MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices"}  # when resuming
@@ -178,6 +190,7 @@ def val_stage(cfg):
     return Stage(-1, 0, 0, num_rows * cfg.val_seq_len, cfg.val_seq_len, 0, layer_windows(*windows, cfg), 0.0)
 
 def layer_list(text): return [int(layer) for layer in text.split(",") if layer]
+def layer_pairs(text): return [tuple(map(int, pair.split(">"))) for pair in text.split(",") if pair]
 def layer_windows(short, long, cfg):
     return tuple(long if layer in layer_list(cfg.long_layers) else short for layer in range(cfg.num_layers))
 
@@ -213,8 +226,9 @@ _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backwar
 # checkpoint's names are read off this table. Stacked over the layers that have them; a matrix is the last two axes.
 AXIS_SIZE = {
     "L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)),
-    "J": lambda cfg: len(cfg.skip_pairs), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
-    "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim, "V": lambda cfg: cfg.padded_vocab}
+    "J": lambda cfg: len(layer_pairs(cfg.skips)), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
+    "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim, "V": lambda cfg: cfg.padded_vocab,
+    "H": lambda cfg: cfg.num_heads, "E": lambda cfg: cfg.gate_dims, "1": lambda cfg: 1}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -223,30 +237,41 @@ class Spec:
     init: Callable  # (key, shape) -> float32 array
     group: str      # the optimizer rule that owns it
 
+SCALARS = ("scalar", "mix")  # groups of learned scalars: float32, no matrices
 def normal(std): return lambda key, shape: std * jax.random.normal(key, shape)
 def uniform(std): return lambda key, shape: 3 ** 0.5 * std * jax.random.uniform(key, shape, minval=-1, maxval=1)
 def constant(value): return lambda key, shape: jnp.full(shape, value, f32)
 
 def param_specs(cfg):
-    """The weight table. Zero output projections make every block start as the identity, and a zero head every token
-    equally likely (modded-nanogpt, October 2024)."""
-    matrix = uniform(0.5 * cfg.model_dim ** -0.5)
-    table = {
-        "embed": Spec("V D", normal(0.02), "head") if cfg.tie_embed else Spec("V D", normal(1.0), "embed"),
+    """The weight table. A zero w_down lets every block start as its attention alone (modded-nanogpt, October 2024; record 64 for
+    w_out that are not zero), and a gate starts half open."""
+    matrix, table = uniform(0.5 * cfg.model_dim ** -0.5), normal(cfg.embed_std)
+    rows = {
+        "embed": Spec("V D", table, "embed"),
         "attention": {
             "w_q": Spec("I D HK", matrix, "muon"),
             "w_k": Spec("I D GK", matrix, "muon"),
             "w_v": Spec("I D GK", matrix, "muon"),
-            "w_out": Spec("I HK D", constant(0.0), "muon")},
+            "w_out": Spec("I HK D", matrix, "muon"),
+            "gate": Spec("I E H", constant(0.0), "gate"),
+            "x_mix": Spec("I", constant(1.1 ** 0.5), "scalar"),  # weight of the stream, of what is added to it,
+            "y_mix": Spec("I", constant(1.0), "mix"),
+            "x0_mix": Spec("I", constant(0.0), "mix")},          # and of the first embedding, which re-enters
         "blocks": {
             "w_up": Spec("L D F", matrix, "muon"),
-            "w_down": Spec("L F D", constant(0.0), "muon"),
-            "x_mix": Spec("L", constant(1.0), "scalar"),    # weight of the residual stream as it enters a block
-            "x0_mix": Spec("L", constant(0.0), "scalar")},  # how much of the first embedding re-enters
-        "head": Spec("V D", constant(0.0), "head"),
-        "skip_mix": Spec("J", constant(0.2), "scalar")}
-    unused = ["head"] * cfg.tie_embed + ["skip_mix"] * (not cfg.skips)
-    return {name: row for name, row in table.items() if name not in unused}
+            "w_down": Spec("L F D", constant(0.0), "down"),
+            "x_mix": Spec("L", constant(1.1 ** 0.5), "scalar"),
+            "y_mix": Spec("L", constant(1.0), "mix")},
+        "head": Spec("V D", table, "head"),
+        "skip_gate": Spec("E J", constant(0.0), "skip"),
+        "skip_mix": Spec("J", constant(-1.5), "scalar"),
+        "smear_gate": Spec("E 1", constant(0.0), "smear"),
+        "smear_mix": Spec("1", constant(0.0), "scalar"),
+        "backout_mix": Spec("1", constant(0.5), "scalar")}
+    unused = ["skip_gate", "skip_mix"] * (not cfg.skips) + ["smear_gate", "smear_mix"] * (not cfg.smear) + ["backout_mix"] * (not cfg.backout)
+    keep = lambda tree: {name: keep(row) if isinstance(row, dict) else row for name, row in tree.items()
+                         if name not in unused and (cfg.gate_dims or "gate" not in name)}
+    return keep(rows)
 
 def shape_of(spec, cfg): return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
 def count_params(specs, cfg): return sum(math.prod(shape_of(spec, cfg)) for spec in jax.tree.leaves(specs))
@@ -273,36 +298,37 @@ def rms_norm(x):
     y = x.astype(f32)
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
-def rotary_table(num_positions, cfg):
-    """(cos, sin) [S, K/2] of half-RoPE (arXiv:2104.09864): dim j turns with dim j + K/2. A quarter of K turns at rates
-    from 1 down to 1/rope_base per token, the other pairs stand still. q.k then sees only differences of position."""
-    quarter = cfg.head_dim // 4
-    rate = np.concatenate([cfg.rope_base ** -np.linspace(0, 1, quarter), np.zeros(quarter)])
-    angle_SK = np.outer(np.arange(num_positions), rate)
-    return np.cos(angle_SK).astype(np.float32), np.sin(angle_SK).astype(np.float32)
+def rotary(num_positions, stage, cfg):
+    """(cos, sin) [S, K/2] of half-RoPE (arXiv:2104.09864), and the scale of q.k: dim j turns with dim j + K/2. A quarter of K turns
+    at rates from 1 down to 1/rope_base per token, the other pairs stand still: q.k sees only differences of position.
+    Where the long window grows from stage to stage, YaRN (arXiv:2309.00071, as in modded-nanogpt record 31) slows the rates
+    that turn less than 32 times in it, by up to the growth, and sharpens the scores."""
+    rate, scale = cfg.rope_base ** -np.linspace(0, 1, cfg.head_dim // 4), cfg.score_scale
+    for old, new in itertools.pairwise(s.seq_len if 0 in s.windows else max(s.windows) for s in stages(cfg)[:stage.index + 1 or None]):
+        fast = np.clip((old * rate / (2 * np.pi) - 1) / 31, 0, 1)
+        rate, scale = rate * (fast + (1 - fast) * old / new), scale * (1 + 0.2 * math.log(new / old))
+    angle_SK = np.outer(np.arange(num_positions), np.pad(rate, (0, len(rate))))
+    return np.cos(angle_SK).astype(np.float32), np.sin(angle_SK).astype(np.float32), scale
 
 def rotate(x_BTHK, table):
     cos, sin = (t[None, :, None] for t in table)
     a, b = jnp.split(x_BTHK.astype(f32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
 
-def attention_xla(q_BTN, k_BSN, v_BSN, first_BT, start, table, window, cfg):
-    """Attention of queries, the first at position start, over the keys first_BT (document and window) .. their own, anywhere.
-    q, k, v as projected. In training (T == S) it goes by blocks of attn_block queries over the keys within their reach."""
-    num_queries, num_keys, block = q_BTN.shape[1], k_BSN.shape[1], cfg.attn_block or q_BTN.shape[1]
-    if num_queries != num_keys or num_queries % block:
-        block, window = num_queries, 0
-    q_BTHK, k_BSGK, v_BSGK = (rearrange(z, "B T (H K) -> B T H K", K=cfg.head_dim) for z in (q_BTN, k_BSN, v_BSN))
-    own_table = [jax.lax.dynamic_slice_in_dim(jnp.asarray(t), start, num_queries) for t in table]
-    q_BTHK, k_BSGK = rotate(rms_norm(q_BTHK), own_table) * cfg.score_scale, rotate(rms_norm(k_BSGK), table)
+def attention_xla(q_BTN, k_BTN, v_BTN, first_BT, table, window, cfg):
+    """Attention of projected queries over the keys first_BT (document and window) .. their own, by blocks of attn_block queries
+    over the keys within their reach."""
+    num_tokens, (*table, scale) = q_BTN.shape[1], table
+    block = cfg.attn_block if cfg.attn_block and num_tokens % cfg.attn_block == 0 else num_tokens
+    q_BTHK, k_BSGK, v_BSGK = (rearrange(z, "B T (H K) -> B T H K", K=cfg.head_dim) for z in (q_BTN, k_BTN, v_BTN))
+    q_BTHK, k_BSGK = rotate(rms_norm(q_BTHK), table) * scale, rotate(rms_norm(k_BSGK), table)
     q_BHTK, k_BGSK, v_BGSK = (z.astype(cfg.compute_dtype).swapaxes(1, 2) for z in (q_BTHK, k_BSGK, v_BSGK))
-    position_T, outputs = start + jnp.arange(num_queries), []
-    for begin in range(0, num_queries, block):
+    position_T, outputs = jnp.arange(num_tokens), []
+    for begin in range(0, num_tokens, block):
         here = slice(begin, begin + block)
-        keys = slice(max(0, begin - window) if window else 0, begin + num_keys - num_queries + block)
-        key_11S = jnp.arange(num_keys)[None, None, keys]
-        visible_BTS = (key_11S >= first_BT[:, here, None]) & (key_11S <= position_T[None, here, None])
-        q_BGNK = rearrange(q_BHTK[:, :, here], "B (G R) T K -> B G (R T) K", G=k_BSGK.shape[2])
+        keys = slice(max(0, begin - window) if window else 0, begin + block)
+        visible_BTS = (position_T[None, None, keys] >= first_BT[:, here, None]) & (position_T[None, None, keys] <= position_T[None, here, None])
+        q_BGNK = rearrange(q_BHTK[:, :, here], "B (G R) T K -> B G (R T) K", G=k_BGSK.shape[1])
         y_BGNK = softmax_average(q_BGNK, k_BGSK[:, :, keys], v_BGSK[:, :, keys], visible_BTS)
         outputs.append(rearrange(y_BGNK, "B G (R T) K -> B T (G R K)", T=block))
     return jnp.concatenate(outputs, axis=1)
@@ -314,11 +340,11 @@ def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
     y_BGNK = matmul("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) / jnp.sum(exp_BGNS, axis=-1, keepdims=True)
     return y_BGNK.astype(v_BGSK.dtype)
 
-def attention_band(q_BTN, k_BTN, v_BTN, first_BT, start, table, window, cfg):
-    """The same by the kernels below, for whole rows (start 0) of a multiple of 256 tokens; the table in compute_dtype."""
-    length, arrays = q_BTN.shape[1], (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table))
-    band = Band(length, min(window or length, length), math.gcd(length, 1024), cfg.score_scale, cfg.num_heads)
-    return banded(first_BT, *arrays, band)
+def attention_band(q_BTN, k_BTN, v_BTN, first_BT, table, window, cfg):
+    """The same by the kernels below, for rows of a multiple of 256 tokens; the table in compute_dtype."""
+    length, (*table, scale) = q_BTN.shape[1], table
+    band = Band(length, min(window or length, length), math.gcd(length, 1024), scale, cfg.num_heads)
+    return banded(first_BT, *(z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table)), band)
 
 ATTENTION = {"xla": attention_xla, "band": attention_band}  # others stand behind the same signature
 
@@ -329,19 +355,16 @@ def offset_keys(k_BSN, starts_BS, cfg):
     before_BSN = jnp.pad(k_BSN, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     return jnp.where(still_N[None, None], jnp.where(starts_BS[:, :, None], 0, before_BSN), k_BSN)
 
-def attention(x_BTD, p, first_BT, start, table, window, starts_BS, cfg, cache=None):
-    """One layer's self-attention with normed queries and keys (arXiv:2010.04245). Returns (output, cache).
-    cache: None, or (k_BSN, v_BSN), into which those of x_BTD are written from place start on before they are attended to."""
-    q_BTN, k_BTN, v_BTN = (matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v"))
-    if cache is not None:
-        k_BTN, v_BTN = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-                                     for old, new in zip(cache, (k_BTN, v_BTN)))
-    k_BTN = k_BTN if starts_BS is None else offset_keys(k_BTN, starts_BS, cfg)
-    if window:
-        first_BT = jnp.maximum(first_BT, (start + jnp.arange(x_BTD.shape[1]) - window)[None])
-    attend = ATTENTION["xla" if cache or cfg.attention == "auto" else cfg.attention]
-    y_BTN = attend(q_BTN, k_BTN, v_BTN, first_BT, start, table, window, cfg)
-    return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype), cache
+def gate(x_BTD, w_EH):
+    """Between 0 and 1 for each head (or other letter) from the first few dims of x; one half without weights."""
+    return 0.5 if w_EH is None else jax.nn.sigmoid(matmul("BTE,EH->BTH", x_BTD[:, :, :len(w_EH)], w_EH, f32))
+
+def attention(x_BTD, p, attend, cfg):
+    """One layer's self-attention: attend(q, k, v) -> y between the projections, its heads gated (modded-nanogpt, record 28)."""
+    y_BTN = attend(*(matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v")))
+    if "gate" in p:
+        y_BTN = (rearrange(y_BTN, "B T (H K) -> B T H K", K=cfg.head_dim) * gate(x_BTD, p["gate"])[..., None]).reshape(y_BTN.shape).astype(y_BTN.dtype)
+    return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype)
 
 relu_squared = jax.custom_jvp(lambda x: jnp.square(jax.nn.relu(x)))  # arXiv:2109.08668; its slope from x alone, no mask is kept
 relu_squared.defjvps(lambda dx, y, x: 2 * jax.nn.relu(x) * dx)
@@ -351,41 +374,55 @@ def lookup(weights, name, ids_BT, use):
     """Rows ids_BT of a table. Where weights[use] is there (zeros, in training), the gradient goes to it, row by row."""
     return jax.lax.stop_gradient(weights[name])[ids_BT] + weights[use] if use in weights else weights[name][ids_BT]
 
-def forward(weights, tokens_BT, windows, cfg, cache=None):
-    """tokens -> (normed final activations x_BTD, cache). weights: compute copies, layers unstacked; windows: per block.
-    cache: None, a row being positions 0..T-1; or from init_cache, then the tokens are appended at its position."""
-    start, num_tokens, bos_BS = cache["position"] if cache else 0, tokens_BT.shape[1], tokens_BT == cfg.bos_id
-    if cache:
-        bos_BS = jax.lax.dynamic_update_slice_in_dim(cache["bos"], bos_BS, start, axis=1)
-    packed, key_1S = any(stage.max_doc_len for stage in stages(cfg)), jnp.arange(bos_BS.shape[1])[None]
-    doc_start_BS = jax.lax.cummax(jnp.where(bos_BS & packed, key_1S, 0), axis=1)  # a plain stream is one document
-    first_BT = jax.lax.dynamic_slice_in_dim(doc_start_BS, start, num_tokens, axis=1)
-    table, fetch = rotary_table(bos_BS.shape[1], cfg), weights.get("fetch", lambda p, name: p)
-    def block(x_BTD, x0_BTD, p, heads, layer_cache, i):
-        p = fetch(p, "blocks")
-        x_BTD = (p["x_mix"] * x_BTD + p["x0_mix"] * x0_BTD).astype(x_BTD.dtype)
+def attend_row(tokens_BT, stage, cfg):
+    """attend(layer, q, k, v) over whole rows: within the window and, where rows are packed, the document, which begins with BOS."""
+    key_1S, table = jnp.arange(tokens_BT.shape[1])[None], rotary(tokens_BT.shape[1], stage, cfg)
+    packed = any(s.max_doc_len for s in stages(cfg))  # a plain stream is one document
+    doc_start_BS = jax.lax.cummax(jnp.where((tokens_BT == cfg.bos_id) & packed, key_1S, 0), axis=1)
+    def attend(layer, q_BTN, k_BTN, v_BTN):
+        window = stage.windows[layer]
+        if layer in layer_list(cfg.offset_layers):
+            k_BTN = offset_keys(k_BTN, doc_start_BS == key_1S, cfg)
+        first_BT = jnp.maximum(doc_start_BS, key_1S - window) if window else doc_start_BS
+        return ATTENTION["xla" if cfg.attention == "auto" else cfg.attention](q_BTN, k_BTN, v_BTN, first_BT, table, window, cfg)
+    return attend
+
+def forward(weights, tokens_BT, stage, cfg, attend=None):
+    """tokens -> normed final activations x_BTD. weights: compute copies, layers unstacked. attend: another attention than that
+    over whole rows, attend(layer, q_BTN, k_BTN, v_BTN) -> y_BTN of raw projections: one with a cache, say.
+    Each sublayer: x <- x_mix x + y_mix f(rms_norm(x)) (+ x0_mix x0), learned scalars (modded-nanogpt, records 9 and 73)."""
+    attend, fetch = attend or attend_row(tokens_BT, stage, cfg), weights.get("fetch", lambda p, name: p)
+    mix = lambda *terms: sum(scale * x.astype(f32) for scale, x in terms).astype(cfg.activation_dtype)
+    def block(x_BTD, x0_BTD, read_BTD, p, heads, i):
         if heads:
-            starts_BS = doc_start_BS == key_1S if i in layer_list(cfg.offset_layers) else None
-            y_BTD, layer_cache = attention(rms_norm(x_BTD), fetch(heads, "attention"), first_BT, start, table, windows[i],
-                                           starts_BS, cfg, layer_cache)
-            x_BTD += y_BTD
-        return x_BTD + mlp(rms_norm(x_BTD), p), layer_cache
+            heads = fetch(heads, "attention")
+            y_BTD = attention(rms_norm(read_BTD), heads, functools.partial(attend, i), cfg)
+            x_BTD = mix((heads["x_mix"], x_BTD), (heads["y_mix"], y_BTD), (heads["x0_mix"], x0_BTD))
+        p = fetch(p, "blocks")
+        return mix((p["x_mix"], x_BTD), (p["y_mix"], mlp(rms_norm(x_BTD), p)))
     if cfg.fsdp:  # all but the gathered weights is kept for the backward pass, which gathers them again
         block = jax.checkpoint(block, policy=lambda primitive, *_, **__: primitive.name != "all_gather", static_argnums=5)
-    x_BTD = x0_BTD = rms_norm(lookup(weights, "embed", tokens_BT, "inputs").astype(cfg.activation_dtype))
-    after, kv = {}, []
+    e_BTD = lookup(weights, "embed", tokens_BT, "inputs").astype(cfg.activation_dtype)
+    if cfg.smear:  # modded-nanogpt, record 34
+        before_BTD = jnp.pad(e_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        e_BTD = mix((1, e_BTD), (weights["smear_mix"] * gate(e_BTD, weights.get("smear_gate")), before_BTD))
+    x_BTD = x0_BTD = rms_norm(e_BTD)
+    after, heads, late = {}, iter(weights["attention"]), {block: source for source, block in layer_pairs(cfg.late_inputs)}
     for i, p in enumerate(weights["blocks"]):
-        for j, (source, destination) in enumerate(cfg.skip_pairs):
-            if destination == i:
-                x_BTD += (weights["skip_mix"][j] * after[source]).astype(x_BTD.dtype)
-        heads = None if i in layer_list(cfg.mlp_only) else weights["attention"][len(kv)]
-        x_BTD, layer_cache = block(x_BTD, x0_BTD, p, heads, cache and cache["kv"][len(kv)] if heads else None, i)
-        after[i], kv = x_BTD, kv + [layer_cache] if heads else kv
-    return rms_norm(x_BTD), cache and {"position": start + num_tokens, "bos": bos_BS, "kv": kv}
+        for j, (source, destination) in enumerate(layer_pairs(cfg.skips)):
+            if destination == i:  # sigmoid(skip_mix) * 2 gate (records 11, 45 and 55)
+                open_BT1 = gate(x0_BTD, weights["skip_gate"][:, j:j + 1] if cfg.gate_dims else None)
+                x_BTD = mix((1, x_BTD), (2 * jax.nn.sigmoid(weights["skip_mix"][j]) * open_BT1, after[source]))
+        read_BTD = after[late[i]] if i in late else x_BTD  # record 77
+        x_BTD = after[i] = block(x_BTD, x0_BTD, read_BTD, p, None if i in layer_list(cfg.mlp_only) else next(heads), i)
+    for i in layer_list(cfg.backout):  # record 40
+        x_BTD = mix((1, x_BTD), (-weights["backout_mix"], after[i]))
+    return rms_norm(x_BTD)
 
 def capped(z, cfg):
-    """Soft cap of logits (arXiv:2408.00118), float32."""
-    return cfg.softcap * jnp.tanh(z / cfg.softcap) if cfg.softcap else z
+    """Soft cap of logits (arXiv:2408.00118), float32. The default is 23 * sigmoid((z + 5) / 7.5) (modded-nanogpt, record 54) less 11.5."""
+    height, width, shift = cfg.cap
+    return height * jnp.tanh((z + shift) / width) if height else z
 
 def softcapped_logits(x_ND, head_VD, cfg):
     """Float32 logits; the ids that pad the table get none."""
@@ -396,16 +433,16 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
     """Sum over tokens of weight * log sum exp(logits), in float32, and its gradient: the unnormalised softmax is stored in
     head_VD's dtype as the logits' matmul gives it, the row's normaliser goes to the narrow side of the next two matmuls,
     and the label is no part of it (speedrun on a v6e-8, predicted: 16.2 ms a step, 21.6 with the label in it)."""
-    size = cfg.head_block if cfg.head_block and len(x_ND) % cfg.head_block == 0 else len(x_ND)
+    size, (height, width, _) = cfg.head_block if cfg.head_block and len(x_ND) % cfg.head_block == 0 else len(x_ND), cfg.cap
     def block(totals, rows):
         x_ND, x_DN, weight_N1 = rows
         logits_NV = softcapped_logits(x_ND, head_VD, cfg)
-        top_N1 = 0.0 if 0 < cfg.softcap < 60 else jnp.max(logits_NV, axis=1, keepdims=True)  # capped logits need no maximum
+        top_N1 = 0.0 if 0 < height < 60 else jnp.max(logits_NV, axis=1, keepdims=True)  # capped logits need no maximum
         exp_NV = jnp.exp(logits_NV - top_N1)
-        slope_NV = 1 - jnp.square(logits_NV / cfg.softcap) if cfg.softcap else 1.0
+        slope_NV = 1 - jnp.square(logits_NV / height) if height else 1.0
         p_NV, sum_N1 = (exp_NV * slope_NV).astype(head_VD.dtype), jnp.sum(exp_NV, axis=1, keepdims=True)
         p_NV, sum_N1 = jax.lax.optimization_barrier((p_NV, sum_N1))  # else XLA goes over the logits again
-        loss, scale_N1 = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1)), weight_N1 / sum_N1
+        loss, scale_N1 = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1)), weight_N1 / sum_N1 * (height / width if height else 1)
         dhead_DV = product("DN,NV->DV", (x_DN * scale_N1.T).astype(head_VD.dtype), p_NV)
         return (totals[0] + loss, totals[1] + dhead_DV), product("NV,VD->ND", p_NV, head_VD) * scale_N1
     x_AND, weight_AN1 = rearrange(x_ND, "(A N) D -> A N D", N=size), rearrange(weight_N, "(A N) -> A N 1", N=size)
@@ -416,25 +453,23 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
 log_partition = jax.custom_vjp(lambda *arguments: _log_partition_forward(*arguments)[0], nondiff_argnums=(3,))
 log_partition.defvjp(_log_partition_forward, lambda cfg, saved, g: (*((g * grad).astype(grad.dtype) for grad in saved), None))
 
-def head_name(cfg): return "embed" if cfg.tie_embed else "head"
-def loss_fn(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
-    """Summed nats of the targets, each times its weight: log sum exp(logits) - logits[target]."""
-    name = head_name(cfg)
-    x_BTD = forward(weights, tokens_BT, windows, cfg)[0].astype(weights[name].dtype)
-    label_BT = jnp.sum(x_BTD.astype(f32) * lookup(weights, name, target_BT, "targets").astype(f32), axis=-1)
-    partition = log_partition(rearrange(x_BTD, "B T D -> (B T) D"), weights[name], weight_BT.ravel(), cfg)
-    return partition - jnp.sum(weight_BT * capped(label_BT, cfg))
+def loss_fn(weights, tokens_BT, target_BT, weight_BT, stage, cfg):
+    """Summed nats of the targets, each times its weight: log sum exp(logits) - logits[target]. In training, weights["ahead"] are
+    those of the second and later next tokens, which the same logits predict (multi-token prediction, record 53), in a mean."""
+    x_BTD = forward(weights, tokens_BT, stage, cfg).astype(weights["head"].dtype)
+    row_BTD, shares = lookup(weights, "head", target_BT, "targets"), [1.0, *weights.get("ahead", ())]
+    nats, total_BT = 0.0, 0.0
+    for k, share in enumerate(shares):
+        later = lambda z: jnp.pad(z[:, k:], [(0, 0), (0, k)] + [(0, 0)] * (z.ndim - 2))
+        weight_k_BT = share / sum(shares) * later(weight_BT)
+        label_BT = jnp.sum(x_BTD.astype(f32) * later(row_BTD).astype(f32), axis=-1)
+        nats, total_BT = nats - jnp.sum(weight_k_BT * capped(label_BT, cfg)), total_BT + weight_k_BT
+    return nats + log_partition(rearrange(x_BTD, "B T D -> (B T) D"), weights["head"], total_BT.ravel(), cfg)
 
-def init_cache(num_rows, max_len, cfg):
-    """An empty key/value cache for `decode`: max_len positions for each of num_rows sequences."""
-    zeros = lambda: jnp.zeros((num_rows, max_len, cfg.kv_heads * cfg.head_dim), cfg.compute_dtype)
-    return {"position": jnp.int32(0), "bos": jnp.zeros((num_rows, max_len), bool),
-            "kv": [(zeros(), zeros()) for _ in range(AXIS_SIZE["I"](cfg))]}
-
-def decode(weights, cache, tokens_BT, cfg):
-    """Append tokens (a prompt, or one per row) to the cache. Returns float32 logits_BV of what follows, and the cache."""
-    x_BTD, cache = forward(weights, tokens_BT, val_stage(cfg).windows, cfg, cache)
-    return softcapped_logits(x_BTD[:, -1], weights[head_name(cfg)], cfg), cache
+def next_logits(weights, tokens_BT, cfg):
+    """Float32 logits_BTV of what follows each token, with the windows of evaluation."""
+    x_BTD = forward(weights, tokens_BT, val_stage(cfg), cfg)
+    return softcapped_logits(rearrange(x_BTD, "B T D -> (B T) D"), weights["head"], cfg).reshape(*tokens_BT.shape, -1)
 
 # ---- Banded attention on TPUs ----------------------------------------------------------------------------------------
 # Two Pallas kernels, from raw queries and keys: QK norm, half-RoPE, scores, softmax and average, and all of it backward.
@@ -577,41 +612,67 @@ def ramp(step, steps, values):
     clip, pieces = np.clip if isinstance(step, int) else jnp.clip, zip(steps, steps[1:], values, values[1:])
     return values[0] + sum((y1 - y0) * clip((step - x0) / max(x1 - x0, 1e-9), 0.0, 1.0) for x0, x1, y0, y1 in pieces)
 
-def lr_scale(step, cfg):
-    """Multiplies every learning rate: up over warmup_steps, 1, then straight down to final_lr_scale at the last step."""
-    cooldown = ramp(step, [(1 - cfg.cooldown_frac) * cfg.steps, float(cfg.steps)], [1.0, cfg.final_lr_scale])
-    return cooldown * ramp(step, [-1.0, float(cfg.warmup_steps)], [0.0, 1.0])
+def lr_scale(step, stage, cfg):
+    """Multiplies every learning rate: up over warmup_steps, the stage's, then straight down to final_lr_scale, where it stays."""
+    last = max(cfg.steps - cfg.final_steps, 0)
+    share = ramp(step, [(1 - cfg.cooldown_frac) * last, float(last)], [1.0, 0.0])
+    return (stage.lr * share + cfg.final_lr_scale * (1 - share)) * ramp(step, [-1.0, float(cfg.warmup_steps)], [0.0, 1.0])
 
 def muon_momentum(step, cfg):
-    low, high, steps = map(float, cfg.muon_momentum.split(","))
-    return ramp(step, [0.0, max(steps, 1.0)], [low, high])
+    low, high, up, down = map(float, cfg.muon_momentum.split(","))
+    return ramp(step, [0.0, max(up, 1.0)], [low, high]) + ramp(step, [cfg.steps - down, float(cfg.steps)], [0.0, low - high])
+
+def loss_shares(step, stage, cfg):
+    """Weights of the second and later next tokens in the loss: the last falls to 0 over the first stage, the one before over the next."""
+    shares = [float(share) for share in cfg.mtp.split(",") if share]
+    shares = shares[:max(0, len(shares) - stage.index)]
+    return [*shares[:-1], shares[-1] * ramp(step, [stage.first, stage.last], [1.0, 0.0])] if shares else []
 
 def stage_at(step, table): return next(stage for stage in table if step < stage.last)
 def tokens_before(step, table):  # training tokens of the steps before this one
     return sum((min(s.last, step) - s.first) * s.batch_tokens for s in table if s.first < step)
 
 # ---- Optimizers ------------------------------------------------------------------------------------------------------
-# How one group of weights is updated. kind: "muon" or "adam"; wd: decoupled decay per unit of learning rate.
-Rule = collections.namedtuple("Rule", "kind lr wd beta1 beta2 eps", defaults=(0.0, 0.0, 0.0, 0.0))
-
-SLOTS = {"muon": ("momentum",), "adam": ("m", "v")}  # optimizer state of a weight, each of its shape, float32
+# How one group of weights is updated. kind: "muon" or "adam"; wd: cautious decay per lr^2, or plain per lr; every: steps taken together
+Rule = collections.namedtuple("Rule", "kind lr wd beta1 beta2 eps every plain", defaults=(0.0, 0.0, 0.0, 0.0, 1, False))
 
 def optimizer_rules(cfg):
-    adam = functools.partial(Rule, "adam", beta1=cfg.adam_beta1, beta2=cfg.adam_beta2, eps=cfg.adam_eps)
+    adam = functools.partial(Rule, "adam", eps=cfg.adam_eps, every=cfg.adam_every)
     if cfg.optimizer == "adamw":
-        return dict.fromkeys(("muon", "embed", "head"), adam(cfg.adamw_lr, cfg.adam_wd)) | {"scalar": adam(cfg.adamw_lr)}
-    return {"muon": Rule("muon", cfg.muon_lr, cfg.muon_wd), "embed": adam(cfg.embed_lr, cfg.adam_wd),
-            "head": adam(cfg.head_lr, cfg.adam_wd), "scalar": adam(cfg.scalar_lr)}
+        plain = lambda wd: adam(cfg.adamw_lr, wd, cfg.adam_beta1, cfg.adam_beta2, every=1, plain=True)
+        return collections.defaultdict(lambda: plain(0.0), dict.fromkeys(("muon", "down", "embed", "head"), plain(cfg.adam_wd)))
+    table = functools.partial(adam, wd=cfg.adam_wd, beta1=cfg.adam_beta1, beta2=cfg.adam_beta2)
+    small = functools.partial(adam, beta1=0.9, beta2=0.99)
+    return {"muon": Rule("muon", cfg.muon_lr, cfg.muon_wd, beta2=cfg.muon_beta2),
+            "down": Rule("muon", 2 * cfg.muon_lr, cfg.muon_wd / 2, beta2=cfg.muon_beta2), "embed": table(cfg.embed_lr), "head": table(cfg.head_lr),
+            "scalar": small(cfg.scalar_lr), "mix": small(cfg.scalar_lr / 5), "gate": small(cfg.gate_lr),
+            "skip": small(cfg.gate_lr / 20), "smear": small(cfg.gate_lr / 100)}
+
+def slot_specs(spec, rule):
+    """{name: Spec} of a weight's optimizer state, float32. "square" holds one number for each unit: along F, heads or tables."""
+    if rule.kind == "adam":
+        return dict.fromkeys(("m", "v", "held") if rule.every > 1 else ("m", "v"), spec)
+    return {"momentum": spec} | ({"square": dataclasses.replace(spec, axes=unit_axis(spec)[1])} if rule.beta2 else {})
+
+def unit_axis(spec):
+    """(axis over which a unit of a matrix reaches, from the end, the axes with 1 in its place)."""
+    axes = spec.axes.split()
+    over = -1 if SPLIT_AXES.index(axes[-2]) < SPLIT_AXES.index(axes[-1]) else -2
+    return over, " ".join("1" if i == len(axes) + over else axis for i, axis in enumerate(axes))
+
+POLAR_EXPRESS = (  # arXiv:2505.16932, as modded-nanogpt record 38 has them: five quintic steps, each the best for what the last leaves
+    (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
     """Semi-orthogonal matrix near each g[..., M, N]; leading axes are batched, the scale of g cancels.
-    Quintic Newton-Schulz with coefficients chosen for slope at zero: after five steps, singular values above 0.3 % of
-    the Frobenius norm land in about [0.65, 1.2], not at 1. Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon"""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon): an odd polynomial of the matrix drives its singular
+    values towards 1. After five steps those above 1 % of the Frobenius norm land in about [0.85, 1.15]."""
     wide = g_MN.shape[-2] <= g_MN.shape[-1]
     x = g_MN if wide else g_MN.mT
-    x = (x / (jnp.linalg.norm(x.astype(f32), axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
-    for _ in range(num_steps):
+    x = (x / (1.02 * jnp.linalg.norm(x.astype(f32), axis=(-2, -1), keepdims=True) + 1e-6)).astype(dtype)
+    for a, b, c in POLAR_EXPRESS[:num_steps]:
         gram = product("...mn,...kn->...mk", x, x).astype(dtype)
         poly = (b * gram + c * product("...mk,...kn->...mn", gram, gram)).astype(dtype)
         x = (a * x + product("...mk,...kn->...mn", poly, x)).astype(dtype)
@@ -643,14 +704,29 @@ def orthogonalize_spread(matrices, axes, num_devices, cfg):
 def muon_direction(grad, slots, momentum):
     """Nesterov momentum, still to be orthogonalized (Jordan et al. 2024): an average, then a step ahead along it."""
     average = momentum * slots["momentum"] + (1 - momentum) * grad
-    return momentum * average + (1 - momentum) * grad, {"momentum": average}
+    return momentum * average + (1 - momentum) * grad, slots | {"momentum": average}
 
 def adam_direction(grad, slots, step, rule):
-    """Adam (arXiv:1412.6980), bias-corrected; step counts from 0."""
+    """Adam (arXiv:1412.6980), bias-corrected; step counts from 0. With rule.every > 1 the gradients of so many steps are held and
+    taken together (modded-nanogpt, record 39); between, the direction is 0."""
+    due, grad = step % rule.every == rule.every - 1, grad + slots.get("held", 0)
+    count = (step // rule.every + 1).astype(f32)
     m = rule.beta1 * slots["m"] + (1 - rule.beta1) * grad
     v = rule.beta2 * slots["v"] + (1 - rule.beta2) * grad * grad
-    m_hat, v_hat = m / (1 - rule.beta1 ** (step + 1)), v / (1 - rule.beta2 ** (step + 1))
-    return m_hat / (jnp.sqrt(v_hat) + rule.eps), {"m": m, "v": v}
+    direction = m / (1 - rule.beta1 ** count) / (jnp.sqrt(v / (1 - rule.beta2 ** count)) + rule.eps)
+    if rule.every == 1:
+        return direction, {"m": m, "v": v}
+    pick = functools.partial(jnp.where, due)
+    return pick(direction, 0), {"m": pick(m, slots["m"]), "v": pick(v, slots["v"]), "held": pick(0, grad)}
+
+def equalize_units(x, square, over, split, beta2):
+    """NorMuon (arXiv:2510.05491): each unit's step by the root of its mean square over the steps, the matrix's norm kept.
+    over: the axis along which a unit reaches; split: the one that is split over the devices, or None. Returns (step, square)."""
+    total = lambda z, axis: jax.lax.psum(jnp.sum(z, axis, keepdims=True), "data") if split in axis else jnp.sum(z, axis, keepdims=True)
+    width = x.shape[over] * (jax.lax.axis_size("data") if split == over else 1)
+    square = beta2 * square + (1 - beta2) * total(x * x, (over,)) / width
+    y = x * jax.lax.rsqrt(jnp.maximum(square, 1e-10))
+    return y * jnp.sqrt(total(x * x, (-2, -1)) / jnp.maximum(total(y * y, (-2, -1)), 1e-30)), square
 
 def update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg):
     """One optimizer step on this device's share of every weight. Returns (params, opt_state)."""
@@ -658,26 +734,30 @@ def update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg
     params, grads, slots = map(tree.flatten_up_to, (params, grads, opt_state))
     rules = [rules[spec.group] for spec in specs]
     directions, slots = map(list, zip(*(
-        muon_direction(g, s, muon_momentum(step, cfg)) if rule.kind == "muon" else adam_direction(g, s, step.astype(f32), rule)
+        muon_direction(g, s, muon_momentum(step, cfg)) if rule.kind == "muon" else adam_direction(g, s, step, rule)
         for g, s, rule in zip(grads, slots, rules))))
     muon = [i for i, rule in enumerate(rules) if rule.kind == "muon"]
     axes = [split_axis(specs[i], cfg, num_devices) for i in muon]
-    for i, direction in zip(muon, orthogonalize_spread([directions[i] for i in muon], axes, num_devices, cfg)):
-        num_inputs, num_outputs = shape_of(specs[i], cfg)[-2:]
-        directions[i] = direction * max(1, num_outputs / num_inputs) ** 0.5
-    scale = stage.lr * lr_scale(step, cfg)
-    params = [p * (1 - scale * rule.lr * rule.wd) - scale * rule.lr * d for p, rule, d in zip(params, rules, directions)]
-    return tree.unflatten(params), tree.unflatten(slots)
+    for i, axis, direction in zip(muon, axes, orthogonalize_spread([directions[i] for i in muon], axes, num_devices, cfg)):
+        if "square" in slots[i]:
+            split = axis if num_devices > 1 else None
+            direction, slots[i]["square"] = equalize_units(direction, slots[i]["square"], unit_axis(specs[i])[0], split, rules[i].beta2)
+        directions[i] = direction * (max(shape_of(specs[i], cfg)[-2:]) / min(shape_of(specs[i], cfg)[-2:])) ** 0.5
+    scale = lr_scale(step, stage, cfg)
+    def move(p, direction, rule):  # cautious decay (arXiv:2510.12402; records 43 and 50): only where the step shrinks the weight
+        lr, decay = scale * rule.lr, rule.wd * p
+        return p - lr * direction - lr * (decay if rule.plain else lr * jnp.where(direction * p > 0, decay, 0))
+    return tree.unflatten(map(move, params, directions, rules)), tree.unflatten(slots)
 
 class Model(NamedTuple):
     """The seam for another architecture: all that the loop asks of one. The default is this file's. Stacks under the names of
     STACKED arrive as lists of layers. In training `loss` gets more weights: "inputs" and "targets", rows for `lookup` of the tables
-    embed and head where their axes are "V D"; with --fsdp=1 "fetch", the function that gathers a layer of a stack."""
+    embed and head where their axes are "V D"; "ahead", the loss_shares; with --fsdp=1 "fetch", which gathers a layer of a stack."""
     specs: Callable = param_specs       # (cfg) -> nested dict of Spec
-    loss: Callable = loss_fn            # (weights, tokens_BT, target_BT, weight_BT, windows, cfg) -> summed nats
+    loss: Callable = loss_fn            # (weights, tokens_BT, target_BT, weight_BT, stage, cfg) -> summed nats
     rules: Callable = optimizer_rules   # (cfg) -> {group: Rule}
-    init_cache: Callable = init_cache   # (num_rows, max_len, cfg) -> cache
-    decode: Callable = decode           # (weights, cache, tokens_BT, cfg) -> (logits_BV, cache)
+    logits: Callable = next_logits      # (weights, tokens_BT, cfg) -> float32 logits_BTV of what follows each token
+    update: Callable = update           # (params, grads, opt_state, step, stage, specs, rules, num_devices, cfg) -> (params, opt_state)
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 # A shard is 256 little-endian int32 (magic, version, token count, zeros), then that many uint16 token ids.
@@ -832,14 +912,16 @@ def embedded_corpus():
     return str(folder / "train_*.bin"), str(folder / "val_*.bin")
 
 def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
-    """Continue one prompt (token ids) by num_tokens ids, with a key/value cache, on one device."""
-    step = jax.jit(lambda w, cache, tokens: model.decode(w, cache, tokens, cfg), donate_argnums=1)
-    cache, tokens, ids = model.init_cache(1, len(prompt) + num_tokens, cfg), jnp.array([prompt]), []
-    for i in range(num_tokens):
-        logits_BV, cache = step(weights, cache, tokens)
-        tokens = jax.random.categorical(jax.random.fold_in(jax.random.key(cfg.seed), i), logits_BV / temperature)[:, None]
-        ids.append(int(tokens[0, 0]))
-    return ids
+    """Continue one prompt (token ids) by num_tokens ids on one device, each from a whole forward pass: a picture of the training,
+    not a way to serve."""
+    ids = jnp.zeros(len(prompt) + num_tokens, jnp.int32).at[:len(prompt)].set(jnp.array(prompt))
+    @jax.jit
+    def step(weights, ids, i):
+        logits_V = model.logits(weights, ids[None], cfg)[0, i - 1]
+        return ids.at[i].set(jax.random.categorical(jax.random.fold_in(jax.random.key(cfg.seed), i), logits_V / temperature))
+    for i in range(len(prompt), len(ids)):
+        ids = step(weights, ids, i)
+    return ids.tolist()[len(prompt):]
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
 # What a step takes and returns, and what a checkpoint holds. opt_state is as params, each leaf a dict of SLOTS.
@@ -851,7 +933,7 @@ def state_shardings(model, mesh, cfg):
     def place(spec):
         axis = split_axis(spec, cfg, mesh.size)
         return NamedSharding(mesh, P() if axis is None else P(*[None] * (len(spec.axes.split()) + axis), "data"))
-    slots = lambda spec: dict.fromkeys(SLOTS[rules[spec.group].kind], place(spec))
+    slots = lambda spec: jax.tree.map(place, slot_specs(spec, rules[spec.group]))
     return State(NamedSharding(mesh, P()), jax.tree.map(place, specs), jax.tree.map(slots, specs))
 
 def partition(shardings): return jax.tree.map(lambda sharding: sharding.spec, shardings)
@@ -861,7 +943,7 @@ def on_devices(function, mesh, inputs, outputs):
 def gather(params, specs, num_devices, cfg, fetched=True):
     """Compute copies in compute_dtype, scalars in float32; whole on every device, layers only if fetched."""
     def whole(path, spec, w):
-        axis, w = split_axis(spec, cfg, num_devices), w if spec.group == "scalar" else w.astype(cfg.compute_dtype)
+        axis, w = split_axis(spec, cfg, num_devices), w if spec.group in SCALARS else w.astype(cfg.compute_dtype)
         if axis is None or num_devices == 1 or not fetched and name_of(path[:1]) in STACKED:
             return w
         return jax.lax.all_gather(w, "data", axis=w.ndim + axis, tiled=True)
@@ -870,7 +952,7 @@ def gather(params, specs, num_devices, cfg, fetched=True):
 def reduce_grads(grads, specs, num_devices, cfg):
     """Sum over the devices in compute_dtype, each element once: what is kept split arrives split."""
     def reduce(path, spec, g):
-        axis, g = split_axis(spec, cfg, num_devices), g if spec.group == "scalar" else g.astype(cfg.compute_dtype)
+        axis, g = split_axis(spec, cfg, num_devices), g if spec.group in SCALARS else g.astype(cfg.compute_dtype)
         if axis is None:
             return jax.lax.psum(g, "data").astype(f32)
         if cfg.fsdp and name_of(path[:1]) in STACKED:
@@ -901,27 +983,31 @@ def sum_rows(ids_N, g_ND, num_rows):
 def make_train_step(stage, model, mesh, cfg):
     """(state, tokens uint16 [A, B, T+1]) -> (state, mean loss in nats per token). The state is donated."""
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
-    tables = {"inputs": "embed", "targets": head_name(cfg)}  # what a row of each is looked up in
-    tables = {use: name for use, name in tables.items() if name in specs and specs[name].axes == "V D"}
+    tables = {use: name for use, name in (("inputs", "embed"), ("targets", "head")) if name in specs and specs[name].axes == "V D"}
+    tied = stage.index < cfg.tied_stages and len(tables) == 2  # modded-nanogpt, records 51 and 53
     def step_on_device(state, tokens_ABT1):
         weights = unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp))
-        fetch = {"fetch": lambda layer, name: gather(layer, specs[name], n, cfg)} if cfg.fsdp else {}
+        weights |= {"embed": weights["head"]} if tied else {}
+        extra = {"ahead": loss_shares(state.step, stage, cfg)} | (
+            {"fetch": lambda layer, name: gather(layer, specs[name], n, cfg)} if cfg.fsdp else {})
         def micro_step(totals, tokens_BT1):
             here, tokens_BT1 = jax.lax.optimization_barrier((weights, tokens_BT1)) if cfg.fsdp else (weights, tokens_BT1)
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
             rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}
             loss, (grads, row_grads) = jax.value_and_grad(lambda weights, rows: model.loss(
-                weights | rows | fetch, tokens_BT, target_BT, weight_BT, stage.windows, cfg), argnums=(0, 1))(here, rows)
+                weights | rows | extra, tokens_BT, target_BT, weight_BT, stage, cfg), argnums=(0, 1))(here, rows)
             grads = jax.lax.optimization_barrier(grads) if cfg.fsdp else grads  # else XLA moves gathers out, or fails to
             totals = jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads))
             return totals, ({"inputs": tokens_BT, "targets": target_BT}, row_grads)
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
         (loss, count, grads), (ids, row_grads) = jax.lax.scan(micro_step, (f32(0), f32(0), zeros), tokens_ABT1)
         for use, name in tables.items():
-            grads[name] += sum_rows(ids[use].ravel(), rearrange(row_grads[use], "A B T D -> (A B T) D"), cfg.padded_vocab)
+            grads["head" if tied else name] += sum_rows(ids[use].ravel(), rearrange(row_grads[use], "A B T D -> (A B T) D"), cfg.padded_vocab)
         loss, count = jax.lax.psum((loss, count), "data")
         grads = jax.tree.map(lambda g: g / count, reduce_grads(restack(grads), specs, n, cfg))
-        params, opt_state = update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
+        params, opt_state = model.update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
+        if tied:
+            params, opt_state = (tree | {"embed": tree["head"]} for tree in (params, opt_state))
         return State(state.step + 1, params, opt_state), loss / count
     parts = partition(state_shardings(model, mesh, cfg))
     return jax.jit(on_devices(step_on_device, mesh, (parts, P(None, "data")), (parts, P())), donate_argnums=0)
@@ -933,7 +1019,7 @@ def make_eval_step(model, mesh, cfg):
         def micro_step(totals, tokens_BT1):
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
             weight_BT *= jnp.arange(cfg.val_seq_len)[None] >= cfg.val_context
-            loss = model.loss(weights, tokens_BT, target_BT, weight_BT, val_stage(cfg).windows, cfg)
+            loss = model.loss(weights, tokens_BT, target_BT, weight_BT, val_stage(cfg), cfg)
             return (totals[0] + loss, totals[1] + weight_BT.sum().astype(jnp.int32)), None
         return jax.lax.psum(jax.lax.scan(micro_step, (f32(0), jnp.int32(0)), tokens_ABT1)[0], "data")
     return jax.jit(on_devices(eval_on_device, mesh, (partition(state_shardings(model, mesh, cfg).params), P(None, "data")), P()))
@@ -943,8 +1029,8 @@ def make_init(model, mesh, cfg):
     def init():
         specs, rules = model.specs(cfg), model.rules(cfg)
         params = init_params(jax.random.key(cfg.seed), specs, cfg)
-        slots = lambda spec, p: {name: jnp.zeros_like(p) for name in SLOTS[rules[spec.group].kind]}
-        return State(jnp.int32(0), params, jax.tree.map(slots, specs, params))
+        slots = lambda spec: jax.tree.map(lambda slot: jnp.zeros(shape_of(slot, cfg)), slot_specs(spec, rules[spec.group]))
+        return State(jnp.int32(0), params, jax.tree.map(slots, specs))
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
 # By platform, stated in the log. Gradients and weights travel by the SparseCores (predicted: 1.5 ms of 67 less)
@@ -952,18 +1038,13 @@ COMPILER_OPTIONS = {"tpu": {"xla_enable_async_all_reduce": "true", "xla_enable_a
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}}
 
 def list_programs(model, mesh, cfg):
-    """{"init", each stage's index, "eval": (name, jitted function, argument shapes)}; stages alike share an entry."""
+    """{"init", each stage's index, "eval": (name, jitted function, argument shapes)}."""
     init, rows = make_init(model, mesh, cfg), NamedSharding(mesh, P(None, "data"))
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                          jax.eval_shape(init), state_shardings(model, mesh, cfg))
     batch = lambda stage: jax.ShapeDtypeStruct(batch_shape(stage, mesh.size, cfg), jnp.uint16, sharding=rows)
-    train, listed = {}, {"init": ("init", init, ())}
-    for stage in stages(cfg):
-        alike = stage._replace(index=0, first=0, last=0, max_doc_len=0)
-        if alike not in train:
-            train[alike] = f"train_{stage.index}", make_train_step(stage, model, mesh, cfg), (state, batch(stage))
-        listed[stage.index] = train[alike]
-    return listed | {"eval": ("eval", make_eval_step(model, mesh, cfg), (state.params, batch(val_stage(cfg))))}
+    train = {stage.index: (f"train_{stage.index}", make_train_step(stage, model, mesh, cfg), (state, batch(stage))) for stage in stages(cfg)}
+    return {"init": ("init", init, ())} | train | {"eval": ("eval", make_eval_step(model, mesh, cfg), (state.params, batch(val_stage(cfg))))}
 
 def memory_of(program):
     """Bytes per device while a compiled program runs: arguments, results and temporaries."""
@@ -978,14 +1059,13 @@ def compile_all(model, mesh, cfg):
         program = function.lower(*arguments).compile(compiler_options=options)
         return program, f"compiled: {name} in {time.perf_counter() - start:.1f}s, {memory_of(program) / 2**30:.2f} GiB per device"
     with ThreadPoolExecutor() as pool:
-        distinct = {entry[0]: entry for entry in listed.values()}
-        built = dict(zip(distinct, pool.map(build, distinct.values())))
-    return {key: built[entry[0]][0] for key, entry in listed.items()}, [note for _, note in built.values()]
+        built = dict(zip(listed, pool.map(build, listed.values())))
+    return {key: program for key, (program, _) in built.items()}, [note for _, note in built.values()]
 
 def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
     of each query head and key that causality and window leave visible; document borders are not counted."""
-    matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", "scalar"))
+    matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", *SCALARS))
     windows = [window for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
     reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in windows]
     keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
@@ -1119,7 +1199,7 @@ class Run:
         step_s = (wall - self.marked) / self.steps
         row = {"step": step + 1, "tokens": tokens_before(step + 1, self.table), "train_time_s": wall, "cpu_time_s": cpu,
                "wall_s": time.perf_counter() - self.created, "train_loss": loss, "stage": stage.index, "step_ms": 1e3 * step_s,
-               "lr": stage.lr * lr_scale(step, self.cfg), "tokens_per_s": stage.batch_tokens / step_s,
+               "lr": lr_scale(step, stage, self.cfg), "tokens_per_s": stage.batch_tokens / step_s,
                "input_wait_ms": 1e3 * self.waited / self.steps}
         return row | ({"mfu": row["tokens_per_s"] * self.flops[stage.index] / self.peak} if self.peak else {})
     def write(self, row):
@@ -1219,22 +1299,24 @@ def validate(cfg):
             raise UsageError(f"--{name}={getattr(cfg, name)}: wanted {wanted}")
     with errors_as(UsageError, "a flag's value cannot be read"):
         table, ends, _ = stages(cfg), [float(x) for x in cfg.stage_ends.split(",")], muon_momentum(0, cfg)
-        layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers")}
+        layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers", "backout")}
         dtypes = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.activation_dtype)
-        pairs, trace = [(*pair,) for pair in cfg.skip_pairs], [int(x) for x in (cfg.profile or "0:1").split(":")]
-    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs"), (0, "seed num_kv_heads ns_steps vocab_size "
+        pairs, trace = {name: layer_pairs(getattr(cfg, name)) for name in ("skips", "late_inputs")}, [int(x) for x in (cfg.profile or "0:1").split(":")]
+        scale, _, _ = rotary(1, val_stage(cfg), cfg)[2], cfg.cap, loss_shares(0, table[0], cfg)
+    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs adam_every"), (0, "seed num_kv_heads ns_steps vocab_size gate_dims tied_stages final_steps "
                          "attn_block head_block micro_tokens val_window_short val_window_long window_short window_long max_doc_len")):
         for name in names.split():
             need(min(map(int, str(getattr(cfg, name)).split(","))) >= least, name, f"at least {least}")
     need(all(dtype in ("float32", "bfloat16") for dtype in dtypes), "compute_dtype", "float32 or bfloat16, --residual_dtype too")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
-    need(0 <= cfg.attn_scale * cfg.head_dim <= 60, "attn_scale", f"at most {60 / cfg.head_dim:g}, 60 / --head_dim: exp must not overflow")
+    need(0 <= scale * cfg.head_dim <= 60, "attn_scale", f"at most {60 / cfg.head_dim * cfg.score_scale / scale:.4g}: exp must not overflow")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
-    need(all(len(p) == 2 and 0 <= p[0] < p[1] < cfg.num_layers for p in pairs), "skips", f"A>B,... with A < B < {cfg.num_layers}")
+    for name, listed in pairs.items():
+        need(all(len(p) == 2 and 0 <= p[0] < p[1] < cfg.num_layers for p in listed), name, f"A>B,... with A < B < {cfg.num_layers}")
     for name, listed in layers.items():
         need(len({*listed} & {*range(cfg.num_layers)}) == len(listed), name, f"distinct blocks from 0 to {cfg.num_layers - 1}")
     need(len(layers["mlp_only"]) < cfg.num_layers, "mlp_only", "a block with attention")
-    for name in ("tie_embed", "fsdp", "shuffle"):
+    for name in ("smear", "fsdp", "shuffle"):
         need(getattr(cfg, name) in (0, 1), name, "0 or 1")
     need(cfg.attention in ("auto", "xla", "band"), "attention", "auto, xla or band")
     need(cfg.optimizer in ("muon", "adamw"), "optimizer", "muon or adamw")

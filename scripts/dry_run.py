@@ -147,12 +147,12 @@ def pieces_of(piece, stage, model, mesh, cfg):
         mapped = jax.shard_map(function, mesh=one, in_specs=P(), out_specs=P(), check_vma=False)
         return Job(name, jax.jit(mapped), arguments, one, 0, tokens, 0.0, stage, mesh.size)
     if piece == "layer":
-        few = dataclasses.replace(cfg, num_layers=2, mlp_only="", skips="", vocab_size=128, bos_id=0)  # two blocks and a small embedding
+        few = dataclasses.replace(cfg, num_layers=2, mlp_only="", skips="", late_inputs="", backout="", vocab_size=128, bos_id=0)  # two blocks
         specs = {name: spec for name, spec in model.specs(few).items() if name != "head"}
         params = jax.tree.map(lambda spec: shape(f32, *train.shape_of(spec, few)), specs)
         def layer(params, tokens_ABT):
             weights = train.unstack(train.gather(params, specs, 1, few))
-            total = lambda weights, tokens_BT: train.forward(weights, tokens_BT, stage.windows[:2], few)[0].astype(f32).sum()
+            total = lambda weights, tokens_BT: train.forward(weights, tokens_BT, stage, few).astype(f32).sum()
             def add(sums, tokens_BT):
                 return jax.tree.map(lambda s, g: s + g.astype(f32), sums, jax.grad(total)(weights, tokens_BT)), None
             return jax.lax.scan(add, jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights), tokens_ABT)[0]
@@ -161,8 +161,8 @@ def pieces_of(piece, stage, model, mesh, cfg):
         q, k = (shape(cfg.compute_dtype, B, T, heads * cfg.head_dim) for heads in (cfg.num_heads, cfg.kv_heads))
         def core(window):
             def forward_and_backward(q, k, v, first_BT, g):
-                table = train.rotary_table(T, cfg)
-                attend = lambda q, k, v: train.ATTENTION[cfg.attention](q, k, v, first_BT, 0, table, window, cfg)
+                table = train.rotary(T, stage, cfg)
+                attend = lambda q, k, v: train.ATTENTION[cfg.attention](q, k, v, first_BT, table, window, cfg)
                 return jax.vjp(attend, q, k, v)[1](g)
             return forward_and_backward
         first_BT = shape(jnp.int32, B, T)
