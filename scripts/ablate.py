@@ -3,8 +3,7 @@
     python -m scripts.ablate LIST                  run what is not in records/ablations/LIST.jsonl yet, then print the table
     python -m scripts.ablate LIST --table          the table alone; --reach=NAME adds how soon each reaches NAME's final loss
     python -m scripts.ablate LIST --proxy=DIR      on the shards *train_*.bin and *val_*.bin of a folder, not on the demo's text
-    python -m scripts.ablate reencode SHARDS DIR   GPT-2 shards, decoded and written anew with a vocabulary of 4,096 tokens, so
-                                                   that the head of a small model does not eat its budget (needs --bpe=DIR)
+    python -m scripts.ablate reencode SHARDS DIR --bpe=DIR     make such a folder of GPT-2 shards (scripts/reencode.py)
 
 LIST is a text file, a line each, # begins a comment:
     all: --steps=500                    flags put before everybody's own; optional, as is the next line
@@ -18,13 +17,14 @@ seed and data, so a list can be stopped (Ctrl-C), continued and extended. A seed
 and the same first value of each weight that they share. Runs go seed by seed, so that what is there early is a whole table.
 train.py and scripts/ are copied first: they can be edited while a list runs. A run that failed stays as a line with its error.
 """
-import argparse, collections, contextlib, datetime, hashlib, itertools, json, math, os, re, shlex, shutil, signal, subprocess, sys, tempfile
+import argparse, collections, contextlib, datetime, hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys, tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from train import ROOT, DataError, UsageError, errors_as, file_sha256, open_shards, parse_flags, write_shard
+from scripts import reencode
+from train import ROOT, DataError, UsageError, errors_as, file_sha256, open_shards, parse_flags
 
 Entry = collections.namedtuple("Entry", "name model flags")  # model: of scripts.baselines, or "": train.py's
 OURS = ("--seed", "--log_dir", "--resume", "--train_files", "--val_files")  # flags that this script gives
@@ -102,16 +102,16 @@ def command(entry, source):
 
 def result_of(folder, code):
     """What a run's folder says, or {"error": the last line of what it said}."""
-    said = (folder / "said.txt").read_text(errors="replace").split("\n")
-    with contextlib.suppress(OSError, IndexError, ValueError, KeyError):
-        run = next(folder.glob("*/metrics.jsonl")).parent if not code else None
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        log, final = (run / "log.txt").read_text().split("=" * 120)[-1], rows[-1]
+    with contextlib.suppress(OSError, StopIteration, LookupError, TypeError, ValueError):  # something is not there
+        run = next(folder.glob("*/metrics.jsonl") if code == 0 else iter(())).parent
+        *rows, final = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        log = (run / "log.txt").read_text().split("=" * 120)[-1]
         versions = dict(re.findall(r"(python|jax|numpy)=(\S+)", re.search("^versions: .*", log, re.M)[0]))
-        return {"val": [[row["step"], row["tokens"], row["val_loss"]] for row in rows if "val_loss" in row and "train_loss" in row],
+        return {"val": [[row["step"], row["tokens"], row["val_loss"]] for row in rows if "val_loss" in row],
                 "val_loss": final["val_loss"], "train_time_s": final["train_time_s"], "cpu_time_s": final["cpu_time_s"],
                 "params": int(re.search(r"^parameters: (\d+)", log, re.M)[1]), "versions": versions,
                 "devices": re.search("^devices: (.*)", log, re.M)[1], "data": dict(re.findall(r"^data: (\S+) tokens:\d+ sha256:(\w+)", log, re.M))}
+    said = (folder / "said.txt").read_text(errors="replace").split("\n")
     last = next((line for line in reversed(said) if line.strip()), "it said nothing")
     return {"error": f"exit code {code}: {last[:300].replace(str(folder), 'DIR')}"}
 
@@ -120,7 +120,8 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
     pinned, start, running, done = hasattr(os, "sched_setaffinity"), time.perf_counter(), {}, 0
     cores = sorted(os.sched_getaffinity(0)) if pinned else [*range(os.cpu_count())]
     shares = [cores[slot::jobs] or [cores[slot % len(cores)]] for slot in range(jobs)]
-    waiting, flags, environment = collections.deque(todo), data[0], os.environ | {"PYTHONPATH": str(source)}
+    waiting, flags = collections.deque(todo), data[0]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])}
     try:
         while waiting or running:
             for slot in set(range(jobs)) - set(running) if waiting else ():
@@ -177,7 +178,7 @@ def table_of(entries, rows, sense):
         said = " ".join([f"model={model}"] * bool(model) + flags).replace("|", "\\|")
         cells = [name, f"`{said}`" if said else "", f"{len(own)}" + (f" ({failed} failed)" if failed else ""),
                  f"{np.mean([row['val_loss'] for row in own.values()]):.4f}" if own else "-",
-                 f"{difference:+.4f} ± {error:.4f} (n={len(both)})" if both and name != "base" else "-",
+                 f"{difference:+.4f}" + (f" ± {error:.4f}" if len(both) > 1 else "") + f" (n={len(both)})" if both and name != "base" else "-",
                  f"{sum(own[s]['cpu_time_s'] for s in both) / sum(base[s]['cpu_time_s'] for s in both):.2f}" if both else "-",
                  next((str(row["params"]) for row in own.values()), "-"), word if name != "base" else "-"]
         out.append("| " + " | ".join(cells) + " |")
@@ -218,81 +219,15 @@ def reach(name, rows):
         out.append(f"| {other} | " + ("not reached | - |" if at is None else f"{at:.0f} | {at / total:.3f} |"))
     return "\n".join(out)
 
-# ---- Another vocabulary ----
-
-def gpt2_bytes(folder):
-    """The bytes of each GPT-2 token, by id, from encoder.json. Raises DataError."""
-    with errors_as(DataError, f"{folder}: wanted GPT-2's encoder.json"):
-        ids = json.loads((Path(folder) / "encoder.json").read_text())
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves, the others for 256, 257, ...
-    others = [byte for byte in range(256) if byte not in plain]
-    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    table = {number: bytes(map(byte_of.__getitem__, text)) for text, number in ids.items() if text != "<|endoftext|>"}
-    return [table.get(i, b"") for i in range(max(ids.values()) + 1)]
-
-def texts_of(tokens, table, bos):
-    """Yield the documents of a shard. What stands before the first BOS is one; bytes that are no UTF-8, by a cut, become U+FFFD."""
-    edges = [0, *np.flatnonzero(tokens == bos).tolist(), len(tokens)]
-    for first, last in zip(edges, edges[1:]):
-        if last > first:
-            yield b"".join(map(table.__getitem__, tokens[first:last].tolist())).decode(errors="replace")
-
-def reencode(argv):
-    """Writes shards, tokenizer.json and meta.json. The tokenizer is trained on the first training shard. Raises UsageError, DataError."""
-    args = parse_reencode(argv)
-    try:
-        import tokenizers
-    except ImportError:
-        raise UsageError("reencode needs the package tokenizers: pip install -r scripts/requirements.txt") from None
-    train, val = (open_shards(f"{args.shards}/*{split}_*.bin") for split in ("train", "val"))
-    table, bos, out, start = gpt2_bytes(args.bpe), train.meta["bos_id"], Path(args.out), time.perf_counter()
-    if train.meta["vocab_size"] != len(table):
-        raise DataError(f"{args.shards}: a vocabulary of {train.meta['vocab_size']}, but {args.bpe} has {len(table)}")
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    sample = itertools.islice(texts_of(train.tokens[0], table, bos), args.sample)
-    tokenizer.train_from_iterator(sample, vocab_size=args.vocab, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False)
-    tokenizer.save(str(out / "tokenizer.json"))
-    left = {"train": args.tokens, "val": math.inf}
-    for split, shards in (("val", val), ("train", train)):
-        for i, tokens in enumerate(shards.tokens):
-            texts = [*texts_of(tokens, table, bos)] if left[split] > 0 else []
-            ids = [[0, *encoding.ids] for encoding in tokenizer.encode_batch(texts)]
-            tokens_out = np.fromiter(itertools.chain.from_iterable(ids), np.uint16)[:int(min(left[split], 1 << 62))]
-            if len(tokens_out):
-                left[split] -= len(tokens_out)
-                write_shard(out / f"{split}_{i:06d}.bin", tokens_out)
-                size = sum(len(text.encode()) for text in texts) / sum(map(len, ids))
-                print(f"{split}_{i:06d}.bin: {len(tokens_out)} tokens in {len(texts)} documents, {size:.3f} bytes per token, "
-                      f"{time.perf_counter() - start:.0f} s so far", flush=True)
-    meta = {"tokenizer": "tokenizer.json", "vocab_size": tokenizer.get_vocab_size(), "bos_id": 0}
-    (out / "meta.json").write_text(json.dumps(meta))
-    print(f"wrote: {out}, a vocabulary of {meta['vocab_size']}")
-
-def parse_reencode(argv):
-    parser = argparse.ArgumentParser(usage="python -m scripts.ablate reencode SHARDS DIR --bpe=DIR [--FLAG=VALUE ...]", allow_abbrev=False)
-    parser.error, flag = usage_error, parser.add_argument
-    flag("shards", metavar="SHARDS", help="folder of GPT-2 shards, *train_*.bin and *val_*.bin")
-    flag("out", metavar="DIR", help="where the new ones go")
-    flag("--bpe", required=True, metavar="DIR", help="folder of GPT-2's encoder.json")
-    flag("--vocab", type=int, default=4096, metavar="N", help="tokens of the new vocabulary, the BOS among them (default: %(default)s)")
-    flag("--tokens", type=float, default=math.inf, metavar="N", help="new training tokens at most (default: all)")
-    flag("--sample", type=int, default=5000, metavar="N", help="documents that the vocabulary is made from (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if not 257 <= args.vocab < 65535 or args.tokens <= 0 or args.sample < 1:
-        usage_error(f"--vocab={args.vocab} --tokens={args.tokens:g} --sample={args.sample}: wanted 257 to 65534, and more than 0")
-    return args
-
 # ---- Command line ----
-
-def usage_error(message):
-    raise UsageError(f"{message} (python -m scripts.ablate --help)")
 
 def parse(argv):
     """Raises UsageError."""
+    def fail(message):
+        raise UsageError(f"{message} (python -m scripts.ablate --help)")
     parser = argparse.ArgumentParser(usage="python -m scripts.ablate LIST [--FLAG=VALUE ...]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error, flag = usage_error, parser.add_argument
+    parser.error, flag = fail, parser.add_argument
     flag("list", metavar="LIST", help="the file that lists the variants")
     flag("--jobs", type=int, default=2, metavar="N", help="runs at a time, each on its share of the cores (default: %(default)s)")
     flag("--seeds", default="0,1,2", metavar="LIST", help="(default: %(default)s)")
@@ -305,7 +240,7 @@ def parse(argv):
     flag("--retry", action="store_true", help="run again what failed")
     args = parser.parse_args(argv)
     if args.jobs < 1 or not re.fullmatch(r"\d+(,\d+)*", args.seeds):
-        usage_error(f"--jobs={args.jobs} --seeds={args.seeds}: wanted at least 1 job, and whole numbers with commas between them")
+        fail(f"--jobs={args.jobs} --seeds={args.seeds}: wanted at least 1 job, and whole numbers with commas between them")
     args.seeds = [*map(int, args.seeds.split(","))]
     args.out = Path(args.out or ROOT / "records/ablations" / f"{Path(args.list).stem}.jsonl")
     return args
@@ -314,7 +249,7 @@ def main(argv=None, command=command):
     """Returns the exit code: 0, or 130 if interrupted. Raises UsageError and DataError before anything runs."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["reencode"]:
-        return reencode(argv[1:])
+        return reencode.main(argv[1:])
     args = parse(argv)
     entries, sense = read_list(args.list)
     if args.only:
