@@ -32,7 +32,6 @@ HEAD = """\
 def config(flags, micro_tokens, micro_steps):
     """(cfg of a few steps in each stage, tokens of a whole step by stage). Raises UsageError, DataError."""
     cfg, _ = train.configure([*flags, f"--micro_tokens={micro_tokens}"])
-    jax.config.update("jax_enable_compilation_cache", False)  # the time of compilation is wanted
     table = train.stages(cfg)
     short = lambda stage: micro_steps * max(micro_tokens or stage.batch_tokens, stage.seq_len) * jax.device_count() or stage.batch_tokens
     batches = ",".join(str(min(stage.batch_tokens, short(stage))) for stage in table)
@@ -130,7 +129,7 @@ def part_ablate(args, say):
             said, _ = process.communicate()
             say(f"{args.minutes:g} minutes were over before the list; the same command continues")
     say(said)
-    if process.returncode not in (0, 130):
+    if process.returncode not in (0, 130, -signal.SIGINT):
         raise UsageError(f"--list={args.list}: scripts.ablate ended with exit code {process.returncode}")
     return list(ablate.read_records(out).values())
 
@@ -147,7 +146,7 @@ def parse(argv):
     flag("--out", default="logs/gpu_report", metavar="PATH", help="the report's path without .txt, .json (default: %(default)s)")
     flag("--minutes", type=float, default=9, metavar="N", help="nothing is begun after (default: %(default)s)")
     flag("--smoke", action="store_true", help="tiny shapes")
-    flag("--micro_tokens", default="8192,16384,32768", metavar="LIST", help="steps: tokens of a micro-step (default: %(default)s)")
+    flag("--micro_tokens", metavar="LIST", help="steps: tokens of a micro-step (default: 8192,16384,32768)")
     flag("--micro_steps", type=int, default=0, metavar="N", help="steps: time only so many of a step (default: 0, all)")
     flag("--steps", type=int, default=5, metavar="N", help="steps: so many are timed (default: %(default)s)")
     flag("--warmup", type=int, default=2, metavar="N", help="steps: after so many (default: %(default)s)")
@@ -156,12 +155,13 @@ def parse(argv):
     flag("--seeds", default="0", metavar="LIST", help="ablate: (default: %(default)s)")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
+    args.micro_tokens = args.micro_tokens or ("256" if args.smoke else "8192,16384,32768")
     if not re.fullmatch(r"\d+(,\d+)*", args.micro_tokens) or min(args.steps, args.minutes) <= 0 or min(args.warmup, args.micro_steps) < 0:
         fail(f"--micro_tokens={args.micro_tokens} --steps={args.steps} --minutes={args.minutes:g} --warmup={args.warmup} "
              f"--micro_steps={args.micro_steps}: wanted whole numbers with commas between them, more than 0 steps and minutes")
     if args.part == "ablate" and not (args.list or args.smoke):
         fail("--part=ablate: wanted --list=LIST")
-    args.micro_tokens = [128, 256] if args.smoke else [*map(int, args.micro_tokens.split(","))]
+    args.micro_tokens = [*map(int, args.micro_tokens.split(","))]
     args.flags = (SMOKE if args.smoke else ["--preset=speedrun"]) + argv[split + 1:]
     return args
 
@@ -173,6 +173,7 @@ def main(argv=None):
         print(text, flush=True)
         lines.append(text)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_enable_compilation_cache", False)  # the time that compilation takes is wanted
     result = {"part": args.part, "argv": argv, "rows": (part_steps if args.part == "steps" else part_ablate)(args, say)}
     result |= {"versions": train.versions(), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}  # now that no run wants them
     say(f"{result['devices']}; " + " ".join(f"{name}={value}" for name, value in result["versions"].items()))

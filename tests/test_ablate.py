@@ -1,4 +1,5 @@
 """scripts/ablate.py and scripts/reencode.py: lists, resuming, differences, reach, failures, vocabularies, and one tiny real run."""
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import scipy.interpolate
@@ -22,8 +24,6 @@ FAKE = '''
 import json, pathlib, sys, time
 flags = dict(flag[2:].split("=") for flag in sys.argv[1:] if "=" in flag)
 seed, (softcap, steps) = int(flags["seed"]), (float(flags.get(name, "15")) for name in ("softcap", "steps"))
-if steps == 13:
-    sys.exit(print("words before") or print("error: unlucky", file=sys.stderr) or 5)
 if steps == 99:
     time.sleep(60)
 folder = pathlib.Path(flags["log_dir"]) / "run"
@@ -34,6 +34,8 @@ last = {key: rows[-1][key] for key in ("step", "tokens", "val_loss")} | {"train_
 lines = ["data: nothing", "=" * 120, "versions: python=3.11.1 jax=0.10.2 numpy=2.0.0 platform=x", "devices: 1 x fake",
          "data: train_000000.bin tokens:7 sha256:" + flags.get("data", "abc"), "parameters: 77"]
 (folder / "log.txt").write_text("\\n".join(lines))
+if steps == 13:
+    sys.exit(print("words before") or print("error: unlucky", file=sys.stderr) or 5)
 '''
 LIST = "all: --steps=3  # short\n\n# a comment: not an entry\nbase:\nno softcap: --softcap=0\n"
 
@@ -161,7 +163,7 @@ def test_a_stopped_list_keeps_what_has_ended_and_continues(fake, tmp_path, sent)
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="wants two cores to give away")
 def test_each_job_has_cores_of_its_own(fake, tmp_path):
-    (tmp_path / "fake.py").write_text(f"import os, sys, time; time.sleep(0.5); print(*os.sched_getaffinity(0)); sys.exit(3)")
+    (tmp_path / "fake.py").write_text("import os, sys, time; time.sleep(0.5); print(*os.sched_getaffinity(0)); sys.exit(3)")
     cores = os.sched_getaffinity(0)
     fake(LIST, "--seeds=0")
     shares = [set(map(int, re.search("exit code 3: (.*)", row["error"])[1].split())) for row in fake.lines()]
@@ -170,14 +172,16 @@ def test_each_job_has_cores_of_its_own(fake, tmp_path):
 
 def test_a_tiny_real_list_trains_and_compares(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    (tmp_path / "real.txt").write_text("all: --preset=tiny --steps=4 --val_every=2\nbase:\nno skips: --skips=\nnan: --muon_lr=nan\n")
-    assert ablate.main([str(tmp_path / "real.txt"), "--seeds=0", f"--out={tmp_path / 'real.jsonl'}", "--reach=base"]) == 0
+    (tmp_path / "real.txt").write_text("all: --preset=tiny --steps=4 --val_every=2 --num_layers=1 --skips= --offset_layers= --long_layers=\n"
+                                       "base: --stage_ends=1 --seq_len=64 --batch_tokens=512 --window_short=16\nlong: --val_tokens=999999999\n")
+    assert ablate.main([str(tmp_path / "real.txt"), "--seeds=1", f"--out={tmp_path / 'real.jsonl'}", "--reach=base"]) == 0
     printed = capfd.readouterr().out
     lines = {row["name"]: row for row in map(json.loads, (tmp_path / "real.jsonl").read_text().splitlines())}
-    assert [step for step, *_ in lines["base"]["val"]] == [2, 4] and lines["base"]["val"][-1][2] == lines["base"]["val_loss"]
-    assert lines["base"]["params"] > lines["no skips"]["params"] and "exit code 5" in lines["nan"]["error"]
-    assert set(lines["base"]["data"]) == {"train_000000.bin", "val_000000.bin"} and lines["base"]["versions"]["jax"]
-    assert cells(printed, "base")[3] == f"{lines['base']['val_loss']:.4f}"
+    base, source = lines["base"], (ROOT / "train.py").read_bytes()
+    assert [row[:2] for row in base["val"]] == [[2, 1024], [4, 2048]] and base["val"][-1][2] == base["val_loss"] < math.log(257)
+    assert base["params"] > 257 * 32 and base["cpu_time_s"] > 0 and base["source_sha256"] == hashlib.sha256(source).hexdigest()
+    assert set(base["data"]) == {"train_000000.bin", "val_000000.bin"} and base["versions"]["jax"] == jax.__version__
+    assert lines["long"]["error"].startswith("exit code 3: error: ") and cells(printed, "base")[3] == f"{base['val_loss']:.4f}"
 
 
 # ---- The table ----
