@@ -120,21 +120,20 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
     pinned, start, running, done = hasattr(os, "sched_setaffinity"), time.perf_counter(), {}, 0
     cores = sorted(os.sched_getaffinity(0)) if pinned else [*range(os.cpu_count())]
     shares = [cores[slot::jobs] or [cores[slot % len(cores)]] for slot in range(jobs)]
-    waiting, flags = collections.deque(todo), data[0]
+    waiting, cut = collections.deque(todo), out.exists() and out.read_text()[-1:] not in ("", "\n")  # its last line, by a kill
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])}
     try:
         while waiting or running:
-            for slot in set(range(jobs)) - set(running) if waiting else ():
-                if waiting:
-                    (entry, seed), folder = waiting.popleft(), Path(tempfile.mkdtemp(dir=source))
-                    argv = [*command(entry, source), *entry.flags, *flags, f"--seed={seed}", f"--log_dir={folder}"]
-                    if pinned:
-                        os.sched_setaffinity(0, shares[slot])  # a child has what its parent has
-                    with open(folder / "said.txt", "w") as said:
-                        process = subprocess.Popen(argv, stdout=said, stderr=said, env=environment, start_new_session=True)
-                    if pinned:
-                        os.sched_setaffinity(0, cores)
-                    running[slot] = process, entry, seed, folder
+            for slot in sorted({*range(jobs)} - {*running})[:len(waiting)]:
+                (entry, seed), folder = waiting.popleft(), Path(tempfile.mkdtemp(dir=source))
+                argv = [*command(entry, source), *entry.flags, *data[0], f"--seed={seed}", f"--log_dir={folder}"]
+                if pinned:
+                    os.sched_setaffinity(0, shares[slot])  # a child has what its parent has
+                with open(folder / "said.txt", "w") as said:
+                    process = subprocess.Popen(argv, stdout=said, stderr=said, env=environment, start_new_session=True)
+                if pinned:
+                    os.sched_setaffinity(0, cores)
+                running[slot] = process, entry, seed, folder
             time.sleep(0.1)
             for slot, (process, entry, seed, folder) in [*running.items()]:
                 if process.poll() is None:
@@ -143,10 +142,10 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
                 row |= result_of(folder, process.returncode) | {"source_sha256": source_sha256, "cores": len(shares[slot]), "date":
                                                                datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
                 with open(out, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write("\n" * cut + json.dumps(row) + "\n")
                 shutil.rmtree(folder)
                 del running[slot]
-                done += 1
+                done, cut = done + 1, False
                 words = row.get("error") or "val_loss {val_loss:.4f}, {train_time_s:.0f} s of training, {cpu_time_s:.0f} s of CPU".format(**row)
                 left = (time.perf_counter() - start) / done * (len(todo) - done)
                 print(f"[{done}/{len(todo)}] {entry.name}, seed {seed}: {words}; {left / 60:.1f} min left", flush=True)

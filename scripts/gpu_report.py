@@ -143,7 +143,7 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, flag = fail, parser.add_argument
     flag("--part", choices=("steps", "ablate"), default="steps", help="(default: %(default)s)")
-    flag("--out", default="logs/gpu_report", metavar="PATH", help="the report's path without .txt, .json (default: %(default)s)")
+    flag("--out", metavar="PATH", help="the report's path without .txt, .json (default: logs/gpu_report/PART)")
     flag("--minutes", type=float, default=9, metavar="N", help="nothing is begun after (default: %(default)s)")
     flag("--smoke", action="store_true", help="tiny shapes")
     flag("--micro_tokens", metavar="LIST", help="steps: tokens of a micro-step (default: 8192,16384,32768)")
@@ -155,6 +155,7 @@ def parse(argv):
     flag("--seeds", default="0", metavar="LIST", help="ablate: (default: %(default)s)")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
+    args.out = args.out or str(ROOT / "logs/gpu_report" / args.part)
     args.micro_tokens = args.micro_tokens or ("256" if args.smoke else "8192,16384,32768")
     if not re.fullmatch(r"\d+(,\d+)*", args.micro_tokens) or min(args.steps, args.minutes) <= 0 or min(args.warmup, args.micro_steps) < 0:
         fail(f"--micro_tokens={args.micro_tokens} --steps={args.steps} --minutes={args.minutes:g} --warmup={args.warmup} "
