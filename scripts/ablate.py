@@ -168,13 +168,15 @@ def paired(differences):
 def table_of(entries, rows, sense):
     """Markdown. rows: {name: {seed: line}}."""
     good = {name: {seed: row for seed, row in own.items() if "error" not in row} for name, own in rows.items()}
-    out = ["| name | flags | n | mean val loss | loss without it minus loss with it | CPU time / base | parameters | verdict |",
+    shared = os.path.commonprefix([entry.flags for entry in entries])
+    out = [f"Flags of all: `{' '.join(shared)}`", "",
+           "| name | flags | n | mean val loss | loss without it minus loss with it | CPU time / base | parameters | verdict |",
            "|---|---|---|---|---|---|---|---|"]
     for name, model, flags in entries:
         own, base, failed = good[name], good["base"], len(rows[name]) - len(good[name])
         both = sorted(own.keys() & base.keys())
         difference, error, word = paired([sense * (own[seed]["val_loss"] - base[seed]["val_loss"]) for seed in both])
-        said = " ".join([f"model={model}"] * bool(model) + flags).replace("|", "\\|")
+        said = " ".join([f"model={model}"] * bool(model) + flags[len(shared):]).replace("|", "\\|")
         cells = [name, f"`{said}`" if said else "", f"{len(own)}" + (f" ({failed} failed)" if failed else ""),
                  f"{np.mean([row['val_loss'] for row in own.values()]):.4f}" if own else "-",
                  f"{difference:+.4f}" + (f" ± {error:.4f}" if len(both) > 1 else "") + f" (n={len(both)})" if both and name != "base" else "-",
