@@ -1,0 +1,288 @@
+"""What does each technique add? Trains a list of variants with several seeds each, and compares them with the first, pair by pair.
+
+    python -m scripts.ablate LIST                  run what is not in records/ablations/LIST.jsonl yet, then print the table
+    python -m scripts.ablate LIST --table          the table alone; --reach=NAME adds how soon each reaches NAME's final loss
+    python -m scripts.ablate LIST --proxy=DIR      on the shards *train_*.bin and *val_*.bin of a folder, not on the demo's text
+    python -m scripts.ablate reencode SHARDS DIR --bpe=DIR     make such a folder of GPT-2 shards (scripts/reencode.py)
+
+LIST is a text file, a line each, # begins a comment:
+    all: --steps=500                    flags put before everybody's own; optional, as is the next line
+    sense: minus                        minus (the default): an entry is base less a technique; plus: base and a technique
+    base:                               what all are compared with, the first entry
+    no softcap: --softcap=0             NAME: FLAGS of train.py
+    gpt2: model=gpt2 --adamw_lr=0.0006  through `python -m scripts.baselines gpt2 FLAGS`
+
+A run is a process on its own share of the cores, one JSON line when it has ended. Which runs are there is known by model, flags,
+seed and data, so a list can be stopped (Ctrl-C), continued and extended. A seed gives both runs of a pair the same order of data
+and the same first value of each weight that they share. Runs go seed by seed, so that what is there early is a whole table.
+train.py and scripts/ are copied first: they can be edited while a list runs. A run that failed stays as a line with its error.
+"""
+import argparse, collections, contextlib, datetime, hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys, tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from scripts import reencode
+from train import ROOT, DataError, UsageError, errors_as, file_sha256, open_shards, parse_flags
+
+Entry = collections.namedtuple("Entry", "name model flags")  # model: of scripts.baselines, or "": train.py's
+OURS = ("--seed", "--log_dir", "--resume", "--train_files", "--val_files")  # flags that this script gives
+
+# ---- The list ----
+
+def read_list(path):
+    """([Entry, ...], 1 where an entry is base less a technique, -1 where it is base and one). Raises UsageError."""
+    with errors_as(UsageError, f"{path}: cannot be read"):
+        lines = Path(path).read_text().splitlines()
+    entries, common, sense = [], [], "minus"
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        (name, colon, rest), where = line.partition(":"), f"{path}, line {number}"
+        name = name.strip()
+        def need(ok, wanted):
+            if not ok:
+                raise UsageError(f"{where}, {name!r}: {wanted}")
+        need(colon and name, "wanted NAME: FLAGS")
+        with errors_as(UsageError, where):  # an open quote
+            flags = shlex.split(rest, comments=True)
+        if name in ("all", "sense"):
+            need(not entries, "wanted above the entries")
+            common, sense = (flags, sense) if name == "all" else (common, " ".join(flags))
+            need(sense in ("minus", "plus"), "wanted minus or plus")
+            continue
+        need(name == "base" or entries, "wanted base: first")
+        need(name not in [entry.name for entry in entries], "an entry of this name is there already")
+        model = flags.pop(0)[len("model="):] if flags and flags[0].startswith("model=") else ""
+        flags = common + flags
+        need(not (given := [flag for flag in flags if flag.split("=")[0] in OURS]), f"{given[:1]} is given by the script; leave it out")
+        if not model:
+            try:
+                parse_flags(flags)
+            except UsageError as error:
+                need(False, error)
+        entries.append(Entry(name, model, flags))
+    if not entries:
+        raise UsageError(f"{path}: no entries; wanted base: first")
+    return entries, 1 if sense == "minus" else -1
+
+def data_of(proxy):
+    """(flags that name a folder's shards, what tells these data from others); without a folder the demo's text. Raises DataError."""
+    if not proxy:
+        return [], "embedded"
+    globs = [f"{proxy}/*{split}_*.bin" for split in ("train", "val")]
+    hashes = [file_sha256(path) for pattern in globs for path in open_shards(pattern).paths]
+    return [f"--train_files={globs[0]}", f"--val_files={globs[1]}"], hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+def key_of(entry, seed, data):
+    """Names a run whatever the state of train.py."""
+    return hashlib.sha256(json.dumps([entry.model, entry.flags, seed, data]).encode()).hexdigest()[:16]
+
+def read_records(path):
+    """{key: the last line that has it}. A line that a kill cut short is passed over. Raises UsageError."""
+    records = {}
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            records[record["key"]] = record
+    return records
+
+# ---- Running ----
+
+def snapshot(folder):
+    """Copies what a run executes. Returns the SHA-256 of train.py."""
+    shutil.copy(ROOT / "train.py", folder)
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    return file_sha256(folder / "train.py")
+
+def command(entry, source):
+    """-P: of two folders that have a scripts.baselines, take the copy."""
+    return [sys.executable, "-P", *(["-m", "scripts.baselines", entry.model] if entry.model else [str(source / "train.py")])]
+
+def result_of(folder, code):
+    """What a run's folder says, or {"error": the last line of what it said}."""
+    with contextlib.suppress(OSError, StopIteration, LookupError, TypeError, ValueError):  # something is not there
+        run = next(folder.glob("*/metrics.jsonl") if code == 0 else iter(())).parent
+        *rows, final = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        log = (run / "log.txt").read_text().split("=" * 120)[-1]
+        versions = dict(re.findall(r"(python|jax|numpy)=(\S+)", re.search("^versions: .*", log, re.M)[0]))
+        return {"val": [[row["step"], row["tokens"], row["val_loss"]] for row in rows if "val_loss" in row],
+                "val_loss": final["val_loss"], "train_time_s": final["train_time_s"], "cpu_time_s": final["cpu_time_s"],
+                "params": int(re.search(r"^parameters: (\d+)", log, re.M)[1]), "versions": versions,
+                "devices": re.search("^devices: (.*)", log, re.M)[1], "data": dict(re.findall(r"^data: (\S+) tokens:\d+ sha256:(\w+)", log, re.M))}
+    said = (folder / "said.txt").read_text(errors="replace").split("\n")
+    last = next((line for line in reversed(said) if line.strip()), "it said nothing")
+    return {"error": f"exit code {code}: {last[:300].replace(str(folder), 'DIR')}"}
+
+def run_all(todo, out, jobs, data, source, source_sha256, command):
+    """Runs [(entry, seed), ...], `jobs` at a time, and appends a line for each that ends. KeyboardInterrupt ends what runs."""
+    pinned, start, running, done = hasattr(os, "sched_setaffinity"), time.perf_counter(), {}, 0
+    cores = sorted(os.sched_getaffinity(0)) if pinned else [*range(os.cpu_count())]
+    shares = [cores[slot::jobs] or [cores[slot % len(cores)]] for slot in range(jobs)]
+    waiting, cut = collections.deque(todo), out.exists() and out.read_text()[-1:] not in ("", "\n")  # its last line, by a kill
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    try:
+        while waiting or running:
+            for slot in sorted({*range(jobs)} - {*running})[:len(waiting)]:
+                (entry, seed), folder = waiting.popleft(), Path(tempfile.mkdtemp(dir=source))
+                argv = [*command(entry, source), *entry.flags, *data[0], f"--seed={seed}", f"--log_dir={folder}"]
+                if pinned:
+                    os.sched_setaffinity(0, shares[slot])  # a child has what its parent has
+                with open(folder / "said.txt", "w") as said:
+                    process = subprocess.Popen(argv, stdout=said, stderr=said, env=environment, start_new_session=True)
+                if pinned:
+                    os.sched_setaffinity(0, cores)
+                running[slot] = process, entry, seed, folder
+            time.sleep(0.1)
+            for slot, (process, entry, seed, folder) in [*running.items()]:
+                if process.poll() is None:
+                    continue
+                row = {"name": entry.name, "seed": seed, "model": entry.model, "flags": shlex.join(entry.flags), "key": key_of(entry, seed, data[1])}
+                row |= result_of(folder, process.returncode) | {"source_sha256": source_sha256, "cores": len(shares[slot]), "date":
+                                                               datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+                with open(out, "a") as file:
+                    file.write("\n" * cut + json.dumps(row) + "\n")
+                shutil.rmtree(folder)
+                del running[slot]
+                done, cut = done + 1, False
+                words = row.get("error") or "val_loss {val_loss:.4f}, {train_time_s:.0f} s of training, {cpu_time_s:.0f} s of CPU".format(**row)
+                left = (time.perf_counter() - start) / done * (len(todo) - done)
+                print(f"[{done}/{len(todo)}] {entry.name}, seed {seed}: {words}; {left / 60:.1f} min left", flush=True)
+    finally:
+        for process, *_ in running.values():
+            process.kill()
+            process.wait()
+
+# ---- The table ----
+
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t by number of pairs, two-sided p = 0.05; then 2.5
+
+def paired(differences):
+    """(mean, standard error or nan, word) of one difference per seed."""
+    n, mean = len(differences), float(np.mean(differences)) if len(differences) else math.nan
+    error = float(np.std(differences, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    seen = n > 1 and abs(mean) > T95.get(n, 2.5) * error
+    return mean, error, ("helps" if mean > 0 else "hurts") if seen else "not seen at this scale" if n > 1 else "-"
+
+def table_of(entries, rows, sense):
+    """Markdown. rows: {name: {seed: line}}."""
+    good = {name: {seed: row for seed, row in own.items() if "error" not in row} for name, own in rows.items()}
+    shared = os.path.commonprefix([entry.flags for entry in entries])
+    out = [f"Flags of all: `{' '.join(shared)}`", "",
+           "| name | flags | n | mean val loss | loss without it minus loss with it | CPU time / base | parameters | verdict |",
+           "|---|---|---|---|---|---|---|---|"]
+    for name, model, flags in entries:
+        own, base, failed = good[name], good["base"], len(rows[name]) - len(good[name])
+        both = sorted(own.keys() & base.keys())
+        difference, error, word = paired([sense * (own[seed]["val_loss"] - base[seed]["val_loss"]) for seed in both])
+        said = " ".join([f"model={model}"] * bool(model) + flags[len(shared):]).replace("|", "\\|")
+        cells = [name, f"`{said}`" if said else "", f"{len(own)}" + (f" ({failed} failed)" if failed else ""),
+                 f"{np.mean([row['val_loss'] for row in own.values()]):.4f}" if own else "-",
+                 f"{difference:+.4f}" + (f" ± {error:.4f}" if len(both) > 1 else "") + f" (n={len(both)})" if both and name != "base" else "-",
+                 f"{sum(own[s]['cpu_time_s'] for s in both) / sum(base[s]['cpu_time_s'] for s in both):.2f}" if both else "-",
+                 next((str(row["params"]) for row in own.values()), "-"), word if name != "base" else "-"]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+def notes_of(rows):
+    """What the table's reader must know: how it was judged, failures, mixed sources, data or versions."""
+    rows = [row for own in rows.values() for row in own.values()]
+    notes = ["Differences are between runs of the same seed: mean ± standard error. helps, hurts: beyond t standard errors, t of Student's "
+             "two-sided p < 0.05 (" + ", ".join(f"n={n}: {t:.2f}" for n, t in T95.items()) + "; from n=7 on 2.5)."]
+    notes += [f"failed: {row['name']}, seed {row['seed']}: {row['error']}" for row in rows if "error" in row]
+    for key, what in (("source_sha256", "sources of train.py (--same_source runs the others again)"), ("data", "data"),
+                      ("versions", "versions of Python and packages")):
+        if (count := len({json.dumps(row[key]) for row in rows if key in row})) > 1:
+            notes.append(f"warning: these runs are of {count} different {what}")
+    return "\n".join(notes)
+
+def curve(own):
+    """(tokens, mean validation loss) of each evaluation, over the seeds of one entry; ([], []) without a finished run."""
+    curves = [row["val"] for row in own.values() if "val" in row]
+    return ([tokens for _, tokens, _ in curves[0]], np.mean(curves, axis=0)[:, 2].tolist()) if curves else ([], [])
+
+def tokens_to(target, tokens, losses):
+    """Tokens at which a curve, straight between evaluations, first is at target; None if it never is."""
+    i = next((i for i, loss in enumerate(losses) if loss <= target), None)
+    if not i:
+        return None if i is None else tokens[0]
+    return tokens[i - 1] + (losses[i - 1] - target) / (losses[i - 1] - losses[i]) * (tokens[i] - tokens[i - 1])
+
+def reach(name, rows):
+    """Markdown: when each entry's mean curve reaches the final loss of `name`. Raises UsageError."""
+    if not curve(rows.get(name, {}))[0]:
+        raise UsageError(f"--reach={name}: wanted an entry of the list that has a finished run")
+    (*_, total), (*_, target) = curve(rows[name])
+    out = [f"| name | tokens to {target:.4f}, the final loss of {name} | share of its {total} |", "|---|---|---|"]
+    for other, own in rows.items():
+        at = tokens_to(target, *curve(own))
+        out.append(f"| {other} | " + ("not reached | - |" if at is None else f"{at:.0f} | {at / total:.3f} |"))
+    return "\n".join(out)
+
+# ---- Command line ----
+
+def parse(argv):
+    """Raises UsageError."""
+    def fail(message):
+        raise UsageError(f"{message} (python -m scripts.ablate --help)")
+    parser = argparse.ArgumentParser(usage="python -m scripts.ablate LIST [--FLAG=VALUE ...]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, flag = fail, parser.add_argument
+    flag("list", metavar="LIST", help="the file that lists the variants")
+    flag("--jobs", type=int, default=2, metavar="N", help="runs at a time, each on its share of the cores (default: %(default)s)")
+    flag("--seeds", default="0,1,2", metavar="LIST", help="(default: %(default)s)")
+    flag("--out", metavar="FILE", help="where the lines are (default: records/ablations/NAME.jsonl for NAME.txt)")
+    flag("--only", metavar="A,B", help="of the entries besides base only these")
+    flag("--proxy", metavar="DIR", help="folder of the shards to train on (default: the demo's text)")
+    flag("--reach", metavar="NAME", help="also print when each entry reaches the final loss of this one")
+    flag("--table", action="store_true", help="run nothing")
+    flag("--same_source", action="store_true", help="run again what another train.py ran")
+    flag("--retry", action="store_true", help="run again what failed")
+    args = parser.parse_args(argv)
+    if args.jobs < 1 or not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+        fail(f"--jobs={args.jobs} --seeds={args.seeds}: wanted at least 1 job, and whole numbers with commas between them")
+    args.seeds = [*map(int, args.seeds.split(","))]
+    args.out = Path(args.out or ROOT / "records/ablations" / f"{Path(args.list).stem}.jsonl")
+    return args
+
+def main(argv=None, command=command):
+    """Returns the exit code: 0, or 130 if interrupted. Raises UsageError and DataError before anything runs."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["reencode"]:
+        return reencode.main(argv[1:])
+    args = parse(argv)
+    entries, sense = read_list(args.list)
+    if args.only:
+        wanted, names = args.only.split(","), [entry.name for entry in entries]
+        if unknown := [name for name in wanted if name not in names]:
+            raise UsageError(f"--only={args.only}: no entry {unknown[0]} in {args.list}; there are {', '.join(names)}")
+        entries = [entry for entry in entries if entry.name in ("base", *wanted)]
+    data, interrupted, records = data_of(args.proxy), False, read_records(args.out)
+    with tempfile.TemporaryDirectory() as source:
+        source_sha256 = snapshot(Path(source))
+        def lacks(entry, seed):
+            row = records.get(key_of(entry, seed, data[1]))
+            return not row or args.same_source and row["source_sha256"] != source_sha256 or args.retry and "error" in row
+        todo = [(entry, seed) for seed in args.seeds for entry in entries if not args.table and lacks(entry, seed)]
+        if todo:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            print(f"{len(todo)} of {len(entries) * len(args.seeds)} runs to do, {args.jobs} at a time", flush=True)
+            try:
+                run_all(todo, args.out, args.jobs, data, Path(source), source_sha256, command)
+            except KeyboardInterrupt:
+                interrupted = True
+                print(f"interrupted; what had ended is in {args.out}, the same command continues", flush=True)
+    records = read_records(args.out)
+    rows = {entry.name: {seed: records[key] for seed in args.seeds if (key := key_of(entry, seed, data[1])) in records} for entry in entries}
+    print(table_of(entries, rows, sense), notes_of(rows), sep="\n\n", flush=True)
+    if args.reach:
+        print("\n" + reach(args.reach, rows))
+    return 130 if interrupted else 0
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except (UsageError, DataError, OSError) as error:
+        sys.exit(print("error:", error, file=sys.stderr) or getattr(error, "exit_code", 2))
