@@ -79,6 +79,8 @@ class Config:
     offset_layers: str = "3,10"       # blocks that match keys by the token before them (partial key offset)
     gate_dims: int = 12               # dims of its input that a gate reads: of attention's heads, of a skip; 0: no gates
     smear: int = 1                    # 1: a gate lets some of the token before into each embedding
+    value_layers: str = ""            # blocks that add an embedding of the token to its values, each of its own table
+    bigram_rows: int = 0              # rows of a table of pairs of tokens, hashed, which enters every block; 0: none
     softcap: str = "11.5,15,5"        # A,B,C: logits are A * tanh((logits + C) / B); one number: B = A, C = 0; 0: off
     rope_base: float = 1024.0         # the slowest rotation is 1/base radians per token, before YaRN
     attn_scale: float = 0.085         # multiplies q.k, both of unit rms, in the first stage; 0: 1/sqrt(head_dim)
@@ -195,7 +197,7 @@ def layer_windows(short, long, cfg):
     return tuple(long if layer in layer_list(cfg.long_layers) else short for layer in range(cfg.num_layers))
 
 # ---- Mesh and precision ----------------------------------------------------------------------------------------------
-SPLIT_AXES = ("F", "HK", "GK", "V", "D")  # a weight is split over the devices along the first of these that divides
+SPLIT_AXES = ("F", "HK", "GK", "V", "W", "D")  # a weight is split over the devices along the first of these that divides
 
 def make_mesh(devices=None):
     return jax.make_mesh((len(devices or jax.devices()),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -228,7 +230,8 @@ AXIS_SIZE = {
     "L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)),
     "J": lambda cfg: len(layer_pairs(cfg.skips)), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
     "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim, "V": lambda cfg: cfg.padded_vocab,
-    "H": lambda cfg: cfg.num_heads, "E": lambda cfg: cfg.gate_dims, "1": lambda cfg: 1}
+    "H": lambda cfg: cfg.num_heads, "G": lambda cfg: cfg.kv_heads, "E": lambda cfg: cfg.gate_dims, "1": lambda cfg: 1,
+    "W": lambda cfg: cfg.bigram_rows, "UGK": lambda cfg: len(layer_list(cfg.value_layers)) * cfg.kv_heads * cfg.head_dim}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -254,6 +257,7 @@ def param_specs(cfg):
             "w_v": Spec("I D GK", matrix, "muon"),
             "w_out": Spec("I HK D", matrix, "muon"),
             "gate": Spec("I E H", constant(0.0), "gate"),
+            "value_gate": Spec("I E G", constant(0.0), "gate"),
             "x_mix": Spec("I", constant(1.1 ** 0.5), "scalar"),  # weight of the stream, of what is added to it,
             "y_mix": Spec("I", constant(1.0), "mix"),
             "x0_mix": Spec("I", constant(0.0), "mix")},          # and of the first embedding, which re-enters
@@ -262,15 +266,19 @@ def param_specs(cfg):
             "w_down": Spec("L F D", constant(0.0), "down"),
             "x_mix": Spec("L", constant(1.1 ** 0.5), "scalar"),
             "y_mix": Spec("L", constant(1.0), "mix")},
+        "value_embed": Spec("V UGK", normal(0.01), "table"),
+        "bigram_embed": Spec("W D", constant(0.0), "table"),
+        "bigram_mix": Spec("L", constant(0.05), "mix"),
         "head": Spec("V D", table, "head"),
         "skip_gate": Spec("E J", constant(0.0), "skip"),
         "skip_mix": Spec("J", constant(-1.5), "scalar"),
         "smear_gate": Spec("E 1", constant(0.0), "smear"),
         "smear_mix": Spec("1", constant(0.0), "scalar"),
         "backout_mix": Spec("1", constant(0.5), "scalar")}
-    unused = ["skip_gate", "skip_mix"] * (not cfg.skips) + ["smear_gate", "smear_mix"] * (not cfg.smear) + ["backout_mix"] * (not cfg.backout)
+    unused = {"skip": not cfg.skips, "smear": not cfg.smear, "backout": not cfg.backout, "value": not cfg.value_layers,
+              "bigram": not cfg.bigram_rows, "gate": not cfg.gate_dims}
     keep = lambda tree: {name: keep(row) if isinstance(row, dict) else row for name, row in tree.items()
-                         if name not in unused and (cfg.gate_dims or "gate" not in name)}
+                         if not any(unused[part] for part in unused if part in name)}
     return keep(rows)
 
 def shape_of(spec, cfg): return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
@@ -359,11 +367,17 @@ def gate(x_BTD, w_EH):
     """Between 0 and 1 for each head (or other letter) from the first few dims of x; one half without weights."""
     return 0.5 if w_EH is None else jax.nn.sigmoid(matmul("BTE,EH->BTH", x_BTD[:, :, :len(w_EH)], w_EH, f32))
 
-def attention(x_BTD, p, attend, cfg):
-    """One layer's self-attention: attend(q, k, v) -> y between the projections, its heads gated (modded-nanogpt, record 28)."""
-    y_BTN = attend(*(matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v")))
-    if "gate" in p:
-        y_BTN = (rearrange(y_BTN, "B T (H K) -> B T H K", K=cfg.head_dim) * gate(x_BTD, p["gate"])[..., None]).reshape(y_BTN.shape).astype(y_BTN.dtype)
+def scale_heads(x_BTN, gate_BTH, cfg):
+    return (rearrange(x_BTN, "B T (H K) -> B T H K", K=cfg.head_dim) * gate_BTH[..., None]).reshape(x_BTN.shape).astype(x_BTN.dtype)
+
+def attention(x_BTD, p, attend, value_BTN, cfg):
+    """One layer's self-attention: attend(q, k, v) -> y between the projections, its heads gated (modded-nanogpt, record 28).
+    value_BTN: None, or an embedding of the token that is added to v, gated likewise (records 14 and 55)."""
+    q_BTN, k_BTN, v_BTN = (matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v"))
+    if value_BTN is not None:
+        v_BTN += scale_heads(value_BTN, 2 * gate(x_BTD, p["value_gate"]), cfg).astype(v_BTN.dtype)
+    y_BTN = attend(q_BTN, k_BTN, v_BTN)
+    y_BTN = scale_heads(y_BTN, gate(x_BTD, p["gate"]), cfg) if "gate" in p else y_BTN
     return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype)
 
 relu_squared = jax.custom_jvp(lambda x: jnp.square(jax.nn.relu(x)))  # arXiv:2109.08668; its slope from x alone, no mask is kept
@@ -373,6 +387,15 @@ def mlp(x_BTD, p): return matmul("BTF,FD->BTD", relu_squared(matmul("BTD,DF->BTF
 def lookup(weights, name, ids_BT, use):
     """Rows ids_BT of a table. Where weights[use] is there (zeros, in training), the gradient goes to it, row by row."""
     return jax.lax.stop_gradient(weights[name])[ids_BT] + weights[use] if use in weights else weights[name][ids_BT]
+
+# What is looked up in a table, whose rows get their gradients once a step: {name of the rows: (table, its axes)}
+TABLES = {"inputs": ("embed", "V D"), "targets": ("head", "V D"), "values": ("value_embed", "V UGK"), "bigrams": ("bigram_embed", "W D")}
+
+def row_ids(tokens, targets, cfg):
+    """The rows, for tokens [..., T]. A pair of tokens is hashed as in modded-nanogpt's record 62; a row's first one has none before it."""
+    before = jnp.concatenate([tokens[..., :1], tokens[..., :-1]], axis=-1)
+    pairs = jnp.where(jnp.arange(tokens.shape[-1]) > 0, ((36313 * tokens) ^ (27191 * before)) % max(cfg.bigram_rows - 1, 1), cfg.bigram_rows - 1)
+    return {"inputs": tokens, "targets": targets, "values": tokens, "bigrams": pairs}
 
 def attend_row(tokens_BT, stage, cfg):
     """attend(layer, q, k, v) over whole rows: within the window and, where rows are packed, the document, which begins with BOS."""
@@ -393,28 +416,33 @@ def forward(weights, tokens_BT, stage, cfg, attend=None):
     Each sublayer: x <- x_mix x + y_mix f(rms_norm(x)) (+ x0_mix x0), learned scalars (modded-nanogpt, records 9 and 73)."""
     attend, fetch = attend or attend_row(tokens_BT, stage, cfg), weights.get("fetch", lambda p, name: p)
     mix = lambda *terms: sum(scale * x.astype(f32) for scale, x in terms).astype(cfg.activation_dtype)
-    def block(x_BTD, x0_BTD, read_BTD, p, heads, i):
+    def block(x_BTD, x0_BTD, read_BTD, value_BTN, p, heads, i):
         if heads:
             heads = fetch(heads, "attention")
-            y_BTD = attention(rms_norm(read_BTD), heads, functools.partial(attend, i), cfg)
+            y_BTD = attention(rms_norm(read_BTD), heads, functools.partial(attend, i), value_BTN, cfg)
             x_BTD = mix((heads["x_mix"], x_BTD), (heads["y_mix"], y_BTD), (heads["x0_mix"], x0_BTD))
         p = fetch(p, "blocks")
         return mix((p["x_mix"], x_BTD), (p["y_mix"], mlp(rms_norm(x_BTD), p)))
     if cfg.fsdp:  # all but the gathered weights is kept for the backward pass, which gathers them again
-        block = jax.checkpoint(block, policy=lambda primitive, *_, **__: primitive.name != "all_gather", static_argnums=5)
-    e_BTD = lookup(weights, "embed", tokens_BT, "inputs").astype(cfg.activation_dtype)
+        block = jax.checkpoint(block, policy=lambda primitive, *_, **__: primitive.name != "all_gather", static_argnums=6)
+    ids, values = row_ids(tokens_BT, tokens_BT, cfg), {}
+    row = lambda use: lookup(weights, TABLES[use][0], ids[use], use).astype(cfg.activation_dtype)
+    e_BTD = row("inputs")
     if cfg.smear:  # modded-nanogpt, record 34
         before_BTD = jnp.pad(e_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
         e_BTD = mix((1, e_BTD), (weights["smear_mix"] * gate(e_BTD, weights.get("smear_gate")), before_BTD))
     x_BTD = x0_BTD = rms_norm(e_BTD)
+    if cfg.value_layers:
+        values = dict(zip(layer_list(cfg.value_layers), jnp.split(row("values"), len(layer_list(cfg.value_layers)), axis=-1)))
     after, heads, late = {}, iter(weights["attention"]), {block: source for source, block in layer_pairs(cfg.late_inputs)}
     for i, p in enumerate(weights["blocks"]):
         for j, (source, destination) in enumerate(layer_pairs(cfg.skips)):
             if destination == i:  # sigmoid(skip_mix) * 2 gate (records 11, 45 and 55)
                 open_BT1 = gate(x0_BTD, weights["skip_gate"][:, j:j + 1] if cfg.gate_dims else None)
                 x_BTD = mix((1, x_BTD), (2 * jax.nn.sigmoid(weights["skip_mix"][j]) * open_BT1, after[source]))
+        x_BTD = mix((1, x_BTD), (weights["bigram_mix"][i], row("bigrams"))) if cfg.bigram_rows else x_BTD  # record 62
         read_BTD = after[late[i]] if i in late else x_BTD  # record 77
-        x_BTD = after[i] = block(x_BTD, x0_BTD, read_BTD, p, None if i in layer_list(cfg.mlp_only) else next(heads), i)
+        x_BTD = after[i] = block(x_BTD, x0_BTD, read_BTD, values.get(i), p, None if i in layer_list(cfg.mlp_only) else next(heads), i)
     for i in layer_list(cfg.backout):  # record 40
         x_BTD = mix((1, x_BTD), (-weights["backout_mix"], after[i]))
     return rms_norm(x_BTD)
@@ -646,7 +674,8 @@ def optimizer_rules(cfg):
     return {"muon": Rule("muon", cfg.muon_lr, cfg.muon_wd, beta2=cfg.muon_beta2),
             "down": Rule("muon", 2 * cfg.muon_lr, cfg.muon_wd / 2, beta2=cfg.muon_beta2), "embed": table(cfg.embed_lr), "head": table(cfg.head_lr),
             "scalar": small(cfg.scalar_lr), "mix": small(cfg.scalar_lr / 5), "gate": small(cfg.gate_lr),
-            "skip": small(cfg.gate_lr / 20), "smear": small(cfg.gate_lr / 100)}
+            "skip": small(cfg.gate_lr / 20), "smear": small(cfg.gate_lr / 100),
+            "table": adam(75 * cfg.head_lr, 0.025, 0.75, 0.95)}
 
 def slot_specs(spec, rule):
     """{name: Spec} of a weight's optimizer state, float32. "square" holds one number for each unit: along F, heads or tables."""
@@ -983,8 +1012,8 @@ def sum_rows(ids_N, g_ND, num_rows):
 def make_train_step(stage, model, mesh, cfg):
     """(state, tokens uint16 [A, B, T+1]) -> (state, mean loss in nats per token). The state is donated."""
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
-    tables = {use: name for use, name in (("inputs", "embed"), ("targets", "head")) if name in specs and specs[name].axes == "V D"}
-    tied = stage.index < cfg.tied_stages and len(tables) == 2  # modded-nanogpt, records 51 and 53
+    tables = {use: name for use, (name, axes) in TABLES.items() if name in specs and specs[name].axes == axes}
+    tied = stage.index < cfg.tied_stages and {"inputs", "targets"} <= tables.keys()  # modded-nanogpt, records 51 and 53
     def step_on_device(state, tokens_ABT1):
         weights = unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp))
         weights |= {"embed": weights["head"]} if tied else {}
@@ -993,16 +1022,17 @@ def make_train_step(stage, model, mesh, cfg):
         def micro_step(totals, tokens_BT1):
             here, tokens_BT1 = jax.lax.optimization_barrier((weights, tokens_BT1)) if cfg.fsdp else (weights, tokens_BT1)
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
-            rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}
+            rows = {use: jnp.zeros((*tokens_BT.shape, shape_of(specs[name], cfg)[1]), cfg.compute_dtype) for use, name in tables.items()}
             loss, (grads, row_grads) = jax.value_and_grad(lambda weights, rows: model.loss(
                 weights | rows | extra, tokens_BT, target_BT, weight_BT, stage, cfg), argnums=(0, 1))(here, rows)
             grads = jax.lax.optimization_barrier(grads) if cfg.fsdp else grads  # else XLA moves gathers out, or fails to
             totals = jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads))
-            return totals, ({"inputs": tokens_BT, "targets": target_BT}, row_grads)
+            return totals, (row_ids(tokens_BT, target_BT, cfg), row_grads)
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
         (loss, count, grads), (ids, row_grads) = jax.lax.scan(micro_step, (f32(0), f32(0), zeros), tokens_ABT1)
         for use, name in tables.items():
-            grads["head" if tied else name] += sum_rows(ids[use].ravel(), rearrange(row_grads[use], "A B T D -> (A B T) D"), cfg.padded_vocab)
+            owner = "head" if tied and use == "inputs" else name
+            grads[owner] += sum_rows(ids[use].ravel(), rearrange(row_grads[use], "A B T D -> (A B T) D"), len(grads[owner]))
         loss, count = jax.lax.psum((loss, count), "data")
         grads = jax.tree.map(lambda g: g / count, reduce_grads(restack(grads), specs, n, cfg))
         params, opt_state = model.update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
@@ -1065,7 +1095,7 @@ def compile_all(model, mesh, cfg):
 def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
     of each query head and key that causality and window leave visible; document borders are not counted."""
-    matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", *SCALARS))
+    matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", "table", *SCALARS))
     windows = [window for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
     reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in windows]
     keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
@@ -1299,11 +1329,11 @@ def validate(cfg):
             raise UsageError(f"--{name}={getattr(cfg, name)}: wanted {wanted}")
     with errors_as(UsageError, "a flag's value cannot be read"):
         table, ends, _ = stages(cfg), [float(x) for x in cfg.stage_ends.split(",")], muon_momentum(0, cfg)
-        layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers", "backout")}
+        layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers", "backout", "value_layers")}
         dtypes = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.activation_dtype)
         pairs, trace = {name: layer_pairs(getattr(cfg, name)) for name in ("skips", "late_inputs")}, [int(x) for x in (cfg.profile or "0:1").split(":")]
         scale, _, _ = rotary(1, val_stage(cfg), cfg)[2], cfg.cap, loss_shares(0, table[0], cfg)
-    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs adam_every"), (0, "seed num_kv_heads ns_steps vocab_size gate_dims tied_stages final_steps "
+    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs adam_every"), (0, "seed num_kv_heads ns_steps vocab_size gate_dims bigram_rows tied_stages final_steps "
                          "attn_block head_block micro_tokens val_window_short val_window_long window_short window_long max_doc_len")):
         for name in names.split():
             need(min(map(int, str(getattr(cfg, name)).split(","))) >= least, name, f"at least {least}")
@@ -1484,10 +1514,10 @@ def main(argv=None, model=None):
     run.seal()
     return run.folder
 
-def command():
+def command(run=main):
     """main() for the shell: for what a user can mend, one sentence and an exit code instead of a traceback."""
     try:
-        main()
+        run()
     except (UsageError, DataError, CheckpointError, NonFiniteLoss) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
