@@ -20,12 +20,13 @@ HEADER = ("preset", "argv", "config", "versions", "devices", "data", "parameters
 MAY_DIFFER = {"seed", "log_dir", "save_every", "resume"}           # fields, between the runs of a record
 ELSEWHERE = {"platform", "JAX_COMPILATION_CACHE_DIR"}              # versions, likewise
 SETTLED = {"vocab_size", "bos_id"}                                 # fields that the data settles; those of default "auto" too
-LOSS, SECONDS = r"(\d{1,6}\.\d{4}|nan|inf)", r"(\d{1,9}\.\d{3})s"
-STEP = re.compile(rf"step:(\d{{1,12}})/(\d{{1,12}}) train_loss:{LOSS}(?: val_loss:{LOSS})? train_time:{SECONDS} step:(\d{{1,12}}\.\d)ms "
-                  r"tok/s:(\d{1,9}\.\d{1,2})([kM]) mfu:(?:-|\d{1,4}\.\d%) wait:\d{1,12}\.\dms eta:\d{1,12}s", re.ASCII)
-FINAL = re.compile(rf"final: step:(\d{{1,12}})/(\d{{1,12}}) tokens:(\d{{1,18}}) val_loss:{LOSS} train_time:{SECONDS} cpu_time:(\d{{1,9}}\.\d)s "
-                   rf"wall:(\d{{1,9}}\.\d)s(?: peak_memory:[\d.]+GiB)?(?: target:(\S+) (?:not reached|reached at step (\d{{1,12}}) after {SECONDS}))?",
-                   re.ASCII)
+FIELDS = {"steps", "seed", "log_every", "val_every", "val_tokens", "batch_tokens", "stage_ends", "target_loss"}  # what is read here
+SLACK = 1.002         # of a rounding error, for the arithmetic on it
+INT, LOSS, SECONDS, TENTHS = r"(\d{1,12})", r"(\d{1,6}\.\d{4}|nan|inf)", r"(\d{1,9}\.\d{3})s", r"(\d{1,12}\.\d)"
+STEP = re.compile(rf"step:{INT}/{INT} train_loss:{LOSS}(?: val_loss:{LOSS})? train_time:{SECONDS} step:{TENTHS}ms "
+                  rf"tok/s:(\d{{1,9}})\.(\d\d?)([kM]) mfu:(?:-|{TENTHS}%) wait:{TENTHS}ms eta:{INT}s", re.ASCII)
+FINAL = re.compile(rf"final: step:{INT}/{INT} tokens:(\d{{1,18}}) val_loss:{LOSS} train_time:{SECONDS} cpu_time:{TENTHS}s wall:{TENTHS}s"
+                   rf"(?: peak_memory:\d+\.\d\dGiB)?(?: target:(\S+) (?:not reached|reached at step {INT} after {SECONDS}))?", re.ASCII)
 
 class UsageError(ValueError): pass
 class Rejected(ValueError):
@@ -68,7 +69,8 @@ def read_track(path, name):
     table = list(itertools.dropwhile(lambda row: row[0] != "track", rows))
     found = {row[0]: dict(zip(table[0], row)) for row in table[2:]}
     if name not in found:
-        raise UsageError(f"{name}: no such track in {path}; wanted DIR to be <track>/<date>_<Name>, <track> one of {', '.join(found) or 'none'}")
+        raise UsageError(f"{name}: no such track in {path}; wanted DIR to be <track>/<YYYY-MM-DD>_<Name>, <track> one of "
+                         f"{', '.join(found) or 'none'}")
     row, hashes = found[name], lambda cell: re.findall(r"\b[0-9a-f]{64}\b", cell)
     try:
         return Track(float(row["target"]), int(row["val targets"].replace(",", "")), hashes(row["scored tokens"]),
@@ -103,33 +105,32 @@ def source_defaults(source, preset):
     fields, _, rest = source.partition("class Config:")[2].partition("PRESETS = ")
     found = [re.match(r"    (\w+): \w+ = (.*?) +# ", line) for line in fields.splitlines() if len(line) < 400]
     defaults = {match[1]: match[2].strip('"') for match in found if match}
-    need(rest and {"steps", "seed", "log_every", "val_every", "val_tokens", "batch_tokens", "stage_ends", "target_loss"} <= {*defaults},
-         "its source has no Config and PRESETS as train.py has")
+    need(rest and FIELDS <= {*defaults}, "its source has no Config and PRESETS as train.py has")
     changes = rest.partition(f'"{preset}": dict(')[2].partition(")")[0]
-    return defaults, {name: value.strip('"') for name, value in re.findall(r'(\w+)=("[^"]*"|[^",\s]+)', changes)}
+    return defaults, {name: value.strip('"') for name, value in re.findall(r'\b(\w+)=("[^"]*"|[^",\s]+)', changes)}
 
 def parse_argv(text):
     """{flag: value}. Raises Rejected for what the log alone does not repeat."""
     try:
-        words, flags = shlex.split(text), {}
+        words, flags = iter(shlex.split(text)), {}
     except ValueError:
         raise Rejected("argv has an open quote") from None
-    while words:
-        name, equals, value = words.pop(0).partition("=")
+    for word in words:
+        name, equals, value = word.partition("=")
+        value = value if equals else next(words, None)
         need(not name.startswith("@"), "argv reads flags from a file, which is not in the log: write them out")
-        need(name.startswith("--") and (equals or words), f"argv: {name!a} is no --flag=value")
-        flags[name[2:]] = value if equals else words.pop(0)
+        need(name.startswith("--") and value is not None, f"argv: {name!a} is no --flag=value")
+        flags[name[2:]] = value
     return flags
 
 def parse_config(text, fields):
     """{field: value}. As values may hold blanks, the source's fields, in their order, say where one ends. Raises Rejected."""
-    values, rest = {}, f" {text}"
+    text, values, at = f" {text}", {}, 0
     for name, following in zip(fields, [*fields[1:], None]):
-        need(rest.startswith(f" {name}="), f"config: wanted the fields of its source; {name} is missing or out of place")
-        rest = rest[len(name) + 2:]
-        end = rest.find(f" {following}=") if following else len(rest)
-        need(end >= 0, f"config: wanted the fields of its source; {following} is missing or out of place")
-        values[name], rest = rest[:end], rest[end:]
+        start = at + len(f" {name}=")
+        end = text.find(f" {following}=", start) if following else len(text)
+        need(text.startswith(f" {name}=", at) and end >= start, f"config: {name} or {following} is not where its source has it")
+        values[name], at = text[start:end], end
     return values
 
 def alike(a, b):
@@ -156,54 +157,74 @@ def read_data(lines):
     found = [re.fullmatch(pattern, line, re.ASCII) for pattern, line in zip(wanted, lines)]
     need(len(lines) >= 4 and all(found), "its data lines are not those of files, of what validation scores and of what was read")
     *files, scored, read = [match.groups() for match in found]
-    need(len({digest for _, _, digest in files}) == len(files), "data: the same file twice, to train on and to validate on, or to train on again")
+    need(len({digest for _, _, digest in files}) == len(files), "data: the same file twice, to train and to validate on or to train on again")
     return files, (int(scored[0]), scored[1]), int(read[0])
 
-def check_steps(lines, config):
-    """The step lines: all there, in order, losses finite, times that add up. Returns ((step, training loss, validation loss or
-    None), ...), the last line's train_time, and the tokens trained on. Raises Rejected."""
+class Schedule(NamedTuple):
+    steps: int
+    log_every: int
+    val_every: int
+    ends: list   # of the stages, in steps
+    sizes: list  # of their batches, in tokens
+    def tokens(self): return sum((end - start) * size for start, end, size in zip([0, *self.ends], self.ends, self.sizes))
+    def batch(self, step): return self.sizes[bisect.bisect_right(self.ends, step - 1)]  # of which step 1 is the first
+    def evaluates(self, step): return step == self.steps or bool(self.val_every) and step % self.val_every == 0
+    def written_after(self, step):
+        return min([self.steps, *((step // every + 1) * every for every in (self.log_every, self.val_every) if every)])
+
+def read_schedule(config):
+    """The Schedule that train.py makes of a config. Raises Rejected, ValueError, OverflowError."""
     steps, log_every, val_every = (int(config[name]) for name in ("steps", "log_every", "val_every"))
-    ends, sizes = [round(float(end) * steps) for end in config["stage_ends"].split(",")], [int(x) for x in config["batch_tokens"].split(",")]
+    ends = [round(float(end) * steps) for end in config["stage_ends"].split(",")]
+    sizes = [int(size) for size in config["batch_tokens"].split(",")]
     sizes *= len(ends) if len(sizes) == 1 else 1
-    need(steps > 0 and log_every > 0 and len(sizes) == len(ends) and ends == sorted(ends) and ends[-1] == steps, "config: a schedule that cannot be")
-    losses, step, time = [], 0, 0.0
+    need(min(steps, log_every) > 0 and len(sizes) == len(ends) and ends == sorted(ends) and ends[-1] == steps,
+         "config: a schedule that cannot be")
+    return Schedule(steps, log_every, val_every, ends, sizes)
+
+def check_steps(lines, schedule):
+    """The step lines are those of the schedule, in its order, with finite losses and a clock that adds up: step is the mean over
+    the steps since the line before. Returns ((step, training loss, validation loss or None), ...), train_time. Raises Rejected."""
+    losses, before, before_s = [], 0, 0.0
     for line in lines:
         match = STEP.fullmatch(line)
         need(match, f"{line[:80]!a} stands among the step lines")
-        due = min([steps, *((step // every + 1) * every for every in (log_every, val_every) if every)])
-        now, last, train_loss, val_loss, now_s, step_ms, rate, unit = match.groups()
-        need(step < steps and (int(now), int(last)) == (due, steps), f"step:{now}/{last} stands where the config asks for step:{due}/{steps}")
-        evaluates = due == steps or val_every and due % val_every == 0
-        need(bool(val_loss) == bool(evaluates), f"step {due}: {'no' if evaluates else 'a'} val_loss, against --val_every={val_every}")
-        need(all(math.isfinite(float(x)) for x in (train_loss, val_loss) if x), f"step {due}: a loss that is not finite")
-        now_s, step_ms, since = float(now_s), float(step_ms), due - step
-        need(now_s > time, f"step {due}: train_time {now_s:.3f}s is not after the {time:.3f}s of the line before")
-        need(abs(now_s - time - since * step_ms / 1e3) <= 0.00101 + since * 0.0000501,
-             f"step {due}: {since} steps of {step_ms}ms are not the {now_s - time:.3f}s by which train_time grew: the clock is inconsistent")
-        size, scale = sizes[bisect.bisect_right(ends, due - 1)], {"k": 1e3, "M": 1e6}[unit]
-        rates = [1e3 * size / (step_ms + 0.0501), 1e3 * size / (step_ms - 0.0501) if step_ms > 0.1 else math.inf]
-        half = 0.501 * scale / 10 ** len(rate.partition(".")[2])
-        need(rates[0] - half <= float(rate) * scale <= rates[1] + half, f"step {due}: tok/s {rate}{unit} is not {size} tokens in {step_ms}ms")
-        losses.append((due, float(train_loss), float(val_loss) if val_loss else None))
-        step, time = due, now_s
-    need(step == steps, f"the steps end at {step} of {steps}")
-    return tuple(losses), time, sum((end - start) * size for start, end, size in zip([0, *ends], ends, sizes))
+        step, due = int(match[1]), schedule.written_after(before)
+        train_loss, val_loss, now_s, step_ms = (float(text or 0) for text in match.group(3, 4, 5, 6))
+        need(before < schedule.steps and (step, int(match[2])) == (due, schedule.steps),
+             f"step:{step}/{match[2]} stands where the config asks for step:{due}/{schedule.steps}")
+        need(bool(match[4]) == schedule.evaluates(step), f"step {step}: {'a' if match[4] else 'no'} val_loss, against the config's val_every")
+        need(math.isfinite(train_loss + val_loss), f"step {step}: a loss that is not finite")
+        need(now_s > before_s, f"step {step}: train_time {now_s:.3f}s is not after the {before_s:.3f}s of the line before")
+        since, grew = step - before, now_s - before_s
+        need(abs(grew - since * step_ms / 1e3) <= SLACK * (0.001 + since * 0.05e-3),
+             f"step {step}: {since} steps of {step_ms}ms are not the {grew:.3f}s by which train_time grew: the clock is inconsistent")
+        scale, size = {"k": 1e3, "M": 1e6}[match[9]], schedule.batch(step)
+        rate, half = float(f"{match[7]}.{match[8]}") * scale, 0.5 * SLACK * scale / 10 ** len(match[8])
+        need((rate - half) * (step_ms - 0.05 * SLACK) <= 1e3 * size <= (rate + half) * (step_ms + 0.05 * SLACK),
+             f"step {step}: {rate:.0f} tok/s are not {size} tokens in {step_ms}ms")
+        losses.append((step, train_loss, val_loss if match[4] else None))
+        before, before_s = step, now_s
+    need(before == schedule.steps, f"the steps end at {before} of {schedule.steps}")
+    return tuple(losses), before_s
 
 def check_final(line, config, losses, train_time, tokens, cores):
     """The final line repeats the last step line, and says truly when the log's own target was reached. Returns cpu_time."""
     match = FINAL.fullmatch(line)
     need(match, f"{line[:80]!a} is not a final line")
-    step, steps, count, val_loss, time, cpu, wall, target, reached, after = match.groups()
-    need((int(step), int(steps), float(val_loss), float(time)) == (losses[-1][0], int(config["steps"]), losses[-1][2], train_time),
-         "its final line is not that of its last step")
+    step, steps, count, val_loss, time, cpu, wall, target, reached, _ = match.groups()
+    last = losses[-1][0], losses[-1][0], losses[-1][2], train_time
+    need((int(step), int(steps), float(val_loss), float(time)) == last, "its final line is not that of its last step")
     need(int(count) == tokens, f"final: {count} tokens, but the config's stages train on {tokens}")
-    need(float(wall) + 0.06 >= train_time, f"final: wall {wall}s is less than the train_time in it")
-    need(float(cpu) <= train_time * cores + 0.06, f"final: cpu_time {cpu}s is more than {cores} cores have in {time}s: the clock is inconsistent")
-    goal, half = float(config["target_loss"]), 0.0000501  # a printed loss is this near
-    need(bool(target) == bool(goal) and (not target or alike(target, config["target_loss"])), "final: its target is not the config's target_loss")
+    need(float(wall) + 0.05 * SLACK >= train_time, f"final: wall {wall}s is less than the train_time in it")
+    need(float(cpu) <= train_time * cores + 0.05 * SLACK,
+         f"final: cpu_time {cpu}s is more than {cores} cores have in {time}s: the clock is inconsistent")
+    goal, half = float(config["target_loss"]), 0.5e-4 * SLACK
+    need(alike(target or "0", config["target_loss"]), "final: its target is not the config's target_loss")
     may, must = ([at for at, _, loss in losses if loss is not None and loss <= goal + side] for side in (half, -half))
-    told = int(reached) if reached else None
-    need(not target or (told in may if told else not must) and (not must or told <= must[0]), f"final: target {target} was not reached where it says")
+    told = int(reached) if reached else math.inf
+    need(not target or (not reached or told in may) and told <= min(must, default=math.inf),
+         f"final: target {target} was not reached where it says")
     return float(cpu)
 
 def read_run(path):
@@ -224,13 +245,15 @@ def read_run(path):
     check_config(config, argv, defaults, changes)
     need(one["preset"].partition(" ")[0] == config["preset"], "preset: another than the config's")
     files, scored, reads = read_data([value for key, value in header if key == "data"])
-    losses, train_time, tokens = check_steps(lines[first:final], config)
+    schedule = read_schedule(config)
+    tokens = schedule.tokens()
     need(reads == tokens, f"data: {reads} tokens trained on, but the config's stages train on {tokens}")
+    losses, train_time = check_steps(lines[first:final], schedule)
     devices = one["devices"].split(", ")
     cores = re.fullmatch(r"(\d{1,6}) host cores", devices[-1], re.ASCII)
     need(cores, "devices: no number of host cores")
     cpu_time = check_final(lines[final], config, losses, train_time, tokens, int(cores[1]))
-    need(len(lines) > final + 2 and lines[-2].startswith("wrote: ") and lines[-1].startswith("next: "), "its end is not that of a log of train.py")
+    need(len(lines) > final + 2 and lines[-2].startswith("wrote: ") and lines[-1].startswith("next: "), "its end is not train.py's")
     pairs = re.split(r"(?:^| )([A-Za-z]\w*)=", one["versions"])[1:]
     return Run(path.name, hashlib.sha256(source.encode()).hexdigest(), argv, config, dict(zip(pairs[::2], pairs[1::2])), devices, files,
                scored, losses, train_time, cpu_time, lines[-2].partition("/ckpt/")[0])
@@ -240,8 +263,8 @@ def check_track(run, track):
     """The run is one of this track: what it scored, trained on and ran on. Raises Rejected."""
     for text in (str(run.scored[0]), run.config["val_tokens"]):
         need(text == str(track.val_targets), f"{text} validation targets, the track scores {track.val_targets}")
-    need(not track.scored or run.scored[1] in track.scored, f"the scored tokens have SHA-256 {run.scored[1][:12]}..., not the track's: other "
-         "validation data (an embedded corpus is that of one release of Python)")
+    need(not track.scored or run.scored[1] in track.scored, f"the scored tokens have SHA-256 {run.scored[1][:12]}..., not the track's: "
+         "other validation data (an embedded corpus is that of one release of Python)")
     *trained, held_out = [digest for _, _, digest in run.files]
     need(not track.files or {*trained} <= {*track.files}, "a training file is none of the track's")
     need(held_out not in track.files, "its last file, the validation file, is a training file of the track")
@@ -254,19 +277,20 @@ def compare(run, first, fields=MAY_DIFFER):
     """What two runs must have in common, as reasons why not."""
     if run.source_sha256 != first.source_sha256:
         yield f"another source than {first.name}"
-    if differing := [name for name in first.config | run.config if name not in fields and first.config.get(name) != run.config.get(name)]:
-        yield f"another config than {first.name}: {', '.join(differing)}"
+    pairs = ((name, first.config.get(name), run.config.get(name)) for name in first.config | run.config if name not in fields)
+    if differing := [f"{name}={theirs!a} there, {ours!a} here" for name, theirs, ours in pairs if theirs != ours]:
+        yield f"another config than {first.name}: {differing[0]}"
     if (run.files, run.scored) != (first.files, first.scored):
         yield f"other data than {first.name}"
 
 def check_together(runs):
     """(name, reason) of runs that are not repetitions of the first with other seeds."""
     for i, run in enumerate(runs):
+        twins = [other.name for other in runs[:i] if run.folder == other.folder or run.losses == other.losses]
         if run.name != f"seed{run.config['seed']}.txt":
             yield run.name, f"its seed is {run.config['seed']!a}: misnamed, or one run twice"
-        for other in runs[:i]:
-            if run.folder == other.folder or run.losses == other.losses:
-                yield run.name, f"the same run as {other.name}: same folder or same losses"
+        elif twins:
+            yield run.name, f"the same run as {twins[0]}: same folder or same losses"
     for run in runs[1:]:
         yield from ((run.name, reason) for reason in compare(run, runs[0]))
         ours, theirs = ({k: v for k, v in each.versions.items() if k not in ELSEWHERE} for each in (run, runs[0]))
@@ -274,37 +298,35 @@ def check_together(runs):
             yield run.name, f"other versions or devices than {runs[0].name}"
 
 def check_failed(path, readme):
-    """Why failed<k>.txt cannot stand for a run without a result, or None."""
+    """failed<k>.txt is of a run without a result, and README.md tells of it. Raises Rejected."""
     rest = read_bytes(path).decode(errors="replace").rpartition(BAR)[2]
-    if re.search(r"^(?:final: |step:(\d{1,12})/\1 .*val_loss:)", rest, re.MULTILINE | re.ASCII):
-        return "a run that came to its end: it counts, as seed<k>.txt"
-    if path.name not in readme:
-        return "README.md does not tell of it"
+    need(not re.search(r"^(?:final: |step:(\d{1,12})/\1 .*val_loss:)", rest, re.MULTILINE | re.ASCII),
+         "a run that came to its end: it counts, as seed<k>.txt")
+    need(path.name in readme, "README.md does not tell of it")
     print(f"failed: {path.name}, which ends with {rest.strip().rpartition(chr(10))[2][-120:]!a}")
 
 def read_record(folder, track):
-    """(Runs that can be read, reasons against the record). Prints what failed."""
+    """(Runs that count, reasons against the record). Prints what failed."""
     runs, reasons, readme = [], [], ""
-    number = lambda path: (len(path.name), path.name)  # seed2 before seed10
-    if (folder / "README.md").is_file():
-        readme = read_bytes(folder / "README.md").decode(errors="replace")
-    if not readme.strip():
-        reasons.append("README.md: missing or empty")
-    for path in sorted(folder.iterdir(), key=number):
+    paths = sorted(folder.iterdir(), key=lambda path: (path.name != "README.md", len(path.name), path.name))  # seed2 before seed10
+    for path in paths if (folder / "README.md") in paths else [folder / "README.md", *paths]:
         try:
-            if re.fullmatch(r"seed(0|[1-9][0-9]*)\.txt", path.name):
+            if path.name == "README.md":
+                readme = read_bytes(path).decode(errors="replace") if path.exists() else ""
+                need(readme.strip(), "missing or empty")
+            elif re.fullmatch(r"seed(0|[1-9][0-9]*)\.txt", path.name):
                 run = read_run(path)
                 check_track(run, track)
                 runs.append(run)
             elif re.fullmatch(r"failed[0-9]+\.txt", path.name):
-                need((reason := check_failed(path, readme)) is None, reason)
+                check_failed(path, readme)
             else:
-                need(path.name == "README.md" or path.suffix == ".svg", "not part of a record: README.md, seed<k>.txt, failed<k>.txt, *.svg")
+                need(path.suffix == ".svg", "not part of a record: README.md, seed<k>.txt, failed<k>.txt, *.svg")
         except Rejected as error:
             reasons.append(f"{path.name!a}: {error}")
         except (ValueError, OverflowError, OSError) as error:
             reasons.append(f"{path.name!a}: cannot be read as a log ({str(error)[:100]!a})")
-    return runs, reasons + [f"{name}: {reason}" for name, reason in check_together(runs)]
+    return runs, reasons + [f"{name!a}: {reason}" for name, reason in check_together(runs)]
 
 def judge(runs, track):
     """Print the runs and their statistics. Returns reasons why their mean is not shown to be at most the target."""
@@ -349,13 +371,14 @@ def rerun(path, logged, tolerance):
     mine, theirs = ({step: val for step, _, val in run.losses if val is not None} for run in (again, logged))
     for step in sorted(mine.keys() & theirs.keys()):
         print(f"rerun: step {step} val_loss {theirs[step]:.4f} in the log, {mine[step]:.4f} here")
-    print("rerun: all losses are equal in all printed digits" if again.losses == logged.losses else "rerun: not all printed digits of all losses are equal")
+    print(f"rerun: {'all' if again.losses == logged.losses else 'not all'} losses, of training too, are equal in all printed digits")
     off = abs(again.losses[-1][2] - logged.losses[-1][2])
     return reasons + ([f"rerun: the final losses are {off:.4f} apart, tolerated are {tolerance:g}"] if off > tolerance + 1e-9 else [])
 
 def main(argv=None):
     """Returns 0 where the record is accepted, 1 where not. Raises UsageError."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.verify_record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m scripts.verify_record", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("folder", metavar="DIR", type=Path, help="<track>/<date>_<Name>")
     flag("--rerun", type=int, metavar="K", help="train seed K again, with the source in its log, if all else is accepted; runs others' code")
@@ -363,7 +386,7 @@ def main(argv=None):
     flag("--tracks", metavar="FILE", type=Path, default=ROOT / "records/README.md", help="the table of tracks (default: records/README.md)")
     args = parser.parse_args(argv)
     try:
-        import scipy  # noqa: before the work
+        import scipy  # now, rather than after the work
     except ImportError:
         raise UsageError("scipy is missing: pip install -r scripts/requirements.txt") from None
     folder, path = args.folder.resolve(), args.folder / f"seed{args.rerun}.txt"
@@ -374,7 +397,8 @@ def main(argv=None):
         raise UsageError(f"--rerun={args.rerun}: there is no {path}")
     print(f"{folder.parent.name}/{folder.name}: target {track.target:g}, {track.val_targets} validation targets")
     runs, reasons = read_record(folder, track)
-    reasons += judge(runs, track)
+    against = judge(runs, track)
+    reasons = reasons or against  # what some of the runs show is no reason against all
     if runs:
         print(f"source of {runs[0].name}: sha256:{runs[0].source_sha256}")
     for what, known in (("which validation tokens were scored", track.scored), ("which files were trained on", track.files)):
