@@ -25,8 +25,9 @@ SLACK = 1.002         # of a rounding error, for the arithmetic on it
 INT, LOSS, SECONDS, TENTHS = r"(\d{1,12})", r"(\d{1,6}\.\d{4}|nan|inf)", r"(\d{1,9}\.\d{3})s", r"(\d{1,12}\.\d)"
 STEP = re.compile(rf"step:{INT}/{INT} train_loss:{LOSS}(?: val_loss:{LOSS})? train_time:{SECONDS} step:{TENTHS}ms "
                   rf"tok/s:(\d{{1,9}})\.(\d\d?)([kM]) mfu:(?:-|{TENTHS}%) wait:{TENTHS}ms eta:{INT}s", re.ASCII)
-FINAL = re.compile(rf"final: step:{INT}/{INT} tokens:(\d{{1,18}}) val_loss:{LOSS} train_time:{SECONDS} cpu_time:{TENTHS}s wall:{TENTHS}s"
-                   rf"(?: peak_memory:\d+\.\d\dGiB)?(?: target:(\S+) (?:not reached|reached at step {INT} after {SECONDS}))?", re.ASCII)
+FINAL = re.compile(rf"final: step:{INT}/{INT} tokens:(\d{{1,18}}) val_loss:{LOSS} train_time:{SECONDS} "
+                   rf"cpu_time:{TENTHS}s wall:{TENTHS}s(?: peak_memory:\d+\.\d\dGiB)?"
+                   rf"(?: target:(\S+) (?:not reached|reached at step {INT} after {SECONDS}))?", re.ASCII)
 
 class UsageError(ValueError): pass
 class Rejected(ValueError):
@@ -92,7 +93,7 @@ def read_log(path):
     body, _, digest = read_bytes(path).rpartition(b"\nsha256:")
     need(re.fullmatch(rb"[0-9a-f]{64}\n", digest), "its last line is not its digest: cut off, or a run without a result, whose log is "
          "named failed<k>.txt and told of in README.md")
-    need(hashlib.sha256(body + b"\n").hexdigest() == digest[:64].decode(), "its digest is not that of the bytes above it: it was changed")
+    need(hashlib.sha256(body + b"\n").hexdigest() == digest[:64].decode(), "its digest is not that of the bytes above it")
     try:
         source, bar, rest = body.decode().partition(BAR)
     except UnicodeDecodeError:
@@ -157,7 +158,7 @@ def read_data(lines):
     found = [re.fullmatch(pattern, line, re.ASCII) for pattern, line in zip(wanted, lines)]
     need(len(lines) >= 4 and all(found), "its data lines are not those of files, of what validation scores and of what was read")
     *files, scored, read = [match.groups() for match in found]
-    need(len({digest for _, _, digest in files}) == len(files), "data: the same file twice, to train and to validate on or to train on again")
+    need(len({digest for _, _, digest in files}) == len(files), "data: the same file twice, perhaps to train and to validate on")
     return files, (int(scored[0]), scored[1]), int(read[0])
 
 class Schedule(NamedTuple):
@@ -193,7 +194,8 @@ def check_steps(lines, schedule):
         train_loss, val_loss, now_s, step_ms = (float(text or 0) for text in match.group(3, 4, 5, 6))
         need(before < schedule.steps and (step, int(match[2])) == (due, schedule.steps),
              f"step:{step}/{match[2]} stands where the config asks for step:{due}/{schedule.steps}")
-        need(bool(match[4]) == schedule.evaluates(step), f"step {step}: {'a' if match[4] else 'no'} val_loss, against the config's val_every")
+        need(bool(match[4]) == schedule.evaluates(step),
+             f"step {step}: {'a' if match[4] else 'no'} val_loss, against the config's val_every")
         need(math.isfinite(train_loss + val_loss), f"step {step}: a loss that is not finite")
         need(now_s > before_s, f"step {step}: train_time {now_s:.3f}s is not after the {before_s:.3f}s of the line before")
         since, grew = step - before, now_s - before_s
@@ -356,8 +358,9 @@ def rerun(path, logged, tolerance):
         script = Path(folder) / "train.py"
         script.write_bytes(read_log(path)[0].encode())
         command = [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items()), f"--log_dir={folder}/logs"]
-        print(f"rerun: this now executes the program in {path.name} (sha256:{hashlib.sha256(script.read_bytes()).hexdigest()}), with all "
-              f"that you may do on this machine: {shlex.join(command)}", flush=True)
+        digest = hashlib.sha256(script.read_bytes()).hexdigest()
+        print(f"rerun: this now executes the program in {path.name} (sha256:{digest}), with all that you may do on this machine: "
+              f"{shlex.join(command)}", flush=True)
         code = subprocess.run(command).returncode
         if code:
             return [f"rerun: the program ended with exit code {code}"]
@@ -381,9 +384,9 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("folder", metavar="DIR", type=Path, help="<track>/<date>_<Name>")
-    flag("--rerun", type=int, metavar="K", help="train seed K again, with the source in its log, if all else is accepted; runs others' code")
+    flag("--rerun", type=int, metavar="K", help="train seed K again, with the source in its log: runs others' code")
     flag("--tolerance", type=float, default=0.003, help="of the rerun's final loss, nats (default: 0.003)")
-    flag("--tracks", metavar="FILE", type=Path, default=ROOT / "records/README.md", help="the table of tracks (default: records/README.md)")
+    flag("--tracks", metavar="FILE", type=Path, default=ROOT / "records/README.md", help="default: records/README.md")
     args = parser.parse_args(argv)
     try:
         import scipy  # now, rather than after the work
