@@ -245,7 +245,6 @@ def read_run(path):
     defaults, changes = source_defaults(source, one["preset"].partition(" ")[0])
     argv, config = parse_argv(one["argv"]), parse_config(one["config"], [*defaults])
     check_config(config, argv, defaults, changes)
-    need(one["preset"].partition(" ")[0] == config["preset"], "preset: another than the config's")
     files, scored, reads = read_data([value for key, value in header if key == "data"])
     schedule = read_schedule(config)
     tokens = schedule.tokens()
