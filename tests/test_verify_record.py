@@ -231,6 +231,7 @@ TAMPERED = {
     "other Python": (lambda r: r.edit((r"python=3\.\d+", "python=3.1"), seeds=SEEDS), "Python '3.1.*the track is for 3"),
     "other devices": (lambda r: r.edit(("devices: 1 x cpu", "devices: 8 x TPU v6 lite"), seeds=SEEDS), "devices: .*8 x TPU v6 lite.*the track is for 1 x cpu"),
     "other versions in one": (lambda r: r.edit((" jax=", " jax=9.")), "seed1.txt': other versions or devices than seed0.txt"),
+    "other host in one": (lambda r: r.edit((r"\d+ host cores", "999 host cores")), "seed1.txt.*other versions or devices than seed0.txt"),
     "other flags of XLA in one": (lambda r: r.edit((" backend=cpu", " backend=cpu XLA_FLAGS=--xla_a=1 --xla_b=2")), "seed1.txt': other versions or devices"),
     "no README": (lambda r: (r.folder / "README.md").unlink(), "README.md.: missing or empty"),
     "empty README": (lambda r: write(r, "README.md", b" \n"), "README.md.: missing or empty"),
