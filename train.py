@@ -79,8 +79,6 @@ class Config:
     offset_layers: str = "3,10"       # blocks that match keys by the token before them (partial key offset)
     gate_dims: int = 12               # dims of its input that a gate reads: of attention's heads, of a skip; 0: no gates
     smear: int = 1                    # 1: a gate lets some of the token before into each embedding
-    value_layers: str = ""            # blocks that add an embedding of the token to its values, each of its own table
-    bigram_rows: int = 0              # rows of a table of pairs of tokens, hashed, which enters every block; 0: none
     softcap: str = "11.5,15,5"        # A,B,C: logits are A * tanh((logits + C) / B); one number: B = A, C = 0; 0: off
     rope_base: float = 1024.0         # the slowest rotation is 1/base radians per token, before YaRN
     attn_scale: float = 0.085         # multiplies q.k, both of unit rms, in the first stage; 0: 1/sqrt(head_dim)
@@ -118,7 +116,6 @@ class Config:
     adam_beta2: float = 0.95          # decay of its square's mean, embedding and head; scalars and gates 0.99
     adam_eps: float = 1e-10           # added to the root of the square's mean
     adam_wd: float = 0.75             # embedding and head: as muon_wd; with --optimizer=adamw by lr * wd, everywhere
-    adam_every: int = 2               # steps whose gradients Adam takes together
     warmup_steps: int = 0             # linear learning rate warmup
     cooldown_frac: float = 0.6        # share of the steps over which every learning rate falls linearly
     final_lr_scale: float = 0.15      # to this share of the first stage's, where it stays for
@@ -157,7 +154,7 @@ PRESETS = {
         steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", late_inputs="",
         backout="2", attn_scale=0.2, offset_layers="0,1,2,3", tied_stages=0, stage_ends="1", batch_tokens="2048", seq_len="256",
         max_doc_len="0", window_short="0", window_long="0", stage_lr="1", mtp="", long_layers="", micro_tokens=1024, attn_block=128,
-        muon_lr=0.02, muon_momentum="0.85,0.95,100,20", adam_every=1, final_steps=0, residual_dtype="float32", train_files="",
+        muon_lr=0.02, muon_momentum="0.85,0.95,100,20", final_steps=0, residual_dtype="float32", train_files="",
         val_files="", shuffle=1, val_tokens=262_144, val_every=250, val_seq_len=256, val_context=128, val_window_short=0,
         val_window_long=0, target_loss=1.05),
     "tiny": dict(
@@ -197,7 +194,7 @@ def layer_windows(short, long, cfg):
     return tuple(long if layer in layer_list(cfg.long_layers) else short for layer in range(cfg.num_layers))
 
 # ---- Mesh and precision ----------------------------------------------------------------------------------------------
-SPLIT_AXES = ("F", "HK", "GK", "V", "W", "D")  # a weight is split over the devices along the first of these that divides
+SPLIT_AXES = ("F", "HK", "GK", "V", "D")  # a weight is split over the devices along the first of these that divides
 
 def make_mesh(devices=None):
     return jax.make_mesh((len(devices or jax.devices()),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -230,8 +227,7 @@ AXIS_SIZE = {
     "L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)),
     "J": lambda cfg: len(layer_pairs(cfg.skips)), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
     "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim, "V": lambda cfg: cfg.padded_vocab,
-    "H": lambda cfg: cfg.num_heads, "G": lambda cfg: cfg.kv_heads, "E": lambda cfg: cfg.gate_dims, "1": lambda cfg: 1,
-    "W": lambda cfg: cfg.bigram_rows, "UGK": lambda cfg: len(layer_list(cfg.value_layers)) * cfg.kv_heads * cfg.head_dim}
+    "H": lambda cfg: cfg.num_heads, "E": lambda cfg: cfg.gate_dims, "1": lambda cfg: 1}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -257,7 +253,6 @@ def param_specs(cfg):
             "w_v": Spec("I D GK", matrix, "muon"),
             "w_out": Spec("I HK D", matrix, "muon"),
             "gate": Spec("I E H", constant(0.0), "gate"),
-            "value_gate": Spec("I E G", constant(0.0), "gate"),
             "x_mix": Spec("I", constant(1.1 ** 0.5), "scalar"),  # weight of the stream, of what is added to it,
             "y_mix": Spec("I", constant(1.0), "mix"),
             "x0_mix": Spec("I", constant(0.0), "mix")},          # and of the first embedding, which re-enters
@@ -266,19 +261,15 @@ def param_specs(cfg):
             "w_down": Spec("L F D", constant(0.0), "down"),
             "x_mix": Spec("L", constant(1.1 ** 0.5), "scalar"),
             "y_mix": Spec("L", constant(1.0), "mix")},
-        "value_embed": Spec("V UGK", normal(0.01), "table"),
-        "bigram_embed": Spec("W D", constant(0.0), "table"),
-        "bigram_mix": Spec("L", constant(0.05), "mix"),
         "head": Spec("V D", table, "head"),
         "skip_gate": Spec("E J", constant(0.0), "skip"),
         "skip_mix": Spec("J", constant(-1.5), "scalar"),
         "smear_gate": Spec("E 1", constant(0.0), "smear"),
         "smear_mix": Spec("1", constant(0.0), "scalar"),
         "backout_mix": Spec("1", constant(0.5), "scalar")}
-    unused = {"skip": not cfg.skips, "smear": not cfg.smear, "backout": not cfg.backout, "value": not cfg.value_layers,
-              "bigram": not cfg.bigram_rows, "gate": not cfg.gate_dims}
+    unused = ["skip_gate", "skip_mix"] * (not cfg.skips) + ["smear_gate", "smear_mix"] * (not cfg.smear) + ["backout_mix"] * (not cfg.backout)
     keep = lambda tree: {name: keep(row) if isinstance(row, dict) else row for name, row in tree.items()
-                         if not any(unused[part] for part in unused if part in name)}
+                         if name not in unused and (cfg.gate_dims or "gate" not in name)}
     return keep(rows)
 
 def shape_of(spec, cfg): return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
@@ -367,17 +358,11 @@ def gate(x_BTD, w_EH):
     """Between 0 and 1 for each head (or other letter) from the first few dims of x; one half without weights."""
     return 0.5 if w_EH is None else jax.nn.sigmoid(matmul("BTE,EH->BTH", x_BTD[:, :, :len(w_EH)], w_EH, f32))
 
-def scale_heads(x_BTN, gate_BTH, cfg):
-    return (rearrange(x_BTN, "B T (H K) -> B T H K", K=cfg.head_dim) * gate_BTH[..., None]).reshape(x_BTN.shape).astype(x_BTN.dtype)
-
-def attention(x_BTD, p, attend, value_BTN, cfg):
-    """One layer's self-attention: attend(q, k, v) -> y between the projections, its heads gated (modded-nanogpt, record 28).
-    value_BTN: None, or an embedding of the token that is added to v, gated likewise (records 14 and 55)."""
-    q_BTN, k_BTN, v_BTN = (matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v"))
-    if value_BTN is not None:
-        v_BTN += scale_heads(value_BTN, 2 * gate(x_BTD, p["value_gate"]), cfg).astype(v_BTN.dtype)
-    y_BTN = attend(q_BTN, k_BTN, v_BTN)
-    y_BTN = scale_heads(y_BTN, gate(x_BTD, p["gate"]), cfg) if "gate" in p else y_BTN
+def attention(x_BTD, p, attend, cfg):
+    """One layer's self-attention: attend(q, k, v) -> y between the projections, its heads gated (modded-nanogpt, record 28)."""
+    y_BTN = attend(*(matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v")))
+    if "gate" in p:
+        y_BTN = (rearrange(y_BTN, "B T (H K) -> B T H K", K=cfg.head_dim) * gate(x_BTD, p["gate"])[..., None]).reshape(y_BTN.shape).astype(y_BTN.dtype)
     return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype)
 
 relu_squared = jax.custom_jvp(lambda x: jnp.square(jax.nn.relu(x)))  # arXiv:2109.08668; its slope from x alone, no mask is kept
@@ -387,15 +372,6 @@ def mlp(x_BTD, p): return matmul("BTF,FD->BTD", relu_squared(matmul("BTD,DF->BTF
 def lookup(weights, name, ids_BT, use):
     """Rows ids_BT of a table. Where weights[use] is there (zeros, in training), the gradient goes to it, row by row."""
     return jax.lax.stop_gradient(weights[name])[ids_BT] + weights[use] if use in weights else weights[name][ids_BT]
-
-# What is looked up in a table, whose rows get their gradients once a step: {name of the rows: (table, its axes)}
-TABLES = {"inputs": ("embed", "V D"), "targets": ("head", "V D"), "values": ("value_embed", "V UGK"), "bigrams": ("bigram_embed", "W D")}
-
-def row_ids(tokens, targets, cfg):
-    """The rows, for tokens [..., T]. A pair of tokens is hashed as in modded-nanogpt's record 62; a row's first one has none before it."""
-    before = jnp.concatenate([tokens[..., :1], tokens[..., :-1]], axis=-1)
-    pairs = jnp.where(jnp.arange(tokens.shape[-1]) > 0, ((36313 * tokens) ^ (27191 * before)) % max(cfg.bigram_rows - 1, 1), cfg.bigram_rows - 1)
-    return {"inputs": tokens, "targets": targets, "values": tokens, "bigrams": pairs}
 
 def attend_row(tokens_BT, stage, cfg):
     """attend(layer, q, k, v) over whole rows: within the window and, where rows are packed, the document, which begins with BOS."""
@@ -416,33 +392,28 @@ def forward(weights, tokens_BT, stage, cfg, attend=None):
     Each sublayer: x <- x_mix x + y_mix f(rms_norm(x)) (+ x0_mix x0), learned scalars (modded-nanogpt, records 9 and 73)."""
     attend, fetch = attend or attend_row(tokens_BT, stage, cfg), weights.get("fetch", lambda p, name: p)
     mix = lambda *terms: sum(scale * x.astype(f32) for scale, x in terms).astype(cfg.activation_dtype)
-    def block(x_BTD, x0_BTD, read_BTD, value_BTN, p, heads, i):
+    def block(x_BTD, x0_BTD, read_BTD, p, heads, i):
         if heads:
             heads = fetch(heads, "attention")
-            y_BTD = attention(rms_norm(read_BTD), heads, functools.partial(attend, i), value_BTN, cfg)
+            y_BTD = attention(rms_norm(read_BTD), heads, functools.partial(attend, i), cfg)
             x_BTD = mix((heads["x_mix"], x_BTD), (heads["y_mix"], y_BTD), (heads["x0_mix"], x0_BTD))
         p = fetch(p, "blocks")
         return mix((p["x_mix"], x_BTD), (p["y_mix"], mlp(rms_norm(x_BTD), p)))
     if cfg.fsdp:  # all but the gathered weights is kept for the backward pass, which gathers them again
-        block = jax.checkpoint(block, policy=lambda primitive, *_, **__: primitive.name != "all_gather", static_argnums=6)
-    ids, values = row_ids(tokens_BT, tokens_BT, cfg), {}
-    row = lambda use: lookup(weights, TABLES[use][0], ids[use], use).astype(cfg.activation_dtype)
-    e_BTD = row("inputs")
+        block = jax.checkpoint(block, policy=lambda primitive, *_, **__: primitive.name != "all_gather", static_argnums=5)
+    e_BTD = lookup(weights, "embed", tokens_BT, "inputs").astype(cfg.activation_dtype)
     if cfg.smear:  # modded-nanogpt, record 34
         before_BTD = jnp.pad(e_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
         e_BTD = mix((1, e_BTD), (weights["smear_mix"][0] * gate(e_BTD, weights.get("smear_gate")), before_BTD))
     x_BTD = x0_BTD = rms_norm(e_BTD)
-    if cfg.value_layers:
-        values = dict(zip(layer_list(cfg.value_layers), jnp.split(row("values"), len(layer_list(cfg.value_layers)), axis=-1)))
     after, heads, late = {}, iter(weights["attention"]), {block: source for source, block in layer_pairs(cfg.late_inputs)}
     for i, p in enumerate(weights["blocks"]):
         for j, (source, destination) in enumerate(layer_pairs(cfg.skips)):
             if destination == i:  # sigmoid(skip_mix) * 2 gate (records 11, 45 and 55)
                 open_BT1 = gate(x0_BTD, weights["skip_gate"][:, j:j + 1] if cfg.gate_dims else None)
                 x_BTD = mix((1, x_BTD), (2 * jax.nn.sigmoid(weights["skip_mix"][j]) * open_BT1, after[source]))
-        x_BTD = mix((1, x_BTD), (weights["bigram_mix"][i], row("bigrams"))) if cfg.bigram_rows else x_BTD  # record 62
         read_BTD = after[late[i]] if i in late else x_BTD  # record 77
-        x_BTD = after[i] = block(x_BTD, x0_BTD, read_BTD, values.get(i), p, None if i in layer_list(cfg.mlp_only) else next(heads), i)
+        x_BTD = after[i] = block(x_BTD, x0_BTD, read_BTD, p, None if i in layer_list(cfg.mlp_only) else next(heads), i)
     for i in layer_list(cfg.backout):  # record 40
         x_BTD = mix((1, x_BTD), (-weights["backout_mix"][0], after[i]))
     return rms_norm(x_BTD)
@@ -661,26 +632,25 @@ def tokens_before(step, table):  # training tokens of the steps before this one
     return sum((min(s.last, step) - s.first) * s.batch_tokens for s in table if s.first < step)
 
 # ---- Optimizers ------------------------------------------------------------------------------------------------------
-# How one group of weights is updated. kind: "muon" or "adam"; wd: cautious decay per lr^2, or plain per lr; every: steps taken together
-Rule = collections.namedtuple("Rule", "kind lr wd beta1 beta2 eps every plain", defaults=(0.0, 0.0, 0.0, 0.0, 1, False))
+# How one group of weights is updated. kind: "muon" or "adam"; wd: cautious decay per lr^2, or plain per lr
+Rule = collections.namedtuple("Rule", "kind lr wd beta1 beta2 eps plain", defaults=(0.0, 0.0, 0.0, 0.0, False))
 
 def optimizer_rules(cfg):
-    adam = functools.partial(Rule, "adam", eps=cfg.adam_eps, every=cfg.adam_every)
+    adam = functools.partial(Rule, "adam", eps=cfg.adam_eps)
     if cfg.optimizer == "adamw":
-        plain = lambda wd: adam(cfg.adamw_lr, wd, cfg.adam_beta1, cfg.adam_beta2, every=1, plain=True)
+        plain = lambda wd: adam(cfg.adamw_lr, wd, cfg.adam_beta1, cfg.adam_beta2, plain=True)
         return collections.defaultdict(lambda: plain(0.0), dict.fromkeys(("muon", "down", "embed", "head"), plain(cfg.adam_wd)))
     table = functools.partial(adam, wd=cfg.adam_wd, beta1=cfg.adam_beta1, beta2=cfg.adam_beta2)
     small = functools.partial(adam, beta1=0.9, beta2=0.99)
     return {"muon": Rule("muon", cfg.muon_lr, cfg.muon_wd, beta2=cfg.muon_beta2),
             "down": Rule("muon", 2 * cfg.muon_lr, cfg.muon_wd / 2, beta2=cfg.muon_beta2), "embed": table(cfg.embed_lr), "head": table(cfg.head_lr),
             "scalar": small(cfg.scalar_lr), "mix": small(cfg.scalar_lr / 5), "gate": small(cfg.gate_lr),
-            "skip": small(cfg.gate_lr / 20), "smear": small(cfg.gate_lr / 100),
-            "table": adam(75 * cfg.head_lr, 0.025, 0.75, 0.95)}
+            "skip": small(cfg.gate_lr / 20), "smear": small(cfg.gate_lr / 100)}
 
 def slot_specs(spec, rule):
     """{name: Spec} of a weight's optimizer state, float32. "square" holds one number for each unit: along F, heads or tables."""
     if rule.kind == "adam":
-        return dict.fromkeys(("m", "v", "held") if rule.every > 1 else ("m", "v"), spec)
+        return {"m": spec, "v": spec}
     return {"momentum": spec} | ({"square": dataclasses.replace(spec, axes=unit_axis(spec)[1])} if rule.beta2 else {})
 
 def unit_axis(spec):
@@ -737,17 +707,11 @@ def muon_direction(grad, slots, momentum):
     return momentum * average + (1 - momentum) * grad, slots | {"momentum": average}
 
 def adam_direction(grad, slots, step, rule):
-    """Adam (arXiv:1412.6980), bias-corrected; step counts from 0. With rule.every > 1 the gradients of so many steps are held and
-    taken together (modded-nanogpt, record 39); between, the direction is 0."""
-    due, grad = step % rule.every == rule.every - 1, grad + slots.get("held", 0)
-    count = (step // rule.every + 1).astype(f32)
+    """Adam (arXiv:1412.6980), bias-corrected; step counts from 0."""
     m = rule.beta1 * slots["m"] + (1 - rule.beta1) * grad
     v = rule.beta2 * slots["v"] + (1 - rule.beta2) * grad * grad
-    direction = m / (1 - rule.beta1 ** count) / (jnp.sqrt(v / (1 - rule.beta2 ** count)) + rule.eps)
-    if rule.every == 1:
-        return direction, {"m": m, "v": v}
-    pick = functools.partial(jnp.where, due)
-    return pick(direction, 0), {"m": pick(m, slots["m"]), "v": pick(v, slots["v"]), "held": pick(0, grad)}
+    m_hat, v_hat = m / (1 - rule.beta1 ** (step + 1)), v / (1 - rule.beta2 ** (step + 1))
+    return m_hat / (jnp.sqrt(v_hat) + rule.eps), {"m": m, "v": v}
 
 def equalize_units(x, square, over, split, beta2):
     """NorMuon (arXiv:2510.05491): each unit's step by the root of its mean square over the steps, the matrix's norm kept.
@@ -764,7 +728,7 @@ def update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg
     params, grads, slots = map(tree.flatten_up_to, (params, grads, opt_state))
     rules = [rules[spec.group] for spec in specs]
     directions, slots = map(list, zip(*(
-        muon_direction(g, s, muon_momentum(step, cfg)) if rule.kind == "muon" else adam_direction(g, s, step, rule)
+        muon_direction(g, s, muon_momentum(step, cfg)) if rule.kind == "muon" else adam_direction(g, s, step.astype(f32), rule)
         for g, s, rule in zip(grads, slots, rules))))
     muon = [i for i, rule in enumerate(rules) if rule.kind == "muon"]
     axes = [split_axis(specs[i], cfg, num_devices) for i in muon]
@@ -1014,8 +978,8 @@ def sum_rows(ids_N, g_ND, num_rows):
 def make_train_step(stage, model, mesh, cfg):
     """(state, tokens uint16 [A, B, T+1]) -> (state, mean loss in nats per token). The state is donated."""
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
-    tables = {use: name for use, (name, axes) in TABLES.items() if name in specs and specs[name].axes == axes}
-    tied = stage.index < cfg.tied_stages and {"inputs", "targets"} <= tables.keys()  # modded-nanogpt, records 51 and 53
+    tables = {use: name for use, name in (("inputs", "embed"), ("targets", "head")) if name in specs and specs[name].axes == "V D"}
+    tied = stage.index < cfg.tied_stages and len(tables) == 2  # modded-nanogpt, records 51 and 53
     def step_on_device(state, tokens_ABT1):
         weights = unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp))
         weights |= {"embed": weights["head"]} if tied else {}
@@ -1024,17 +988,16 @@ def make_train_step(stage, model, mesh, cfg):
         def micro_step(totals, tokens_BT1):
             here, tokens_BT1 = jax.lax.optimization_barrier((weights, tokens_BT1)) if cfg.fsdp else (weights, tokens_BT1)
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
-            rows = {use: jnp.zeros((*tokens_BT.shape, shape_of(specs[name], cfg)[1]), cfg.compute_dtype) for use, name in tables.items()}
+            rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}
             loss, (grads, row_grads) = jax.value_and_grad(lambda weights, rows: model.loss(
                 weights | rows | extra, tokens_BT, target_BT, weight_BT, stage, cfg), argnums=(0, 1))(here, rows)
             grads = jax.lax.optimization_barrier(grads) if cfg.fsdp else grads  # else XLA moves gathers out, or fails to
             totals = jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads))
-            return totals, (row_ids(tokens_BT, target_BT, cfg), row_grads)
+            return totals, ({"inputs": tokens_BT, "targets": target_BT}, row_grads)
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
         (loss, count, grads), (ids, row_grads) = jax.lax.scan(micro_step, (f32(0), f32(0), zeros), tokens_ABT1)
         for use, name in tables.items():
-            owner = "head" if tied and use == "inputs" else name
-            grads[owner] += sum_rows(ids[use].ravel(), rearrange(row_grads[use], "A B T D -> (A B T) D"), len(grads[owner]))
+            grads["head" if tied else name] += sum_rows(ids[use].ravel(), rearrange(row_grads[use], "A B T D -> (A B T) D"), cfg.padded_vocab)
         loss, count = jax.lax.psum((loss, count), "data")
         grads = jax.tree.map(lambda g: g / count, reduce_grads(restack(grads), specs, n, cfg))
         params, opt_state = model.update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
@@ -1097,7 +1060,7 @@ def compile_all(model, mesh, cfg):
 def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
     of each query head and key that causality and window leave visible; document borders are not counted."""
-    matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", "table", *SCALARS))
+    matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", *SCALARS))
     windows = [window for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
     reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in windows]
     keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
@@ -1331,11 +1294,11 @@ def validate(cfg):
             raise UsageError(f"--{name}={getattr(cfg, name)}: wanted {wanted}")
     with errors_as(UsageError, "a flag's value cannot be read"):
         table, ends, _ = stages(cfg), [float(x) for x in cfg.stage_ends.split(",")], muon_momentum(0, cfg)
-        layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers", "backout", "value_layers")}
+        layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers", "backout")}
         dtypes = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.activation_dtype)
         pairs, trace = {name: layer_pairs(getattr(cfg, name)) for name in ("skips", "late_inputs")}, [int(x) for x in (cfg.profile or "0:1").split(":")]
         _ = cfg.cap, loss_shares(0, table[0], cfg)
-    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs adam_every"), (0, "seed num_kv_heads ns_steps vocab_size gate_dims bigram_rows tied_stages final_steps "
+    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs"), (0, "seed num_kv_heads ns_steps vocab_size gate_dims tied_stages final_steps "
                          "attn_block head_block micro_tokens val_window_short val_window_long window_short window_long max_doc_len")):
         for name in names.split():
             need(min(map(int, str(getattr(cfg, name)).split(","))) >= least, name, f"at least {least}")

@@ -27,7 +27,7 @@ from train import (
 # By recipe and preset, after those for all presets. Neither recipe reads OFF, so other values are refused.
 OFF = {"optimizer": "muon", "max_doc_len": "0", "window_short": "0", "window_long": "0", "val_window_short": 0, "val_window_long": 0,
        "skips": "", "mlp_only": "", "offset_layers": "", "long_layers": "", "num_kv_heads": 0, "late_inputs": "", "backout": "",
-       "gate_dims": 0, "smear": 0, "value_layers": "", "bigram_rows": 0, "mtp": "", "tied_stages": 0, "adam_every": 1}
+       "gate_dims": 0, "smear": 0, "mtp": "", "tied_stages": 0}
 PLAIN = " ".join(f"--{name}={value}" for name, value in OFF.items()) + " --stage_lr=1 --final_steps=0"
 FLAGS = {
     "record2025": {
@@ -170,7 +170,7 @@ def record_update(params, grads, opt_state, step, stage, specs, rules, num_devic
     def direction_of(spec, rule, g, slots):
         if rule.kind == "muon":
             return record_muon(spec, g, slots, momentum, num_devices, cfg)
-        return adam_direction(g, slots, step, rule)
+        return adam_direction(g, slots, step.astype(f32), rule)
     return descend(direction_of, lr_scale(step, stage, cfg), rules, specs, params, grads, opt_state)
 
 # ---- nanogpt ---------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def nanogpt_lr(step, cfg):
 def nanogpt_update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg):
     """AdamW after the gradients are clipped to a global norm of 1."""
     clip = jnp.minimum(1, 1 / (global_norm(grads, specs, num_devices, cfg) + 1e-6))
-    direction_of = lambda spec, rule, g, slots: adam_direction(clip * g, slots, step, rule)
+    direction_of = lambda spec, rule, g, slots: adam_direction(clip * g, slots, step.astype(f32), rule)
     return descend(direction_of, stage.lr * nanogpt_lr(step, cfg), rules, specs, params, grads, opt_state)
 
 # ---- main ------------------------------------------------------------------------------------------------------------
