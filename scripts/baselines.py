@@ -68,8 +68,7 @@ def attend(q_BTHK, k_BSHK, v_BSHK, scale, w_out, cfg):
     return matmul("BTN,ND->BTD", rearrange(y_BHTK, "B H T K -> B T (H K)"), w_out)
 
 def mlp(x_BTD, p, bend): return matmul("BTF,FD->BTD", bend(matmul("BTD,DF->BTF", x_BTD, p["w_up"])), p["w_down"])
-def fetched(weights):  # the layers; with --fsdp=1 each is gathered here
-    return [weights["fetch"](p, "blocks") if "fetch" in weights else p for p in weights["blocks"]]
+def fetched(weights): return [weights["fetch"](p, "blocks") if "fetch" in weights else p for p in weights["blocks"]]  # with --fsdp=1
 
 def loss(forward, head, weights, tokens_BT, target_BT, weight_BT, stage, cfg):
     """Summed nats of the targets, each times its weight. head: the name of the table that gives the logits."""
