@@ -405,7 +405,7 @@ def forward(weights, tokens_BT, stage, cfg, attend=None):
     e_BTD = lookup(weights, "embed", tokens_BT, "inputs").astype(cfg.activation_dtype)
     if cfg.smear:  # modded-nanogpt, record 34
         before_BTD = jnp.pad(e_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        e_BTD = mix((1, e_BTD), (weights["smear_mix"] * gate(e_BTD, weights.get("smear_gate")), before_BTD))
+        e_BTD = mix((1, e_BTD), (weights["smear_mix"][0] * gate(e_BTD, weights.get("smear_gate")), before_BTD))
     x_BTD = x0_BTD = rms_norm(e_BTD)
     after, heads, late = {}, iter(weights["attention"]), {block: source for source, block in layer_pairs(cfg.late_inputs)}
     for i, p in enumerate(weights["blocks"]):
@@ -416,7 +416,7 @@ def forward(weights, tokens_BT, stage, cfg, attend=None):
         read_BTD = after[late[i]] if i in late else x_BTD  # record 77
         x_BTD = after[i] = block(x_BTD, x0_BTD, read_BTD, p, None if i in layer_list(cfg.mlp_only) else next(heads), i)
     for i in layer_list(cfg.backout):  # record 40
-        x_BTD = mix((1, x_BTD), (-weights["backout_mix"], after[i]))
+        x_BTD = mix((1, x_BTD), (-weights["backout_mix"][0], after[i]))
     return rms_norm(x_BTD)
 
 def capped(z, cfg):
@@ -1302,14 +1302,14 @@ def validate(cfg):
         layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers", "backout")}
         dtypes = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.activation_dtype)
         pairs, trace = {name: layer_pairs(getattr(cfg, name)) for name in ("skips", "late_inputs")}, [int(x) for x in (cfg.profile or "0:1").split(":")]
-        scale, _, _ = rotary(1, val_stage(cfg), cfg)[2], cfg.cap, loss_shares(0, table[0], cfg)
+        _ = cfg.cap, loss_shares(0, table[0], cfg)
     for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs adam_every"), (0, "seed num_kv_heads ns_steps vocab_size gate_dims tied_stages final_steps "
                          "attn_block head_block micro_tokens val_window_short val_window_long window_short window_long max_doc_len")):
         for name in names.split():
             need(min(map(int, str(getattr(cfg, name)).split(","))) >= least, name, f"at least {least}")
     need(all(dtype in ("float32", "bfloat16") for dtype in dtypes), "compute_dtype", "float32 or bfloat16, --residual_dtype too")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
-    need(0 <= scale * cfg.head_dim <= 60, "attn_scale", f"at most {60 / cfg.head_dim * cfg.score_scale / scale:.4g}: exp must not overflow")
+    need(cfg.gate_dims <= cfg.model_dim, "gate_dims", f"at most --model_dim={cfg.model_dim}")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
     for name, listed in pairs.items():
         need(all(len(p) == 2 and 0 <= p[0] < p[1] < cfg.num_layers for p in listed), name, f"A>B,... with A < B < {cfg.num_layers}")
@@ -1327,6 +1327,9 @@ def validate(cfg):
     for stage in table:
         need(stage.seq_len >= 2 and max(s.seq_len for s in table) % stage.seq_len == 0, "seq_len", "divisors of the longest")
         need(stage.batch_tokens >= 1 and stage.batch_tokens % stage.seq_len == 0, "batch_tokens", f"multiples of --seq_len={cfg.seq_len}")
+    scales = [rotary(1, stage, cfg)[2] for stage in table]
+    need(0 <= min(scales) and max(scales) * cfg.head_dim <= 60, "attn_scale",
+         f"at most {60 / cfg.head_dim * cfg.score_scale / max(scales, key=abs):.4g}: exp must not overflow")
 
 def configure(argv):
     """Flags -> (Config, why this preset); sets JAX up. Raises UsageError, DataError."""
