@@ -298,8 +298,8 @@ def test_a_bad_resume_path_ends_with_exit_code_4_and_leaves_nothing(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_with_exit_code_5_and_says_why_it_may_be(tmp_path):
-    flags = ["--preset=tiny", "--steps=6", "--num_layers=1", "--skips=", "--late_inputs=", "--backout=", "--offset_layers=", "--long_layers=", "--model_dim=8", "--mlp_dim=8", "--head_dim=4",
-             "--window_short=16", "--batch_tokens=64", "--seq_len=32", "--optimizer=adamw", "--adamw_lr=1", "--adam_wd=1e30",
+    flags = ["--preset=tiny", "--steps=6", "--num_layers=1", "--skips=", "--late_inputs=", "--backout=", "--offset_layers=",
+             "--long_layers=", "--model_dim=8", "--mlp_dim=8", "--head_dim=4", "--window_short=16", "--batch_tokens=64", "--seq_len=32", "--optimizer=adamw", "--adamw_lr=1", "--adam_wd=1e30",
              "--val_tokens=64",
              *make_folder(tmp_path / "data", val=range(66))]
     message = refused(5, *flags, cwd=tmp_path, JAX_NUM_CPU_DEVICES="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
