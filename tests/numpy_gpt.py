@@ -1,7 +1,8 @@
-"""The GPT of train.py once more, in plain float64 numpy, written from its docstrings: the tests' oracle.
+"""The GPT of train.py once more, in plain float64 numpy, written from the recipe's equations: the tests' oracle.
 
 One row, one layer, one head, one query at a time, in the words of the recipe; nothing is shared with train.py but
 the weights' names and the Config's fields. `weights` are stacked over the layers that have them, as in the weight table.
+`longs` are the long windows of the stages so far, which is what YaRN goes by.
 """
 import numpy as np
 
@@ -14,10 +15,12 @@ def random_weights(cfg, shapes, seed=0):
     rng = np.random.default_rng(seed)
 
     def draw(name, shape):
-        if name == "x_mix":
+        if name in ("x_mix", "y_mix"):
             return rng.uniform(0.6, 1.4, shape)
-        if name in ("x0_mix", "skip_mix"):
-            return rng.uniform(0.2, 0.8, shape) * rng.choice([-1, 1], shape)
+        if name.endswith("_mix"):
+            return rng.uniform(0.3, 0.8, shape) * rng.choice([-1, 1], shape)
+        if "gate" in name:
+            return rng.standard_normal(shape)
         std = {"embed": 0.3, "head": 0.5}.get(name, 1.3 * shape[-2] ** -0.5)
         return std * rng.standard_normal(shape)
     fill = lambda tree: {k: fill(v) if isinstance(v, dict) else np.float32(draw(k, v)) for k, v in tree.items()}
@@ -28,47 +31,76 @@ def rms_norm(x):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
-def rotated(x, position, cfg):
-    """Dim j and dim j + K/2 are one complex number; the first K/4 of them turn by position * base^-(j / (K/4 - 1))."""
-    half, quarter = cfg.head_dim // 2, cfg.head_dim // 4
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def numbers(text, kind=int):
+    return [kind(x) for x in text.split(",") if x]
+
+
+def pairs(text):
+    return [tuple(int(x) for x in pair.split(">")) for pair in text.split(",") if pair]
+
+
+def turning(cfg, longs):
+    """(radians per token of the K/4 pairs that turn, the scale of q.k). At first base^-(j / (K/4 - 1)); then YaRN, whenever the
+    long window goes from `old` to `new`: a pair that turned 32 times in the old one keeps its rate, one that did not turn
+    once has it times old / new, linear between; and the scale grows by 1 + 0.2 ln(new / old)."""
+    count = cfg.head_dim // 4
+    rate = [cfg.rope_base ** -(j / (count - 1)) for j in range(count)]
+    scale = cfg.attn_scale if cfg.attn_scale else 1 / np.sqrt(cfg.head_dim)
+    for old, new in zip(longs, longs[1:]):
+        for j in range(count):
+            keeps = min(max((old * rate[j] / (2 * np.pi) - 1) / 31, 0), 1)
+            rate[j] *= old / new + keeps * (1 - old / new)
+        scale *= 1 + 0.2 * np.log(new / old)
+    return rate, scale
+
+
+def rotated(x, position, rate):
+    """Dim j and dim j + K/2 are one complex number; the first K/4 of them turn by position * rate[j]."""
+    half = len(x) // 2
     z = x[:half] + 1j * x[half:]
-    for j in range(quarter):
-        z[j] *= np.exp(1j * position * cfg.rope_base ** -(j / (quarter - 1)))
+    for j, r in enumerate(rate):
+        z[j] *= np.exp(1j * position * r)
     return np.concatenate([z.real, z.imag])
 
 
-def attention(x, layer, window, starts, offset, cfg):
-    """x [T, D], starts: where each position's document begins, or zeros. offset: before their norm, the dims of a key that
-    do not turn are those of the key before it, zero where its document has none. One query head at a time."""
-    num_tokens, width = len(x), cfg.head_dim
+def attention(u, layer, window, starts, offset, longs, cfg):
+    """u [T, D], starts: where each position's document begins, or zeros. offset: before their norm, the dims of a key that
+    do not turn are those of the key before it, zero where its document has none. One query head at a time; what comes out of
+    it is let through by sigmoid(w . first dims of u)."""
+    num_tokens, width = len(u), cfg.head_dim
     num_kv_heads = cfg.num_kv_heads or cfg.num_heads
-    scale = cfg.attn_scale if cfg.attn_scale else 1 / np.sqrt(width)
+    rate, scale = turning(cfg, longs)
     out = np.zeros((num_tokens, cfg.num_heads * width))
     for h in range(cfg.num_heads):
         g = h * num_kv_heads // cfg.num_heads
         mine, shared = slice(h * width, (h + 1) * width), slice(g * width, (g + 1) * width)
-        q = np.array([rotated(rms_norm(x[t] @ layer["w_q"][:, mine]), t, cfg) for t in range(num_tokens)])
-        k = x @ layer["w_k"][:, shared]
+        q = np.array([rotated(rms_norm(u[t] @ layer["w_q"][:, mine]), t, rate) for t in range(num_tokens)])
+        k = u @ layer["w_k"][:, shared]
         if offset:
             still = [*range(width // 4, width // 2), *range(3 * width // 4, width)]
             k = np.array([[k[s - 1, j] * (starts[s] < s) if j in still else k[s, j] for j in range(width)] for s in range(num_tokens)])
-        k = np.array([rotated(rms_norm(k[s]), s, cfg) for s in range(num_tokens)])
-        v = x @ layer["w_v"][:, shared]
+        k = np.array([rotated(rms_norm(k[s]), s, rate) for s in range(num_tokens)])
+        v = u @ layer["w_v"][:, shared]
         for t in range(num_tokens):
             first = max(starts[t], t - window if window else 0, 0)
             score = np.exp(scale * k[first:t + 1] @ q[t])
             out[t, mine] = score @ v[first:t + 1] / score.sum()
+            if cfg.gate_dims:
+                out[t, mine] *= sigmoid(u[t, :cfg.gate_dims] @ layer["gate"][:, h])
     return out @ layer["w_out"]
 
 
-def attention_and_gradients(q, k, v, first, g, cfg):
+def attention_and_gradients(q, k, v, first, g, cfg, longs=()):
     """Raw q [B, T, HK] and k, v [B, T, GK], first [B, T]: the first key each query sees. Returns attention's output and the
     gradients of output . g in q, k and v, derived by hand."""
     q, k, v, g = (np.float64(x) for x in (q, k, v, g))
     (num_rows, num_tokens, _), width, half, quarter = q.shape, cfg.head_dim, cfg.head_dim // 2, cfg.head_dim // 4
-    scale = cfg.attn_scale if cfg.attn_scale else 1 / np.sqrt(width)
-    rate = np.array([cfg.rope_base ** -(j / (quarter - 1)) for j in range(quarter)] + [0.0] * (half - quarter))
-    turn = np.exp(1j * np.arange(num_tokens)[:, None] * rate)
+    rate, scale = turning(cfg, longs)
+    turn = np.exp(1j * np.arange(num_tokens)[:, None] * np.array(rate + [0.0] * (half - quarter)))
     def turned(x, by):
         z = (x[:, :half] + 1j * x[:, half:]) * by
         return np.concatenate([z.real, z.imag], axis=1)
@@ -94,34 +126,44 @@ def attention_and_gradients(q, k, v, first, g, cfg):
     return y, (dq, dk, dv)
 
 
-def logits(weights, tokens, windows, cfg, packed):
+def final_activations(weights, row, windows, longs, cfg, packed):
+    """[T, D] of one row: what the head multiplies."""
+    starts, start, few = [], 0, cfg.gate_dims
+    for t, token in enumerate(row):
+        start = t if packed and token == cfg.bos_id else start
+        starts.append(start)
+    e = weights["embed"][row]
+    if cfg.smear:
+        opened = sigmoid(e[:, :few] @ weights["smear_gate"][:, 0]) if few else np.full(len(row), 0.5)
+        e = np.array([e[t] + (weights["smear_mix"][0] * opened[t] * e[t - 1] if t else 0) for t in range(len(row))])
+    x0 = x = rms_norm(e)
+    after, late, mlp_only = [], {to: source for source, to in pairs(cfg.late_inputs)}, numbers(cfg.mlp_only)
+    for i in range(cfg.num_layers):
+        for j, (source, destination) in enumerate(pairs(cfg.skips)):
+            if destination == i:
+                opened = 2 * sigmoid(x0[:, :few] @ weights["skip_gate"][:, j]) if few else np.ones(len(row))
+                x = x + (sigmoid(weights["skip_mix"][j]) * opened)[:, None] * after[source]
+        if i not in mlp_only:
+            layer = {name: w[sum(j not in mlp_only for j in range(i))] for name, w in weights["attention"].items()}
+            u = rms_norm(after[late[i]] if i in late else x)
+            y = attention(u, layer, windows[i], starts, i in numbers(cfg.offset_layers), longs, cfg)
+            x = layer["x_mix"] * x + layer["y_mix"] * y + layer["x0_mix"] * x0
+        layer = {name: w[i] for name, w in weights["blocks"].items()}
+        x = layer["x_mix"] * x + layer["y_mix"] * (np.maximum(rms_norm(x) @ layer["w_up"], 0) ** 2 @ layer["w_down"])
+        after.append(x)
+    for i in numbers(cfg.backout):
+        x = x - weights["backout_mix"][0] * after[i]
+    return rms_norm(x)
+
+
+def logits(weights, tokens, windows, longs, cfg, packed):
     """[B, T, vocab_size]. windows: per layer; packed: attention stays in its document, which begins with cfg.bos_id."""
     weights = {k: {n: np.float64(w) for n, w in v.items()} if isinstance(v, dict) else np.float64(v)
                for k, v in weights.items()}
-    rows = []
-    for row in np.asarray(tokens):
-        starts, start = [], 0
-        for t, token in enumerate(row):
-            start = t if packed and token == cfg.bos_id else start
-            starts.append(start)
-        x0 = x = rms_norm(weights["embed"][row])
-        after = []
-        for i in range(cfg.num_layers):
-            layer, mlp_only = {name: w[i] for name, w in weights["blocks"].items()}, cfg.mlp_only.split(",")
-            for j, pair in enumerate(filter(None, cfg.skips.split(","))):
-                source, destination = map(int, pair.split(">"))
-                if destination == i:
-                    x = x + weights["skip_mix"][j] * after[source]
-            x = layer["x_mix"] * x + layer["x0_mix"] * x0
-            if str(i) not in mlp_only:
-                heads = {name: w[sum(str(j) not in mlp_only for j in range(i))] for name, w in weights["attention"].items()}
-                x = x + attention(rms_norm(x), heads, windows[i], starts, str(i) in cfg.offset_layers.split(","), cfg)
-            x = x + np.maximum(rms_norm(x) @ layer["w_up"], 0) ** 2 @ layer["w_down"]
-            after.append(x)
-        head = weights["embed" if cfg.tie_embed else "head"]
-        z = rms_norm(x) @ head[:cfg.vocab_size].T
-        rows.append(cfg.softcap * np.tanh(z / cfg.softcap) if cfg.softcap else z)
-    return np.array(rows)
+    x = np.array([final_activations(weights, row, windows, longs, cfg, packed) for row in np.asarray(tokens)])
+    z, cap = x @ weights["head"][:cfg.vocab_size].T, numbers(cfg.softcap, float)
+    height, width, shift = cap if len(cap) == 3 else (*cap, *cap, 0.0)
+    return height * np.tanh((z + shift) / width) if height else z
 
 
 def nats(logits, targets):
@@ -129,3 +171,13 @@ def nats(logits, targets):
     largest = logits.max(axis=-1, keepdims=True)
     log_sum = np.log(np.exp(logits - largest).sum(axis=-1)) + largest[..., 0]
     return log_sum - np.take_along_axis(logits, np.asarray(targets)[..., None], axis=-1)[..., 0]
+
+
+def loss(logits, targets, weight, ahead=()):
+    """Summed nats of the targets, each times its weight. ahead: the same logits predict the second and later next tokens too, with
+    these weights beside the first's 1, in their mean; beyond the row there are none."""
+    total, shares = 0.0, [1.0, *ahead]
+    for k, share in enumerate(shares):
+        length = logits.shape[1] - k
+        total += share / sum(shares) * (weight[:, k:] * nats(logits[:, :length], targets[:, k:])).sum()
+    return total

@@ -12,14 +12,14 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy_gpt
 from jaxprs import equations
 from train import (
-    Band, Config, Model, attention_band, attention_xla, banded, list_programs, loss_fn, make_mesh, param_specs, rotary_table, shape_of,
-    stages, unstack, val_stage)
+    Band, Config, Model, attention_band, attention_xla, banded, list_programs, loss_fn, make_mesh, param_specs, rotary, shape_of, stages,
+    unstack, val_stage)
 
 CFG = Config(
     num_layers=2, model_dim=20, num_heads=2, num_kv_heads=1, head_dim=128, mlp_dim=37, vocab_size=131, bos_id=7, mlp_only="", skips="0>1",
-    offset_layers="0", rope_base=50.0, attn_scale=0.1, attn_block=256, compute_dtype="float32", stage_ends="1", batch_tokens="768",
-    seq_len="768", max_doc_len="768", window_short="200", window_long="0", long_layers="1", micro_tokens=0, val_seq_len=768,
-    val_context=256)
+    late_inputs="", backout="0", offset_layers="0", gate_dims=5, softcap="5,6,1.5", rope_base=50.0, attn_scale=0.1, attn_block=256,
+    compute_dtype="float32", stage_ends="1", batch_tokens="768", seq_len="768", max_doc_len="768", window_short="200", window_long="0",
+    stage_lr="1", mtp="0.5", long_layers="1", micro_tokens=0, val_seq_len=768, val_context=256)
 config = functools.partial(dataclasses.replace, CFG)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
 
@@ -37,8 +37,8 @@ def random_inputs(cfg, num_rows, length, window, seed=0):
 def run_kernels(q, k, v, first, g, window, block, cfg):
     """(output, its gradients in q, k and v times g), with blocks of a given size."""
     length = q.shape[1]
-    table = tuple(jnp.asarray(t, cfg.compute_dtype) for t in rotary_table(length, cfg))
-    band = Band(length, window or length, block, cfg.score_scale, cfg.num_heads)
+    *table, scale = rotary(length, stages(cfg)[-1], cfg)
+    table, band = [jnp.asarray(t, cfg.compute_dtype) for t in table], Band(length, window or length, block, scale, cfg.num_heads)
     with pltpu.force_tpu_interpret_mode():
         def there_and_back(q, k, v, first, g):
             y, pull = jax.vjp(lambda *qkv: banded(first, *qkv, *table, band), q, k, v)
@@ -92,15 +92,18 @@ def test_nothing_is_seen_before_a_document_or_a_window_or_after_the_query():
 
 @pytest.mark.parametrize("window", [0, 200])
 def test_the_band_is_the_plain_attention_behind_the_same_signature(window):
-    q, k, v, first, g = random_inputs(CFG, 1, 768, window)  # three blocks
+    """In a stage whose long window has grown, and so the scale of q.k."""
+    cfg = config(stage_ends="0.5,1", window_long="300,0")
+    q, k, v, first, g = random_inputs(cfg, 1, 768, window)  # three blocks
     def run(attend):
         def there_and_back(q, k, v, first, g):
-            y, pull = jax.vjp(lambda *qkv: attend(*qkv, first, 0, rotary_table(768, CFG), window, CFG), q, k, v)
+            y, pull = jax.vjp(lambda *qkv: attend(*qkv, first, rotary(768, stages(cfg)[1], cfg), window, cfg), q, k, v)
             return y, pull(g)
         return jax.block_until_ready(jit(there_and_back)(q, k, v, first, g))
     with pltpu.force_tpu_interpret_mode():
         found = run(attention_band)
     assert_near(found, run(attention_xla), 1e-5)
+    assert_near(found, numpy_gpt.attention_and_gradients(q, k, v, first, g, cfg, longs=(300, 768)), 1e-5)
 
 def test_with_the_band_a_models_loss_and_gradients_are_those_with_the_plain_attention():
     rng = np.random.default_rng(0)
@@ -109,7 +112,7 @@ def test_with_the_band_a_models_loss_and_gradients_are_those_with_the_plain_atte
     tokens[0, [0, 3, 170, 300, 305, 511, 512]] = CFG.bos_id
     def run(attention):
         cfg = config(attention=attention)
-        loss = lambda weights: loss_fn(unstack(weights), tokens[:, :-1], tokens[:, 1:], jnp.ones((1, 768)), stages(cfg)[0].windows, cfg)
+        loss = lambda weights: loss_fn(unstack(weights), tokens[:, :-1], tokens[:, 1:], jnp.ones((1, 768)), stages(cfg)[0], cfg)
         return jax.block_until_ready(jit(jax.value_and_grad(loss))(weights))
     with pltpu.force_tpu_interpret_mode():
         found = run("band")
@@ -160,8 +163,8 @@ def test_the_flops_a_kernel_is_said_to_take_are_those_of_the_plain_attention(pro
     q, first = jax.ShapeDtypeStruct((rows, length, 768), jnp.bfloat16), jnp.zeros((rows, length), jnp.int32)
     expected = []
     for window in (stage.windows[0], stage.windows[2]):
-        table = rotary_table(length, cfg)
-        forward, _ = flops(lambda q, k, v: attention_xla(q, k, v, first, 0, table, window, cfg), q, q, q)
+        table = rotary(length, stage, cfg)
+        forward, _ = flops(lambda q, k, v: attention_xla(q, k, v, first, table, window, cfg), q, q, q)
         there, _ = flops(lambda q, k, v: plain_tiles(q, k, v, window, cfg), q, q, q)
         both, _ = flops(lambda q, k, v, g: jax.vjp(lambda *qkv: plain_tiles(*qkv, window, cfg), q, k, v)[1](g), q, q, q,
                         jax.ShapeDtypeStruct((rows, length, 3, 256), jnp.bfloat16))
@@ -177,7 +180,7 @@ def test_outside_the_kernels_there_is_no_score_of_a_query_and_a_key():
     q, k = (jax.ShapeDtypeStruct((1, length, n * 128), jnp.float32) for n in (2, 1))
     first = jnp.zeros((1, length), jnp.int32)
     def run(q, k, v, g):
-        y, pull = jax.vjp(lambda *qkv: attention_band(*qkv, first, 0, rotary_table(length, cfg), 0, cfg), q, k, v)
+        y, pull = jax.vjp(lambda *qkv: attention_band(*qkv, first, rotary(length, stages(cfg)[0], cfg), 0, cfg), q, k, v)
         return y, pull(g)
     jaxpr, names = jax.make_jaxpr(run)(q, k, k, q).jaxpr, []
     for eqn in equations(jaxpr, enter=lambda eqn: eqn.primitive.name != "pallas_call"):

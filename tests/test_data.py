@@ -20,7 +20,7 @@ EXCLUDED = ["test", "tests", "idle_test", "site-packages", "dist-packages", "enc
 
 
 def config(**changes):
-    return train.Config(**train.PRESETS["tiny"] | dict(preset="tiny", window_short="16", vocab_size=257, bos_id=BOS) | changes)
+    return train.Config(**train.PRESETS["tiny"] | dict(preset="tiny", window_short="16", window_long="0", stage_lr="1", vocab_size=257, bos_id=BOS) | changes)
 
 
 def packed_config(**changes):
@@ -541,7 +541,7 @@ TOO_FEW = {
 
 @pytest.mark.parametrize("case", TOO_FEW)
 def test_too_few_shards_name_the_largest_steps_that_fit_and_one_more_does_not(case, tmp_path, error_of):
-    flags = [*make_folder(tmp_path / "data"), "--window_short=16", *TOO_FEW[case]]
+    flags = [*make_folder(tmp_path / "data"), "--window_short=16", "--window_long=0", "--stage_lr=1", *TOO_FEW[case]]
     message = error_of(*flags, "--steps=1000")
     assert "1000 steps" in message and f"{len(documents(1, 90)) + len(documents(2, 70))} training tokens" in message
     fits = int(re.search(r"--steps=(\d+) fits", message)[1])
