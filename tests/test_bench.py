@@ -75,7 +75,7 @@ def test_generated_shards_have_the_lengths_of_fineweb_and_are_the_same_each_time
 def test_the_waste_is_what_a_count_by_hand_says():
     lengths = [20, 5, 9, 3]  # two rows of 8 and a target: 6 (of 20) + 3; 6 (of 9) + 3 (of 5)
     tokens = np.concatenate([np.r_[BOS, np.arange(length - 1)] for length in lengths]).astype(np.uint16)
-    cfg = Config(stage_ends="1", seq_len="8", batch_tokens="16", max_doc_len="6", window_short="0", window_long="0", steps=1, bos_id=BOS)
+    cfg = Config(stage_ends="1", seq_len="8", batch_tokens="16", max_doc_len="6", window_short="0", window_long="0", stage_lr="1", steps=1, bos_id=BOS)
     for num_devices, empty in ((1, 0), (4, 2 / 4)):  # four devices have places for four rows
         assert count_waste(Shards([], [tokens], {}), make_mesh(jax.devices()[:num_devices]), cfg) == {
             "not_trained": 1 - 16 / 37, "empty": empty, "documents": 4, "too_long": 2 / 4, "row_end": 1 / 4, "row_end_tokens": 2 / 2}
