@@ -987,9 +987,9 @@ def make_train_step(stage, model, mesh, cfg):
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
     tables = {use: name for use, name in (("inputs", "embed"), ("targets", "head")) if name in specs and specs[name].axes == "V D"}
     tied = stage.index < cfg.tied_stages and len(tables) == 2  # modded-nanogpt, records 51 and 53
+    as_one = lambda weights: weights | ({"embed": weights["head"]} if tied else {})
     def step_on_device(state, tokens_ABT1):
-        weights = unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp))
-        weights |= {"embed": weights["head"]} if tied else {}
+        weights = as_one(unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp)))
         extra = {"ahead": loss_shares(state.step, stage, cfg)} | (
             {"fetch": lambda layer, name: gather(layer, specs[name], n, cfg)} if cfg.fsdp else {})
         def micro_step(totals, tokens_BT1):
@@ -997,7 +997,7 @@ def make_train_step(stage, model, mesh, cfg):
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
             rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}
             loss, (grads, row_grads) = jax.value_and_grad(lambda weights, rows: model.loss(
-                weights | rows | extra, tokens_BT, target_BT, weight_BT, stage, cfg), argnums=(0, 1))(here, rows)
+                as_one(weights) | rows | extra, tokens_BT, target_BT, weight_BT, stage, cfg), argnums=(0, 1))(here, rows)
             grads = jax.lax.optimization_barrier(grads) if cfg.fsdp else grads  # else XLA moves gathers out, or fails to
             totals = jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads))
             return totals, ({"inputs": tokens_BT, "targets": target_BT}, row_grads)
