@@ -14,8 +14,8 @@ import pytest
 import numpy_gpt
 from jaxprs import equations
 from train import (
-    Config, Model, NO_TOKEN, Shards, Spec, batch_shape, capped, compile_all, flops_per_token, gather, inputs_and_targets, lookup,
-    log_partition, make_eval_step, make_init, make_mesh, make_train_step, matmul, name_of, normal, param_specs, plan_val, shape_of,
+    Config, Model, NO_TOKEN, Rule, Shards, Spec, batch_shape, capped, compile_all, flops_per_token, gather, inputs_and_targets, list_programs,
+    log_partition, lookup, make_eval_step, make_init, make_mesh, make_train_step, matmul, name_of, normal, param_specs, plan_val, shape_of,
     split_axis, stages, state_shardings, sum_rows, to_devices, val_stage)
 
 BOS, LENGTH = 7, 16
@@ -537,6 +537,37 @@ def bigram_loss(weights, tokens_BT, target_BT, weight_BT, stage, cfg):
     y_ND = sum(jnp.tanh(matmul("ND,DM->NM", x_ND, layer["w_mix"])) for layer in weights["blocks"])
     label_N = capped(jnp.sum(y_ND * weights["head"][target_BT.ravel()], axis=-1), cfg)
     return log_partition(y_ND, weights["head"], weight_BT.ravel(), cfg) - jnp.sum(weight_BT.ravel() * label_N)
+
+def plain_loss(weights, tokens_BT, target_BT, weight_BT, stage, cfg):
+    """Without `lookup`: the gradients of both tables come from the loss."""
+    return bigram_loss({name: w for name, w in weights.items() if name not in ("inputs", "targets")}, tokens_BT, target_BT, weight_BT, stage, cfg)
+
+def test_tied_tables_get_the_gradients_of_both_uses_also_from_a_model_without_lookups():
+    cfg, mesh, held = config(micro_tokens=0, stage_ends="0.5,1", tied_stages=1), make_mesh(jax.devices()[:1]), []
+    for loss in (bigram_loss, plain_loss):
+        model, stage = Model(specs=bigram_specs, loss=loss), stages(cfg)[0]
+        state, _ = make_train_step(stage, model, mesh, cfg)(make_init(model, mesh, cfg)(), to_devices(random_rows(24), stage, mesh, cfg))
+        held.append(np.asarray(state.opt_state["head"]["held"]))
+    inputs = np.unique([row[0][:-1] for row in random_rows(24)])
+    assert np.abs(held[0][inputs]).max() > 0
+    np.testing.assert_allclose(held[1], held[0], atol=1e-5 * np.abs(held[0]).max())
+
+def test_a_model_is_five_functions_and_its_loss_and_update_are_told_the_stage():
+    cfg, mesh, seen = config(stage_ends="0.2,1", tied_stages=1, micro_tokens=0), make_mesh(jax.devices()[:1]), []
+    def loss(weights, tokens_BT, target_BT, weight_BT, stage, cfg):
+        seen.append((stage, sorted(set(weights) - set(bigram_specs(cfg))), len(weights.get("ahead", ()))))
+        return bigram_loss(weights, tokens_BT, target_BT, weight_BT, stage, cfg)
+    def update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg):
+        seen.append((stage, sorted(rules), num_devices))
+        return params, opt_state
+    rules = lambda cfg: {group: Rule("adam", 0.1) for group in ("embed", "head", "muon")}
+    assert Model._fields == ("specs", "loss", "rules", "logits", "update")
+    for name, function, arguments in list_programs(Model(bigram_specs, loss, rules, None, update), mesh, cfg).values():
+        jax.eval_shape(function, *arguments)
+    first, second = stages(cfg)
+    told = [(first, ["ahead", "inputs", "targets"], 2), (first, ["embed", "head", "muon"], 1),
+            (second, ["ahead", "inputs", "targets"], 1), (second, ["embed", "head", "muon"], 1), (val_stage(cfg), [], 0)]
+    assert list(dict.fromkeys(map(str, seen))) == list(map(str, told))  # a loop's body may be traced more than once
 
 def test_another_model_trains_through_the_same_programs_one_for_each_stage():
     """Its matrices are square in one letter, and split over two devices."""
