@@ -151,12 +151,12 @@ class Config:
 PRESETS = {
     "speedrun": {},
     "demo": dict(
-        steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", late_inputs="",
-        backout="2", attn_scale=0.2, offset_layers="0,1,2,3", tied_stages=0, stage_ends="1", batch_tokens="2048", seq_len="256",
-        max_doc_len="0", window_short="0", window_long="0", stage_lr="1", mtp="", long_layers="", micro_tokens=1024, attn_block=128,
-        muon_lr=0.02, muon_momentum="0.85,0.95,100,20", final_steps=0, residual_dtype="float32", train_files="",
-        val_files="", shuffle=1, val_tokens=262_144, val_every=250, val_seq_len=256, val_context=128, val_window_short=0,
-        val_window_long=0, target_loss=1.05),
+        steps=700, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", late_inputs="",
+        backout="2", attn_scale=0.2, offset_layers="0,1,2,3", tied_stages=0, stage_ends="0.3333,0.6667,1",
+        batch_tokens="1024,2048,3072", seq_len="256", max_doc_len="0", window_short="0", window_long="0", stage_lr="1,1.52,1.73",
+        mtp="", long_layers="", micro_tokens=1024, attn_block=128, muon_lr=0.014, embed_lr=0.006, head_lr=0.006,
+        muon_momentum="0.85,0.95,100,20", final_steps=0, residual_dtype="float32", train_files="", val_files="", shuffle=1,
+        val_tokens=262_144, val_every=250, val_seq_len=256, val_context=128, val_window_short=0, val_window_long=0, target_loss=1.0),
     "tiny": dict(
         steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, mlp_only="", skips="0>2", late_inputs="0>2",
         backout="1", offset_layers="1", gate_dims=5, attn_scale=0.3, tied_stages=1, stage_ends="0.5,1", batch_tokens="512,1024",
@@ -236,7 +236,7 @@ class Spec:
     init: Callable  # (key, shape) -> float32 array
     group: str      # the optimizer rule that owns it
 
-SCALARS = ("scalar", "mix")  # groups of learned scalars: float32, no matrices
+SCALARS = ("scalar", "stream", "mix")  # groups of learned scalars: float32, no matrices
 def normal(std): return lambda key, shape: std * jax.random.normal(key, shape)
 def uniform(std): return lambda key, shape: 3 ** 0.5 * std * jax.random.uniform(key, shape, minval=-1, maxval=1)
 def constant(value): return lambda key, shape: jnp.full(shape, value, f32)
@@ -253,13 +253,13 @@ def param_specs(cfg):
             "w_v": Spec("I D GK", matrix, "muon"),
             "w_out": Spec("I HK D", matrix, "muon"),
             "gate": Spec("I E H", constant(0.0), "gate"),
-            "x_mix": Spec("I", constant(1.1 ** 0.5), "scalar"),  # weight of the stream, of what is added to it,
+            "x_mix": Spec("I", constant(1.1 ** 0.5), "stream"),  # weight of the stream, of what is added to it,
             "y_mix": Spec("I", constant(1.0), "mix"),
             "x0_mix": Spec("I", constant(0.0), "mix")},          # and of the first embedding, which re-enters
         "blocks": {
             "w_up": Spec("L D F", matrix, "muon"),
             "w_down": Spec("L F D", constant(0.0), "down"),
-            "x_mix": Spec("L", constant(1.1 ** 0.5), "scalar"),
+            "x_mix": Spec("L", constant(1.1 ** 0.5), "stream"),
             "y_mix": Spec("L", constant(1.0), "mix")},
         "head": Spec("V D", table, "head"),
         "skip_gate": Spec("E J", constant(0.0), "skip"),
@@ -643,9 +643,10 @@ def optimizer_rules(cfg):
     table = functools.partial(adam, wd=cfg.adam_wd, beta1=cfg.adam_beta1, beta2=cfg.adam_beta2)
     small = functools.partial(adam, beta1=0.9, beta2=0.99)
     return {"muon": Rule("muon", cfg.muon_lr, cfg.muon_wd, beta2=cfg.muon_beta2),
-            "down": Rule("muon", 2 * cfg.muon_lr, cfg.muon_wd / 2, beta2=cfg.muon_beta2), "embed": table(cfg.embed_lr), "head": table(cfg.head_lr),
-            "scalar": small(cfg.scalar_lr), "mix": small(cfg.scalar_lr / 5), "gate": small(cfg.gate_lr),
-            "skip": small(cfg.gate_lr / 20), "smear": small(cfg.gate_lr / 100)}
+            "down": Rule("muon", 2 * cfg.muon_lr, cfg.muon_wd / 2, beta2=cfg.muon_beta2),
+            "embed": table(cfg.embed_lr), "head": table(cfg.head_lr), "scalar": small(cfg.scalar_lr),
+            "stream": small(cfg.scalar_lr, beta2=0.95), "mix": small(cfg.scalar_lr / 5, beta2=0.95),
+            "gate": small(cfg.gate_lr), "skip": small(cfg.gate_lr / 20), "smear": small(cfg.gate_lr / 100)}
 
 def slot_specs(spec, rule):
     """{name: Spec} of a weight's optimizer state, float32. "square" holds one number for each unit: along F, heads or tables."""
@@ -980,9 +981,9 @@ def make_train_step(stage, model, mesh, cfg):
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
     tables = {use: name for use, name in (("inputs", "embed"), ("targets", "head")) if name in specs and specs[name].axes == "V D"}
     tied = stage.index < cfg.tied_stages and len(tables) == 2  # modded-nanogpt, records 51 and 53
+    as_one = lambda weights: weights | ({"embed": weights["head"]} if tied else {})
     def step_on_device(state, tokens_ABT1):
-        weights = unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp))
-        weights |= {"embed": weights["head"]} if tied else {}
+        weights = as_one(unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp)))
         extra = {"ahead": loss_shares(state.step, stage, cfg)} | (
             {"fetch": lambda layer, name: gather(layer, specs[name], n, cfg)} if cfg.fsdp else {})
         def micro_step(totals, tokens_BT1):
@@ -990,7 +991,7 @@ def make_train_step(stage, model, mesh, cfg):
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
             rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}
             loss, (grads, row_grads) = jax.value_and_grad(lambda weights, rows: model.loss(
-                weights | rows | extra, tokens_BT, target_BT, weight_BT, stage, cfg), argnums=(0, 1))(here, rows)
+                as_one(weights) | rows | extra, tokens_BT, target_BT, weight_BT, stage, cfg), argnums=(0, 1))(here, rows)
             grads = jax.lax.optimization_barrier(grads) if cfg.fsdp else grads  # else XLA moves gathers out, or fails to
             totals = jax.tree.map(lambda total, x: total + x.astype(f32), totals, (loss, weight_BT.sum(), grads))
             return totals, ({"inputs": tokens_BT, "targets": target_BT}, row_grads)

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reas
 SMALL = ["--num_layers=3", "--model_dim=128", "--num_heads=1", "--head_dim=128", "--mlp_dim=384", "--mlp_only=", "--skips=0>2", "--offset_layers=1",
          "--long_layers=1", "--seq_len=512", "--batch_tokens=16384", "--micro_tokens=1024", "--max_doc_len=512", "--window_short=128",
          "--window_long=256", "--stage_ends=1", "--vocab_size=1500", "--bos_id=0", "--head_block=256", "--attn_block=128",
-         "--val_tokens=32768", "--val_seq_len=1024", "--val_context=256", "--val_window_short=128", "--val_window_long=512", "--steps=100"]
+         "--val_tokens=32768", "--val_seq_len=1024", "--val_context=256", "--val_window_short=128", "--val_window_long=512", "--steps=100",
+         "--late_inputs=0>2", "--backout=1", "--stage_lr=1"]
 ROW, MICRO, VOCAB, LAYERS = 512, 1024, 1536, 3
 
 # ---- The properties: each function lists what breaks one ----
@@ -134,7 +135,8 @@ def test_the_json_holds_the_programs_and_their_sum(compiled):
     assert step["mfu"] == pytest.approx(flops / (8 * 918e12) / (1e-3 * step["est_ms"]))
 
 def test_the_output_calls_a_projection_a_projection(tmp_path, capsys):
-    result, modules = run(tmp_path, "v6e:4x4", *SMALL, "--num_layers=2", "--skips=", "--offset_layers=", "--long_layers=", "--stage=0")
+    result, modules = run(tmp_path, "v6e:4x4", *SMALL, "--num_layers=2", "--skips=", "--late_inputs=", "--offset_layers=", "--long_layers=",
+                          "--stage=0")
     said = capsys.readouterr().out
     assert "16 x TPU v6 lite" in said and "nothing below was measured" in said and "A projection is no measurement" in said
     assert re.search(r"projection: .* on 1638400 tokens \(stage 0\); .* s per 505M tokens", said)
@@ -179,10 +181,10 @@ def head_loss(kernels, weights, target_BT, weight_BT, cfg):
     x_ND = x_BTD.reshape(-1, cfg.model_dim)
     return train.log_partition(x_ND, weights["head"], weight_BT.ravel(), cfg)
 
-def costed_loss(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
+def costed_loss(weights, tokens_BT, target_BT, weight_BT, stage, cfg):
     return head_loss([chain(8), chain(8), chain(16), chain(32)], weights, target_BT, weight_BT, cfg)
 
-def uncosted_loss(weights, tokens_BT, target_BT, weight_BT, windows, cfg):
+def uncosted_loss(weights, tokens_BT, target_BT, weight_BT, stage, cfg):
     return head_loss([chain(8, costed=False)], weights, target_BT, weight_BT, cfg)
 
 def test_twice_the_work_in_a_kernel_is_twice_the_bundles_beside_those_of_its_pipeline(capsys):
@@ -200,7 +202,7 @@ def test_a_kernel_without_a_cost_estimate_stops_the_run():
 @pytest.mark.parametrize("argv, words", [
     (["v6e:3x5"], "v6e:3x5: no such topology .* v6e:1x1, .*v6e:2x4"), (["tpu9:2x2"], "these work: .*v5p:2x2x1"), ([], "TOPOLOGY"),
     (["v6e:1x1", "--num_layer=2"], "the nearest is --num_layers"), (["v6e:1x1", "--piece=tail"], "--piece"),
-    (["v6e:1x1", "--stage=7"], "--stage=7: wanted 0 to 2"), (["v6e:1x1", "--preset=huge"], "--preset=huge: wanted speedrun"),
+    (["v6e:1x1", "--stage=7"], "--stage=7: wanted 0 to 3"), (["v6e:1x1", "--preset=huge"], "--preset=huge: wanted speedrun"),
     (["v6e:1x1", "--head_dim=6"], "--head_dim=6")])
 def test_a_wrong_flag_is_an_error_before_anything_compiles(argv, words):
     with pytest.raises(UsageError, match=words):
@@ -213,7 +215,8 @@ def test_without_the_compiler_the_error_names_the_package(monkeypatch):
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_turn():
     with pytest.raises(UsageError) as raised:
-        dry_run.main(["v6e:1x1", "--stage=0", *SMALL, "--num_layers=1", "--skips=", "--long_layers=", "--offset_layers=", "--head_block=0",
+        dry_run.main(["v6e:1x1", "--stage=0", *SMALL, "--num_layers=1", "--skips=", "--late_inputs=", "--backout=", "--long_layers=",
+                      "--offset_layers=", "--head_block=0",
                       "--micro_tokens=0", "--batch_tokens=262144", "--vocab_size=50257"])
     said = re.fullmatch(r"train_0 does not fit: it needs ([\d.]+) GiB of the chip's 31.25, ([\d.]+) too many. Turn one or more of these: "
                         r"--micro_tokens=(\d+), --head_block=(\d+), --batch_tokens=(\d+)", str(raised.value))
