@@ -151,10 +151,10 @@ class Config:
 PRESETS = {
     "speedrun": {},
     "demo": dict(
-        steps=700, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", late_inputs="",
+        steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", late_inputs="",
         backout="2", attn_scale=0.2, offset_layers="0,1,2,3", tied_stages=0, stage_ends="0.3333,0.6667,1",
         batch_tokens="1024,2048,3072", seq_len="256", max_doc_len="0", window_short="0", window_long="0", stage_lr="1,1.52,1.73",
-        mtp="", long_layers="", micro_tokens=1024, attn_block=128, muon_lr=0.014, embed_lr=0.006, head_lr=0.006,
+        mtp="", long_layers="", micro_tokens=1024, attn_block=128, muon_lr=0.02,
         muon_momentum="0.85,0.95,100,20", final_steps=0, residual_dtype="float32", train_files="", val_files="", shuffle=1,
         val_tokens=262_144, val_every=250, val_seq_len=256, val_context=128, val_window_short=0, val_window_long=0, target_loss=1.0),
     "tiny": dict(
