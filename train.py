@@ -81,9 +81,9 @@ class Config:
     smear: int = 1                    # 1: a gate lets some of the token before into each embedding
     softcap: str = "11.5,15,5"        # A,B,C: logits are A * tanh((logits + C) / B); one number: B = A, C = 0; 0: off
     rope_base: float = 1024.0         # the slowest rotation is 1/base radians per token, before YaRN
-    attn_scale: float = 0.085         # multiplies q.k, both of unit rms, in the first stage; 0: 1/sqrt(head_dim)
+    attn_scale: float = 0.0707        # multiplies q.k, both of unit rms, in the first stage; 0: 1/sqrt(head_dim)
     attention: str = "auto"           # implementation: band (Pallas, for TPUs), xla; auto: band on a TPU if it can
-    attn_block: int = 512             # queries per block of the xla attention, where it divides a row: keys out of reach are not computed
+    attn_block: int = 512             # queries per block of the xla attention, where it divides a row; keys out of reach are left out
     head_block: int = 4096            # tokens whose logits exist at a time, where it divides a micro-step; 0: all at once
     # -- Precision and sharding
     fsdp: int = 0                     # 1: in training layers stay split over the devices, gathered one by one, forward and backward
@@ -97,7 +97,7 @@ class Config:
     window_short: str = "128,384,640,768"    # tokens a short layer looks back; 0: no limit
     window_long: str = "384,896,1408,1664"   # tokens a long layer looks back; 0: no limit. Where it grows, YaRN
     stage_lr: str = "1,1.52,1.73,1.73"       # multiplies every learning rate
-    mtp: str = "0.5,0.25"             # loss weights of the second and third next token: each falls to 0 over a stage, the last first
+    mtp: str = "0.5,0.25"             # loss weights of the second and third next token; each falls to 0 over a stage, the last first
     long_layers: str = "3,10"         # blocks with the long window, in every stage
     micro_tokens: int = 4096          # tokens per device and micro-step (accumulation follows); 0: all at once
     # -- Optimizers
@@ -267,9 +267,9 @@ def param_specs(cfg):
         "smear_gate": Spec("E 1", constant(0.0), "smear"),
         "smear_mix": Spec("1", constant(0.0), "scalar"),
         "backout_mix": Spec("1", constant(0.5), "scalar")}
-    unused = ["skip_gate", "skip_mix"] * (not cfg.skips) + ["smear_gate", "smear_mix"] * (not cfg.smear) + ["backout_mix"] * (not cfg.backout)
+    used = {"skip": cfg.skips, "smear": cfg.smear, "backout": cfg.backout, "gate": cfg.gate_dims}
     keep = lambda tree: {name: keep(row) if isinstance(row, dict) else row for name, row in tree.items()
-                         if name not in unused and (cfg.gate_dims or "gate" not in name)}
+                         if all(used[part] for part in used if part in name)}
     return keep(rows)
 
 def shape_of(spec, cfg): return tuple(AXIS_SIZE[axis](cfg) for axis in spec.axes.split())
@@ -303,7 +303,8 @@ def rotary(num_positions, stage, cfg):
     Where the long window grows from stage to stage, YaRN (arXiv:2309.00071, as in modded-nanogpt record 31) slows the rates
     that turn less than 32 times in it, by up to the growth, and sharpens the scores."""
     rate, scale = cfg.rope_base ** -np.linspace(0, 1, cfg.head_dim // 4), cfg.score_scale
-    for old, new in itertools.pairwise(s.seq_len if 0 in s.windows else max(s.windows) for s in stages(cfg)[:stage.index + 1 or None]):
+    table = stages(cfg)[:stage.index + 1 or None]  # up to this one; for validation, all
+    for old, new in itertools.pairwise(s.seq_len if 0 in s.windows else max(s.windows) for s in table):
         fast = np.clip((old * rate / (2 * np.pi) - 1) / 31, 0, 1)
         rate, scale = rate * (fast + (1 - fast) * old / new), scale * (1 + 0.2 * math.log(new / old))
     angle_SK = np.outer(np.arange(num_positions), np.pad(rate, (0, len(rate))))
@@ -326,7 +327,8 @@ def attention_xla(q_BTN, k_BTN, v_BTN, first_BT, table, window, cfg):
     for begin in range(0, num_tokens, block):
         here = slice(begin, begin + block)
         keys = slice(max(0, begin - window) if window else 0, begin + block)
-        visible_BTS = (position_T[None, None, keys] >= first_BT[:, here, None]) & (position_T[None, None, keys] <= position_T[None, here, None])
+        key_11S = position_T[None, None, keys]
+        visible_BTS = (key_11S >= first_BT[:, here, None]) & (key_11S <= position_T[None, here, None])
         q_BGNK = rearrange(q_BHTK[:, :, here], "B (G R) T K -> B G (R T) K", G=k_BGSK.shape[1])
         y_BGNK = softmax_average(q_BGNK, k_BGSK[:, :, keys], v_BGSK[:, :, keys], visible_BTS)
         outputs.append(rearrange(y_BGNK, "B G (R T) K -> B T (G R K)", T=block))
@@ -362,7 +364,8 @@ def attention(x_BTD, p, attend, cfg):
     """One layer's self-attention: attend(q, k, v) -> y between the projections, its heads gated (modded-nanogpt, record 28)."""
     y_BTN = attend(*(matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v")))
     if "gate" in p:
-        y_BTN = (rearrange(y_BTN, "B T (H K) -> B T H K", K=cfg.head_dim) * gate(x_BTD, p["gate"])[..., None]).reshape(y_BTN.shape).astype(y_BTN.dtype)
+        y_BTHK = rearrange(y_BTN, "B T (H K) -> B T H K", K=cfg.head_dim) * gate(x_BTD, p["gate"])[..., None]
+        y_BTN = rearrange(y_BTHK, "B T H K -> B T (H K)").astype(y_BTN.dtype)
     return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype)
 
 relu_squared = jax.custom_jvp(lambda x: jnp.square(jax.nn.relu(x)))  # arXiv:2109.08668; its slope from x alone, no mask is kept
@@ -419,7 +422,7 @@ def forward(weights, tokens_BT, stage, cfg, attend=None):
     return rms_norm(x_BTD)
 
 def capped(z, cfg):
-    """Soft cap of logits (arXiv:2408.00118), float32. The default is 23 * sigmoid((z + 5) / 7.5) (modded-nanogpt, record 54) less 11.5."""
+    """Soft cap of logits (arXiv:2408.00118), float32. The default is 23 sigmoid((z + 5) / 7.5) - 11.5 (modded-nanogpt, record 54)."""
     height, width, shift = cfg.cap
     return height * jnp.tanh((z + shift) / width) if height else z
 
@@ -622,7 +625,7 @@ def muon_momentum(step, cfg):
     return ramp(step, [0.0, max(up, 1.0)], [low, high]) + ramp(step, [cfg.steps - down, float(cfg.steps)], [0.0, low - high])
 
 def loss_shares(step, stage, cfg):
-    """Weights of the second and later next tokens in the loss: the last falls to 0 over the first stage, the one before over the next."""
+    """Weights of the second and later next tokens in the loss: the last falls to 0 over stage 0, the one before over the next."""
     shares = [float(share) for share in cfg.mtp.split(",") if share]
     shares = shares[:max(0, len(shares) - stage.index)]
     return [*shares[:-1], shares[-1] * ramp(step, [stage.first, stage.last], [1.0, 0.0])] if shares else []
@@ -660,7 +663,7 @@ def unit_axis(spec):
     over = -1 if rank(axes[-2]) <= rank(axes[-1]) else -2  # of two alike the first is split, so that one counts units
     return over, " ".join("1" if i == len(axes) + over else axis for i, axis in enumerate(axes))
 
-POLAR_EXPRESS = (  # arXiv:2505.16932, as modded-nanogpt record 38 has them: five quintic steps, each the best for what the last leaves
+POLAR_EXPRESS = (  # arXiv:2505.16932, as in modded-nanogpt record 38: five quintic steps, each the best for what the last leaves
     (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
@@ -717,7 +720,9 @@ def adam_direction(grad, slots, step, rule):
 def equalize_units(x, square, over, split, beta2):
     """NorMuon (arXiv:2510.05491): each unit's step by the root of its mean square over the steps, the matrix's norm kept.
     over: the axis along which a unit reaches; split: the one that is split over the devices, or None. Returns (step, square)."""
-    total = lambda z, axis: jax.lax.psum(jnp.sum(z, axis, keepdims=True), "data") if split in axis else jnp.sum(z, axis, keepdims=True)
+    def total(z, axes):
+        sums = jnp.sum(z, axes, keepdims=True)
+        return jax.lax.psum(sums, "data") if split in axes else sums
     width = x.shape[over] * (jax.lax.axis_size("data") if split == over else 1)
     square = beta2 * square + (1 - beta2) * total(x * x, (over,)) / width
     y = x * jax.lax.rsqrt(jnp.maximum(square, 1e-10))
@@ -734,12 +739,12 @@ def update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg
     muon = [i for i, rule in enumerate(rules) if rule.kind == "muon"]
     axes = [split_axis(specs[i], cfg, num_devices) for i in muon]
     for i, axis, direction in zip(muon, axes, orthogonalize_spread([directions[i] for i in muon], axes, num_devices, cfg)):
-        if "square" in slots[i]:
-            split = axis if num_devices > 1 else None
-            direction, slots[i]["square"] = equalize_units(direction, slots[i]["square"], unit_axis(specs[i])[0], split, rules[i].beta2)
         directions[i] = direction
+        if "square" in slots[i]:
+            over, split = unit_axis(specs[i])[0], axis if num_devices > 1 else None
+            directions[i], slots[i]["square"] = equalize_units(direction, slots[i]["square"], over, split, rules[i].beta2)
     scale = lr_scale(step, stage, cfg)
-    def move(p, direction, rule, spec):  # cautious decay (arXiv:2510.12402; records 43 and 50): only where the step shrinks the weight
+    def move(p, direction, rule, spec):  # cautious decay (arXiv:2510.12402; records 43, 50): only where the step shrinks the weight
         lr, sides = scale * rule.lr, shape_of(spec, cfg)[-2:] if rule.kind == "muon" else (1,)
         stretch = (max(sides) / min(sides)) ** 0.5
         return p - lr * stretch * (direction + rule.wd * p * (1.0 if rule.plain else lr * (direction * p > 0)))
@@ -753,7 +758,7 @@ class Model(NamedTuple):
     loss: Callable = loss_fn            # (weights, tokens_BT, target_BT, weight_BT, stage, cfg) -> summed nats
     rules: Callable = optimizer_rules   # (cfg) -> {group: Rule}
     logits: Callable = next_logits      # (weights, tokens_BT, cfg) -> float32 logits_BTV of what follows each token
-    update: Callable = update           # (params, grads, opt_state, step, stage, specs, rules, num_devices, cfg) -> (params, opt_state)
+    update: Callable = update           # (params, grads, opt_state, step, stage, specs, rules, num_devices, cfg) -> (params, state)
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 # A shard is 256 little-endian int32 (magic, version, token count, zeros), then that many uint16 token ids.
@@ -998,7 +1003,8 @@ def make_train_step(stage, model, mesh, cfg):
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
         (loss, count, grads), (ids, row_grads) = jax.lax.scan(micro_step, (f32(0), f32(0), zeros), tokens_ABT1)
         for use, name in tables.items():
-            grads["head" if tied else name] += sum_rows(ids[use].ravel(), rearrange(row_grads[use], "A B T D -> (A B T) D"), cfg.padded_vocab)
+            row_grads_ND = rearrange(row_grads[use], "A B T D -> (A B T) D")
+            grads["head" if tied else name] += sum_rows(ids[use].ravel(), row_grads_ND, cfg.padded_vocab)
         loss, count = jax.lax.psum((loss, count), "data")
         grads = jax.tree.map(lambda g: g / count, reduce_grads(restack(grads), specs, n, cfg))
         params, opt_state = model.update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
@@ -1039,8 +1045,10 @@ def list_programs(model, mesh, cfg):
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                          jax.eval_shape(init), state_shardings(model, mesh, cfg))
     batch = lambda stage: jax.ShapeDtypeStruct(batch_shape(stage, mesh.size, cfg), jnp.uint16, sharding=rows)
-    train = {stage.index: (f"train_{stage.index}", make_train_step(stage, model, mesh, cfg), (state, batch(stage))) for stage in stages(cfg)}
-    return {"init": ("init", init, ())} | train | {"eval": ("eval", make_eval_step(model, mesh, cfg), (state.params, batch(val_stage(cfg))))}
+    return {
+        "init": ("init", init, ()),
+        **{stage.index: (f"train_{stage.index}", make_train_step(stage, model, mesh, cfg), (state, batch(stage))) for stage in stages(cfg)},
+        "eval": ("eval", make_eval_step(model, mesh, cfg), (state.params, batch(val_stage(cfg))))}
 
 def memory_of(program):
     """Bytes per device while a compiled program runs: arguments, results and temporaries."""
@@ -1297,14 +1305,15 @@ def validate(cfg):
         table, ends, _ = stages(cfg), [float(x) for x in cfg.stage_ends.split(",")], muon_momentum(0, cfg)
         layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers", "backout")}
         dtypes = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.activation_dtype)
-        pairs, trace = {name: layer_pairs(getattr(cfg, name)) for name in ("skips", "late_inputs")}, [int(x) for x in (cfg.profile or "0:1").split(":")]
-        _ = cfg.cap, loss_shares(0, table[0], cfg)
-    for least, names in ((1, "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs"), (0, "seed num_kv_heads ns_steps vocab_size gate_dims tied_stages final_steps "
-                         "attn_block head_block micro_tokens val_window_short val_window_long window_short window_long max_doc_len")):
-        for name in names.split():
-            need(min(map(int, str(getattr(cfg, name)).split(","))) >= least, name, f"at least {least}")
+        pairs = {name: layer_pairs(getattr(cfg, name)) for name in ("skips", "late_inputs")}
+        trace, _ = [int(x) for x in (cfg.profile or "0:1").split(":")], (cfg.cap, loss_shares(0, table[0], cfg))
+    ones = "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs".split()
+    for name in (*ones, *("seed num_kv_heads ns_steps vocab_size gate_dims tied_stages final_steps attn_block head_block micro_tokens "
+                          "val_window_short val_window_long window_short window_long max_doc_len").split()):
+        need(min(map(int, str(getattr(cfg, name)).split(","))) >= (name in ones), name, f"at least {int(name in ones)}")
     need(all(dtype in ("float32", "bfloat16") for dtype in dtypes), "compute_dtype", "float32 or bfloat16, --residual_dtype too")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
+    need(cfg.ns_steps <= len(POLAR_EXPRESS), "ns_steps", f"at most {len(POLAR_EXPRESS)}")
     need(cfg.gate_dims <= cfg.model_dim, "gate_dims", f"at most --model_dim={cfg.model_dim}")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
     for name, listed in pairs.items():
