@@ -1,6 +1,6 @@
 """Fetch FineWeb-10B as GPT-2 tokens, and prove that every byte arrived.
 
-    python cached_fineweb10B.py            # the validation shard and the 11 training shards of the speedrun preset
+    python cached_fineweb10B.py            # the validation shard and the 8 training shards of the speedrun preset
     python cached_fineweb10B.py 103        # all there is: 104 files, 20.8 GB
     python cached_fineweb10B.py --verify   # hash what is here once more; downloads nothing
 
@@ -36,7 +36,7 @@ except ImportError:  # Windows
 
 REPO = "kjj0/fineweb10B-gpt2"
 MAX_SHARDS = 103     # training shards in the repo
-SPEEDRUN_SHARDS = 11  # what the speedrun preset of train.py reads
+SPEEDRUN_SHARDS = 8  # what the speedrun preset of train.py reads
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 RETRY_WAITS = (1, 2, 4, 8)                      # seconds between attempts that bring nothing new
 PASSING = (None, 408, 429, 500, 502, 503, 504)  # HTTP statuses that may be gone in a moment; None: no answer

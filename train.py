@@ -5,7 +5,7 @@
 """Train a GPT to a target validation loss in the least time: one file, pure JAX, to be read from top to bottom.
 
     python train.py                      on a CPU: a byte-level demo on Python's own source, two minutes of training
-    python cached_fineweb10B.py 11       on a TPU or GPU: fetch FineWeb (GPT-2 tokens), then
+    python cached_fineweb10B.py 8        on a TPU or GPU: fetch FineWeb (GPT-2 tokens), then
     python train.py                      train a GPT-2-class model towards validation loss 3.28, the `speedrun` preset
     python train.py --steps=500 @my.args every number below is a flag (--help); @FILE reads flags from a file
 
@@ -165,7 +165,7 @@ PRESETS = {
         val_files="", shuffle=1, val_tokens=2048, val_every=10, val_seq_len=64, val_context=32, val_window_short=24,
         val_window_long=0, target_loss=0.0, log_every=5)}
 MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices"}  # when resuming
-SPEEDRUN_SHARDS = 11  # training shards that hold the speedrun's tokens and the document ends it does not read
+SPEEDRUN_SHARDS = 8  # training shards that hold the speedrun's tokens and the document ends it does not read
 
 # Steps first..last-1 share a compiled program: the table is the sequence-length warmup. windows: one per block, 0: no limit
 Stage = collections.namedtuple("Stage", "index first last batch_tokens seq_len max_doc_len windows lr")

@@ -153,7 +153,7 @@ def test_importing_the_script_does_nothing(tmp_path):
 def test_an_n_out_of_range_is_refused_in_one_sentence(run, shards, n):
     status, _, err = run(n)
     assert status == 2
-    assert err == f"N is {n}, expected a whole number from 1 to 103, as in: python cached_fineweb10B.py 11\n"
+    assert err == f"N is {n}, expected a whole number from 1 to 103, as in: python cached_fineweb10B.py 8\n"
     assert not shards.exists()
 
 
