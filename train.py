@@ -113,7 +113,7 @@ class Config:
     gate_lr: float = 0.008            # Adam, gates
     adamw_lr: float = 0.001           # AdamW, everything, with --optimizer=adamw
     adam_beta1: float = 0.5           # decay of the gradient's mean, embedding and head; scalars and gates 0.9
-    adam_beta2: float = 0.95          # decay of its square's mean, embedding and head; scalars and gates 0.99
+    adam_beta2: float = 0.95          # decay of its square's mean, embedding and head; scalars and gates 0.99, those of sublayers 0.95
     adam_eps: float = 1e-10           # added to the root of the square's mean
     adam_wd: float = 0.75             # embedding and head: as muon_wd; with --optimizer=adamw by lr * wd, everywhere
     warmup_steps: int = 0             # linear learning rate warmup

@@ -36,13 +36,13 @@ FLAGS = {
                "--adam_eps=1e-10 --adam_wd=0 --warmup_steps=0 --cooldown_frac=0.4 --final_lr_scale=0.1 --stage_ends=0.5,1",
         "speedrun": "--steps=1675 --num_layers=12 --model_dim=1024 --num_heads=4 --head_dim=256 --mlp_dim=4096 "
                     "--batch_tokens=524288 --seq_len=1024,2048 --val_seq_len=2048 --val_context=0",
-        "demo": "--seq_len=128,256", "tiny": "--batch_tokens=1024 --seq_len=32,64"},
+        "demo": "--batch_tokens=2048 --seq_len=128,256", "tiny": "--batch_tokens=1024 --seq_len=32,64"},
     "nanogpt": {
         "all": PLAIN + " --softcap=0 --adamw_lr=1e-3 --adam_wd=0.1 --adam_beta1=0.9 --adam_beta2=0.99 --adam_eps=1e-8 "
                "--warmup_steps=100 --final_lr_scale=0.1 --stage_ends=1",
         "speedrun": "--num_layers=12 --model_dim=768 --num_heads=12 --head_dim=64 --mlp_dim=3072 --batch_tokens=491520 "
                     "--seq_len=1024 --val_seq_len=1024 --val_context=0 --adamw_lr=6e-4 --adam_beta2=0.95",
-        "tiny": "--batch_tokens=1024 --seq_len=64 --warmup_steps=5"}}
+        "demo": "--batch_tokens=2048", "tiny": "--batch_tokens=1024 --seq_len=64 --warmup_steps=5"}}
 
 # Axes that only these have: q, k and v of all heads in one, the skips of the U-net, learned positions
 train.AXIS_SIZE |= {

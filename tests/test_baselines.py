@@ -62,8 +62,8 @@ def compiled(name, cfg):
     model = MODELS[name]
     def run(weights, tokens_BT, target_BT, weight_BT):
         copies = lambda weights: unstack(gather(weights, model.specs(cfg), 1, cfg))
-        loss, grads = jax.value_and_grad(lambda w: model.loss(copies(w), tokens_BT, target_BT, weight_BT, (0,) * cfg.num_layers, cfg))(weights)
-        return model.logits(copies(weights), tokens_BT, (0,) * cfg.num_layers, cfg), loss, grads
+        loss, grads = jax.value_and_grad(lambda w: model.loss(copies(w), tokens_BT, target_BT, weight_BT, stages(cfg)[0], cfg))(weights)
+        return model.logits(copies(weights), tokens_BT, cfg), loss, grads
     return jit(run)
 
 
@@ -196,7 +196,7 @@ def test_rows_longer_than_the_learned_positions_can_be_sampled():
     cfg = config("nanogpt")
     weights, tokens = random_weights("nanogpt", cfg), random_tokens(1, 1, LENGTH + 5)
     assert weights["positions"].shape == (13, 20)
-    logits = MODELS["nanogpt"].logits(unstack(jax.tree.map(jnp.asarray, weights)), tokens, (0,) * 5, cfg)
+    logits = MODELS["nanogpt"].logits(unstack(jax.tree.map(jnp.asarray, weights)), tokens, cfg)
     np.testing.assert_allclose(logits[:, :LENGTH, :131], oracle("nanogpt", weights, tokens[:, :LENGTH], cfg), atol=2e-4)
     assert np.isfinite(logits).all()
 
