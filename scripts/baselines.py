@@ -28,7 +28,7 @@ from train import (
 OFF = {"optimizer": "muon", "max_doc_len": "0", "window_short": "0", "window_long": "0", "val_window_short": 0, "val_window_long": 0,
        "skips": "", "mlp_only": "", "offset_layers": "", "long_layers": "", "num_kv_heads": 0, "late_inputs": "", "backout": "",
        "gate_dims": 0, "smear": 0, "mtp": "", "tied_stages": 0}
-PLAIN = " ".join(f"--{name}={value}" for name, value in OFF.items()) + " --stage_lr=1 --final_steps=0"
+PLAIN = " ".join(f"--{name}={value}" for name, value in OFF.items()) + " --stage_lr=1 --final_frac=0"
 FLAGS = {
     "record2025": {
         "all": PLAIN + " --softcap=15 --attn_scale=0.12 --rope_base=1024 --muon_lr=0.04 --muon_wd=0 --ns_steps=5 "

@@ -247,7 +247,7 @@ def test_a_list_or_name_that_cannot_be_read_is_a_usage_error(flag):
 
 
 @pytest.mark.parametrize("flag", ["seed", "num_kv_heads", "max_doc_len", "window_short", "window_long", "val_window_short",
-                                  "val_window_long", "attn_block", "tied_stages", "final_steps"])
+                                  "val_window_long", "attn_block", "tied_stages", "val_every"])
 def test_a_number_that_cannot_be_negative_is_refused(flag):
     assert f"--{flag}=-2" in usage_error(f"--{flag}=-2")
 

@@ -23,7 +23,7 @@ CFG = Config(
     batch_tokens="44", seq_len="22", max_doc_len="0", window_short="0", window_long="0", long_layers="", stage_lr="0.7,0.4",
     muon_lr=0.03, muon_wd=0.4, muon_beta2=0.8, muon_momentum="0.8,0.95,3,2", embed_lr=0.3, head_lr=0.05, scalar_lr=0.02, gate_lr=0.01,
     adamw_lr=0.01, adam_beta1=0.7, adam_beta2=0.9, adam_eps=1e-3, adam_wd=0.3, warmup_steps=2, cooldown_frac=0.5,
-    final_lr_scale=0.1, final_steps=1)
+    final_lr_scale=0.1, final_frac=0.1)
 config = functools.partial(dataclasses.replace, CFG)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
 
@@ -65,21 +65,21 @@ def constant_stage(cfg, lr=1.0):
     return stages(dataclasses.replace(cfg, stage_lr="1"))[0]._replace(lr=lr)
 
 def test_the_learning_rate_warms_up_stays_falls_to_its_last_share_and_stays_there():
-    cfg = config(steps=110, final_steps=10, warmup_steps=4, cooldown_frac=0.25, final_lr_scale=0.2)
+    cfg = config(steps=110, final_frac=1 / 11, warmup_steps=4, cooldown_frac=0.25, final_lr_scale=0.2)
     found = np.array([lr_scale(step, constant_stage(cfg), cfg) for step in (0, 1, 3, 4, 50, 75, 80, 99, 100, 105, 109)])
     np.testing.assert_allclose(found, [0.2, 0.4, 0.8, 1, 1, 1, 0.84, 0.232, 0.2, 0.2, 0.2], rtol=1e-6)
 
 def test_the_last_share_is_of_the_first_stages_rate_whatever_the_stages():
-    cfg = config(steps=100, final_steps=0, warmup_steps=0, cooldown_frac=0.5, final_lr_scale=0.2)
+    cfg = config(steps=100, final_frac=0.0, warmup_steps=0, cooldown_frac=0.5, final_lr_scale=0.2)
     found = [lr_scale(step, constant_stage(cfg, lr), cfg) for lr in (1.0, 3.0, 0.5) for step in (50, 75, 100)]
     np.testing.assert_allclose(found, [1, 0.6, 0.2, 3, 1.6, 0.2, 0.5, 0.35, 0.2], rtol=1e-6)
 
 def test_without_warmup_and_cooldown_the_learning_rate_is_the_stages():
-    cfg = config(warmup_steps=0, cooldown_frac=0.0, final_steps=0)
+    cfg = config(warmup_steps=0, cooldown_frac=0.0, final_frac=0.0)
     assert [float(lr_scale(step, constant_stage(cfg, 1.5), cfg)) for step in range(cfg.steps)] == [1.5] * cfg.steps
 
 def test_a_cooldown_over_the_whole_run_falls_from_its_first_step():
-    cfg = config(steps=10, warmup_steps=0, cooldown_frac=1.0, final_lr_scale=0.0, final_steps=0)
+    cfg = config(steps=10, warmup_steps=0, cooldown_frac=1.0, final_lr_scale=0.0, final_frac=0.0)
     np.testing.assert_allclose([lr_scale(step, constant_stage(cfg), cfg) for step in (0, 4, 10)], [1.0, 0.6, 0.0], atol=1e-6)
 
 def test_the_speedruns_learning_rate_is_what_its_table_gives_by_hand():
