@@ -1501,10 +1501,10 @@ def main(argv=None, model=None):
     run.seal()
     return run.folder
 
-def command(run=main):
+def command(run=None):
     """main() for the shell: for what a user can mend, one sentence and an exit code instead of a traceback."""
     try:
-        run()
+        (run or main)()
     except (UsageError, DataError, CheckpointError, NonFiniteLoss) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

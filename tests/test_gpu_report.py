@@ -14,7 +14,7 @@ import train
 from scripts import gpu_report
 from train import ROOT, UsageError
 
-SMALL = ["--num_layers=1", "--skips=", "--offset_layers=", "--long_layers=", "--window_short=16"]
+SMALL = ["--num_layers=1", "--skips=", "--late_inputs=", "--backout=", "--offset_layers=", "--long_layers=", "--window_short=16"]
 
 def report(*argv):
     return subprocess.run([sys.executable, "-m", "scripts.gpu_report", *argv], cwd=ROOT, capture_output=True, text=True, timeout=600,
@@ -79,8 +79,8 @@ def test_times_are_scaled_and_the_mfu_is_that_of_the_definition(monkeypatch):
     assert (row["compiled_gib"], row["peak_gib"]) == (3, 5)
 
 def test_random_tokens_stand_in_for_missing_shards_and_fill_the_rows_of_each_stage(tmp_path):
-    cfg, whole = gpu_report.config(["--preset=speedrun", "--batch_tokens=65536,131072,65536", f"--train_files={tmp_path}/none_*.bin"], 4096, 1)
-    assert whole == [65536, 131072, 65536] and cfg.batch_tokens == ",".join([str(4096 * jax.device_count())] * 3)
+    cfg, whole = gpu_report.config(["--preset=speedrun", "--batch_tokens=65536,131072,65536,65536", f"--train_files={tmp_path}/none_*.bin"], 4096, 1)
+    assert whole == [65536, 131072, 65536, 65536] and cfg.batch_tokens == ",".join([str(4096 * jax.device_count())] * 4)
     mesh = train.make_mesh()
     batches, cfg = gpu_report.batches_of(cfg, mesh, tmp_path)
     assert cfg.vocab_size == 50257 and set(batches) == {0, 1, 2} and all(len(own) == 2 for own in batches.values())

@@ -23,7 +23,7 @@ CFG = Config(
     batch_tokens="44", seq_len="22", max_doc_len="0", window_short="0", window_long="0", long_layers="", stage_lr="0.7,0.4",
     muon_lr=0.03, muon_wd=0.4, muon_beta2=0.8, muon_momentum="0.8,0.95,3,2", embed_lr=0.3, head_lr=0.05, scalar_lr=0.02, gate_lr=0.01,
     adamw_lr=0.01, adam_beta1=0.7, adam_beta2=0.9, adam_eps=1e-3, adam_wd=0.3, warmup_steps=2, cooldown_frac=0.5,
-    final_lr_scale=0.1, final_frac=0.1)
+    final_lr_scale=0.1, final_frac=1 / 9)
 config = functools.partial(dataclasses.replace, CFG)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
 
@@ -89,7 +89,7 @@ def test_the_speedruns_learning_rate_is_what_its_table_gives_by_hand():
         (0, 622, 1), (622, 1244, 1.52), (1244, 1866, 1.73), (1866, 1906, 1.73)]
     for step, wanted in [(0, 1), (621, 1), (622, 1.52), (0.4 * 1866, 1.52), (933, 1.52 * 5 / 6 + 0.15 / 6),
                          (0.8 * 1866, 1.73 / 3 + 0.15 * 2 / 3), (1866, 0.15), (1905, 0.15)]:
-        assert float(lr_scale(step, stage_at(step, stages(cfg)), cfg)) == pytest.approx(wanted, rel=1e-5), step
+        assert float(lr_scale(step, stage_at(step, stages(cfg)), cfg)) == pytest.approx(wanted, rel=5e-5), step
 
 def test_schedules_are_the_same_traced_as_on_the_host():
     steps, stage = range(CFG.steps + 1), stages(CFG)[0]
@@ -476,7 +476,7 @@ def test_the_flags_reach_the_rules():
     assert optimizer_rules(CFG) == {
         "muon": Rule("muon", 0.03, 0.4, beta2=0.8), "down": Rule("muon", 0.06, 0.2, beta2=0.8), "embed": Rule("adam", 0.3, **table),
         "head": Rule("adam", 0.05, **table), "scalar": Rule("adam", 0.02, **small), "stream": Rule("adam", 0.02, **mixed), "mix": Rule("adam", 0.004, **mixed),
-        "gate": Rule("adam", 0.01, **small), "skip": Rule("adam", 0.0005, **small), "smear": Rule("adam", 0.0001, **small)}
+        "gate": Rule("adam", 0.01, wd=0.002, **small), "skip": Rule("adam", 0.0005, **small), "smear": Rule("adam", 0.0001, **small)}
     groups = {spec.group for spec in jax.tree.leaves(param_specs(CFG))}
     assert groups == set(optimizer_rules(CFG))
     everything, rules = Rule("adam", 0.01, 0.3, 0.7, 0.9, 1e-3, plain=True), optimizer_rules(config(optimizer="adamw"))
@@ -489,7 +489,7 @@ def test_the_speedruns_rates_are_the_recipes():
     rules = optimizer_rules(Config())
     assert {group: rule.lr for group, rule in rules.items()} == pytest.approx(rates)
     assert {group: rule.wd for group, rule in rules.items() if rule.wd} == pytest.approx(
-        {"muon": 1.2, "down": 0.6, "embed": 150 * 0.005, "head": 150 * 0.005})
+        {"muon": 1.2, "down": 0.6, "embed": 150 * 0.005, "head": 150 * 0.005, "gate": 0.005})
     assert all(rule.eps == 1e-10 for rule in rules.values() if rule.kind == "adam")
     assert (rules["muon"].beta2, rules["down"].beta2) == (0.9, 0.9)
     assert {(rules[group].beta1, rules[group].beta2) for group in ("embed", "head")} == {(0.5, 0.95)}

@@ -255,7 +255,7 @@ def test_metrics_say_how_many_tokens_at_which_learning_rate_in_which_stage(finis
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert [row["tokens"] for row in steps] == [224 * n for n in range(1, 7)] + [6 * 224 + 448 * n for n in range(1, 7)]
     assert [row["stage"] for row in steps] == [0] * 6 + [1] * 6
-    share = [min(1, max(0, (9 - step) / 3.6)) for step in range(12)]  # over 0.4 of nine steps, down to 0.1, where three more stay
+    share = [min(1, max(0, (10.8 - step) / 4.32)) for step in range(12)]  # over 0.4 of 10.8 steps, down to 0.1, where it stays
     scale = [min(1, (step + 1) / 3) * ((1 if step < 6 else 0.5) * w + 0.1 * (1 - w)) for step, w in enumerate(share)]
     assert [row["lr"] for row in steps] == pytest.approx(scale, abs=2e-6)
     for name in ("train_time_s", "cpu_time_s", "wall_s"):
