@@ -35,10 +35,9 @@ def config(flags, micro_tokens, micro_steps):
     table = train.stages(cfg)
     short = lambda stage: micro_steps * max(micro_tokens or stage.batch_tokens, stage.seq_len) * jax.device_count() or stage.batch_tokens
     batches = ",".join(str(min(stage.batch_tokens, short(stage))) for stage in table)
-    cfg = dataclasses.replace(cfg, batch_tokens=batches, steps=8 * len(table), max_epochs=1000)
+    ends = ",".join(str((i + 1) / len(table)) for i in range(len(table)))  # as many steps in each
+    cfg = dataclasses.replace(cfg, batch_tokens=batches, steps=8 * len(table), stage_ends=ends, max_epochs=1000)
     train.validate(cfg)
-    if empty := [stage.index for stage in train.stages(cfg) if stage.first == stage.last]:
-        raise UsageError(f"--stage_ends={cfg.stage_ends}: stage {empty[0]} has no step of {cfg.steps}")
     return cfg, [stage.batch_tokens for stage in table]
 
 def batches_of(cfg, mesh, folder):

@@ -174,7 +174,7 @@ def test_each_job_has_cores_of_its_own(fake, tmp_path):
 def test_a_tiny_real_list_trains_and_compares(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     (tmp_path / "real.txt").write_text("all: --preset=tiny --steps=4 --val_every=2 --num_layers=1 --skips= --late_inputs= --backout= --offset_layers= --long_layers=\n"
-                                       "base: --stage_ends=1 --seq_len=64 --batch_tokens=512 --window_short=16\nlong: --val_tokens=999999999\n")
+                                       "base: --stage_ends=1 --stage_lr=1 --window_long=0 --seq_len=64 --batch_tokens=512 --window_short=16\nlong: --val_tokens=999999999\n")
     assert ablate.main([str(tmp_path / "real.txt"), "--seeds=1", f"--out={tmp_path / 'real.jsonl'}", "--reach=base"]) == 0
     printed = capfd.readouterr().out
     lines = {row["name"]: row for row in map(json.loads, (tmp_path / "real.jsonl").read_text().splitlines())}

@@ -49,7 +49,7 @@ def test_smoke_times_each_stage_and_writes_text_and_json(tmp_path):
     assert "times are scaled from steps of 2 micro-steps" in done.stdout and done.stdout.count("\n") == 7
 
 def test_the_part_ablate_trains_a_list_and_stops_when_the_time_is_up(tmp_path):
-    (tmp_path / "list.txt").write_text(f"all: --preset=tiny --steps=2 {' '.join(SMALL)}\nbase: --stage_ends=1 --seq_len=64 --batch_tokens=512\n")
+    (tmp_path / "list.txt").write_text(f"all: --preset=tiny --steps=2 {' '.join(SMALL)}\nbase: --stage_ends=1 --stage_lr=1 --window_long=0 --seq_len=64 --batch_tokens=512\n")
     ours = ["--part=ablate", f"--list={tmp_path / 'list.txt'}", f"--out={tmp_path / 'r'}"]
     done = report(*ours)
     assert done.returncode == 0 and "| base |" in done.stdout, done.stderr
@@ -83,7 +83,7 @@ def test_random_tokens_stand_in_for_missing_shards_and_fill_the_rows_of_each_sta
     assert whole == [65536, 131072, 65536, 65536] and cfg.batch_tokens == ",".join([str(4096 * jax.device_count())] * 4)
     mesh = train.make_mesh()
     batches, cfg = gpu_report.batches_of(cfg, mesh, tmp_path)
-    assert cfg.vocab_size == 50257 and set(batches) == {0, 1, 2} and all(len(own) == 2 for own in batches.values())
+    assert cfg.vocab_size == 50257 and set(batches) == {0, 1, 2, 3} and all(len(own) == 2 for own in batches.values())
     for stage in train.stages(cfg):
         tokens = np.asarray(batches[stage.index][0])
         assert tokens.shape == train.batch_shape(stage, mesh.size, cfg) and tokens.max() == 50256 and (tokens != train.NO_TOKEN).all()
