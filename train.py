@@ -262,7 +262,7 @@ def param_specs(cfg):
             "w_out": Spec("I HK D", matrix, "muon"),
             "gate": Spec("I E H", constant(0.0), "gate"),
             "x_mix": Spec("I", constant(1.1 ** 0.5), "stream"),  # weight of the stream, of what is added to it,
-            "y_mix": Spec("I", constant(0.5), "scalar"),         # (the record's s0 s1 pa in one: 0.5 * 1 * 1)
+            "y_mix": Spec("I", constant(1.0), "mix"),            # (0.5, the record's s0 s1 pa in one: demo of 240 steps 1.169 -> 1.204)
             "x0_mix": Spec("I", constant(0.0), "mix")},          # and of the first embedding, which re-enters
         "blocks": {
             "w_up": Spec("L D F", matrix, "muon"),
