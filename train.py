@@ -127,7 +127,7 @@ class Config:
     train_files: str = "fineweb10B/fineweb_train_*.bin"  # glob of training shards; empty: the embedded corpus
     val_files: str = "fineweb10B/fineweb_val_*.bin"      # glob of validation shards; empty: the embedded corpus
     max_epochs: int = 1               # how often the training tokens may be read
-    shuffle: int = 0                  # 1: the plain stream is read in blocks of the longest seq_len, in random order
+    shuffle: int = 0                  # 1: the plain stream (packed rows never) is read in blocks of the longest seq_len, in random order
     # -- Evaluation
     val_tokens: int = 10_485_760      # targets scored, from the start of the first validation shard, each once
     val_every: int = 250              # steps between evaluations, and one at the end; 0: only that
@@ -1323,7 +1323,6 @@ def validate(cfg):
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
     need(cfg.ns_steps <= len(POLAR_EXPRESS), "ns_steps", f"at most {len(POLAR_EXPRESS)}")
     need(cfg.rope_base > 0, "rope_base", "a positive number")
-    need(not (cfg.shuffle and table[0].max_doc_len), "shuffle", "0 with --max_doc_len: packed rows come in the shards' order")
     need(cfg.gate_dims <= cfg.model_dim, "gate_dims", f"at most --model_dim={cfg.model_dim}")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
     for name, listed in pairs.items():
