@@ -127,7 +127,7 @@ class Config:
     train_files: str = "fineweb10B/fineweb_train_*.bin"  # glob of training shards; empty: the embedded corpus
     val_files: str = "fineweb10B/fineweb_val_*.bin"      # glob of validation shards; empty: the embedded corpus
     max_epochs: int = 1               # how often the training tokens may be read
-    shuffle: int = 0                  # 1: the plain stream (packed rows never) is read in blocks of the longest seq_len, in random order
+    shuffle: int = 0                  # 1: a plain stream is read in blocks of the longest seq_len, in random order
     # -- Evaluation
     val_tokens: int = 10_485_760      # targets scored, from the start of the first validation shard, each once
     val_every: int = 250              # steps between evaluations, and one at the end; 0: only that
