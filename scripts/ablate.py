@@ -281,7 +281,8 @@ def main(argv=None, command=command):
     return 130 if interrupted else 0
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background job would ignore the first
+        signal.signal(stop, signal.default_int_handler)
     try:
         sys.exit(main())
     except (UsageError, DataError, OSError) as error:

@@ -146,7 +146,7 @@ def test_a_line_cut_short_is_no_line_and_other_data_are_another_run(fake, tmp_pa
 def test_a_stopped_list_keeps_what_has_ended_and_continues(fake, tmp_path, sent):
     text = LIST + "slow: --steps=99\nlast: --softcap=2\n"
     (tmp_path / "list.txt").write_text(text)
-    (tmp_path / "driver.py").write_text("import signal, sys; from scripts import ablate; signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+    (tmp_path / "driver.py").write_text("import signal, sys; from scripts import ablate; [signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)]\n"
                                         f"sys.exit(ablate.main(sys.argv[1:], lambda *_: [sys.executable, '-P', {str(tmp_path / 'fake.py')!r}]))")
     argv = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "list.txt"), "--jobs=1", "--seeds=0", f"--out={tmp_path / 'out.jsonl'}"]
     process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
