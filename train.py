@@ -1142,18 +1142,20 @@ def read_manifest(folder, cfg):
             raise CheckpointError(f"{folder / damaged[0]}: damaged, its SHA-256 is not the manifest's; delete {folder}")
         return {"step": step, "progress": progress}
 
+def load_tensors(file, tree):
+    """The tree of a verified .safetensors file, leaves placed as `tree`'s. CheckpointError where names, shapes or dtypes differ."""
+    found, wanted = safetensors.numpy.load_file(file), {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    for name in sorted(found.keys() | wanted.keys()):
+        have, want = (f"{x[name].shape} {x[name].dtype}" if name in x else "nothing" for x in (found, wanted))
+        if have != want:
+            raise CheckpointError(f"{file}: {name} is {have}, this config wants {want}")
+    put = lambda path, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, found[name_of(path)].__getitem__)
+    return jax.tree.map_with_path(put, tree)
+
 def load_checkpoint(folder, step, state):
-    """The State that a verified folder holds, placed as `state` is. CheckpointError where names, shapes or dtypes differ."""
-    trees = []
-    for (file, wanted), tree in zip(checkpoint_files(state).items(), (state.params, state.opt_state)):
-        found = safetensors.numpy.load_file(folder / file)
-        for name in sorted(found.keys() | wanted.keys()):
-            have, want = (f"{x[name].shape} {x[name].dtype}" if name in x else "nothing" for x in (found, wanted))
-            if have != want:
-                raise CheckpointError(f"{folder / file}: {name} is {have}, this config wants {want}")
-        put = lambda path, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, found[name_of(path)].__getitem__)
-        trees.append(jax.tree.map_with_path(put, tree))
-    return State(jax.device_put(np.int32(step), state.step.sharding), *trees)
+    """The State that a verified folder holds, placed as `state` is (arrays or their shapes). Raises CheckpointError."""
+    return State(jax.device_put(np.int32(step), state.step.sharding), load_tensors(folder / "params.safetensors", state.params),
+                 load_tensors(folder / "opt.safetensors", state.opt_state))
 
 def find_checkpoint(cfg):
     """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError."""
