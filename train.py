@@ -21,7 +21,7 @@ Every device runs the same program on its own rows. Weights and optimizer state 
 gathers compute copies once, accumulates gradients locally, and reduces each gradient element once.
 """
 import argparse, bisect, collections, contextlib, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os
-import platform, re, shlex, shutil, sys, sysconfig, time, zlib
+import platform, re, shlex, shutil, signal, sys, sysconfig, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from einops import rearrange
+from jax.experimental import multihost_utils
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -44,13 +45,14 @@ class DataError(ValueError): exit_code = 3        # a shard or corpus that is mi
 class CheckpointError(ValueError): exit_code = 4  # a checkpoint that is damaged or another run's
 class OtherConfig(CheckpointError): pass
 class NonFiniteLoss(RuntimeError): exit_code = 5  # the loss became NaN or infinite
+class Preempted(RuntimeError): exit_code = 75     # told to stop, or another host is gone: run the same again with --resume=auto
 
 @contextlib.contextmanager
 def errors_as(kind, what):
     """An error within is raised as `kind`, with `what` before it; one with an exit code passes as it is."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, safetensors.SafetensorError) as error:
         raise error if hasattr(error, "exit_code") else kind(f"{what} ({error!r})") from error
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
@@ -143,6 +145,8 @@ class Config:
     resume: str = ""                  # auto: continue the newest run of this config; PATH: that run or checkpoint
     profile: str = ""                 # START:STOP writes a JAX trace of these steps into the run folder
     cpu_devices: int = 0              # devices to make of a CPU, each with its share of a batch; 0: one
+    multihost: str = ""               # auto: this is one of a TPU slice's hosts, each of which runs the same line; elsewhere HOST:PORT,COUNT,INDEX
+    deterministic: int = 0            # 1: on a GPU only operations that give the same bits each time, slower; elsewhere they do anyway
 
     kv_heads = property(lambda self: self.num_kv_heads or self.num_heads)
     vocab_unit = property(lambda self: 512 if self.vocab_size > 8192 else 128)  # whole registers, equal shares of eight devices
@@ -172,7 +176,8 @@ PRESETS = {
         muon_momentum="0.85,0.95,10,5", final_frac=0.1, micro_tokens=0, attn_block=32, compute_dtype="float32", train_files="",
         val_files="", shuffle=1, val_tokens=2048, val_every=10, val_seq_len=64, val_context=32, val_window_short=24,
         val_window_long=0, target_loss=0.0, log_every=5)}
-MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices"}  # when resuming
+MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices", "multihost"}  # when resuming
+BITS_DIFFER = {"micro_tokens", "head_block", "attn_block", "attention", "fsdp", "deterministic"}  # the same, up to rounding
 SPEEDRUN_SHARDS = 8  # training shards that hold the speedrun's tokens and the document ends it does not read
 
 # Steps first..last-1 share a compiled program: batch, windows, documents' length grow. windows: one per block, 0: no limit
@@ -776,15 +781,27 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 NO_TOKEN = 0xFFFF  # stands where a row holds no token: read as BOS, never scored
 POOL = 64          # documents the packer chooses from
 
-Shards = NamedTuple("Shards", [("paths", list), ("tokens", list), ("meta", dict)])  # meta: tokenizer, vocab_size, bos_id
+class Shards(NamedTuple):
+    paths: list
+    tokens: list  # uint16, memory-mapped
+    meta: dict    # tokenizer, vocab_size, bos_id
+    sha256: tuple = ()  # of each file
 
 def write_shard(path, tokens):
-    """Write uint16 tokens as a shard, atomically; a file that holds them already is left alone."""
+    """Write uint16 tokens as a shard."""
     blob = np.array([SHARD_MAGIC, SHARD_VERSION, len(tokens)] + [0] * 253, "<i4").tobytes() + np.asarray(tokens, "<u2").tobytes()
+    write_file(path, blob)
+
+def write_file(path, blob):
+    """Atomically; a file that holds these bytes already is left alone."""
     if not path.is_file() or path.read_bytes() != blob:
         staging = path.with_suffix(f".{os.getpid()}")
         staging.write_bytes(blob)
         staging.replace(path)
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 def open_shard(path):
     """Memory-mapped tokens of a shard. Raises DataError for anything but a whole, well-formed one."""
@@ -804,9 +821,11 @@ def open_shards(pattern):
         raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; "
                         "or train on this machine's own text: --preset=demo")
     tokens, file = [open_shard(path) for path in paths], paths[0].parent / "meta.json"
+    with ThreadPoolExecutor() as pool, errors_as(DataError, f"{pattern}: cannot be read"):
+        hashes = tuple(pool.map(file_sha256, paths))
     with errors_as(DataError, f"{file}: wanted tokenizer, vocab_size and bos_id"):
         meta = json.loads(file.read_text()) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
-        return Shards(paths, tokens, {k: kind(meta[k]) for k, kind in zip(("tokenizer", "vocab_size", "bos_id"), (str, int, int))})
+        return Shards(paths, tokens, {k: kind(meta[k]) for k, kind in zip(("tokenizer", "vocab_size", "bos_id"), (str, int, int))}, hashes)
 
 def plan_stream(shards, cfg):
     """Yield (rows, tokens read) of steps 0, 1, ... from the plain stream: each token once per epoch, in order or, with
@@ -899,7 +918,8 @@ NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "e
 def cache_dir():
     """This user's own cache folder: what lies there is trusted, compiled programs among it."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speedrun-jax"
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with errors_as(UsageError, f"{path}: no cache folder can be made there; set XDG_CACHE_HOME to one that can be written"):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
 
 def embedded_corpus():
@@ -916,10 +936,11 @@ def embedded_corpus():
         raise DataError(f"{root}: {count} Python files, the demo's corpus wants 300. Use a Python with its whole standard "
                         "library, or pass --train_files and --val_files")
     folder = cache_dir() / f"stdlib-{platform.python_version()}"
-    folder.mkdir(exist_ok=True)
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}))
-    for split, arrays in parts.items():
-        write_shard(folder / f"{split}_000000.bin", np.concatenate(arrays))
+    with errors_as(UsageError, f"{folder}: cannot be written; set XDG_CACHE_HOME to a folder that can"):
+        folder.mkdir(exist_ok=True)
+        write_file(folder / "meta.json", json.dumps({"tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}).encode())
+        for split, arrays in parts.items():
+            write_shard(folder / f"{split}_000000.bin", np.concatenate(arrays))
     return str(folder / "train_*.bin"), str(folder / "val_*.bin")
 
 def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
@@ -1068,6 +1089,7 @@ def memory_of(program):
 def compile_all(model, mesh, cfg):
     """({"init", each stage's index, "eval": compiled program}, a line about each), compiled in parallel."""
     listed, options = list_programs(model, mesh, cfg), COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+    options = options | ({"xla_gpu_deterministic_ops": True} if cfg.deterministic else {})
     def build(entry):
         (name, function, arguments), start = entry, time.perf_counter()
         program = function.lower(*arguments).compile(compiler_options=options)
@@ -1090,81 +1112,139 @@ PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not 
     "A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
-# ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and a manifest.json that names their SHA-256.
+# ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and a manifest.json that names their SHA-256, and last its own.
 def versions():
     flags = {key: value for key, value in os.environ.items() if key.startswith(("JAX_", "XLA_", "LIBTPU_"))}
     return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform(),
             "backend": " ".join(jax.devices()[0].client.platform_version.split())} | COMPILER_OPTIONS.get(jax.default_backend(), {}) | flags
 
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def facts_of(source, train, val):
+    """What decides a run's bits beside its config: a checkpoint keeps it, and the hosts of a run compare it."""
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    return {"data": digest(" ".join(train.sha256 + val.sha256)), "train.py": digest(source),
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"} | versions()
 
 def same(x): return x  # one function, so that gathering for a checkpoint compiles once
-def checkpoint_files(state):
-    """{file name: {tensor name: leaf}}"""
-    named = lambda tree: {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-    return {"params.safetensors": named(state.params), "opt.safetensors": named(state.opt_state)}
+def named(tree): return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+def manifest_text(manifest):
+    body = json.dumps(manifest, indent=1)
+    return json.dumps(manifest | {"manifest_sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
 
-def save_checkpoint(state, run_folder, mesh, cfg, progress):
-    """Write under a temporary name, then rename: a checkpoint is there whole, or not at all. The last two are kept."""
+def flush(path):
+    """What a file or folder holds is on the disk before the next thing is done."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+def save_checkpoint(state, run_folder, mesh, cfg, progress, facts):
+    """Write under a temporary name, then rename: a checkpoint is there whole, or not at all. The last two are kept.
+    Raises OSError where the disk refuses; what was there before stands. Raises NonFiniteLoss for weights that are not finite."""
     whole = jax.jit(same, out_shardings=NamedSharding(mesh, P()))
-    arrays = jax.tree.map(lambda leaf: np.asarray(whole(leaf).addressable_data(0)), checkpoint_files(state))
+    files = {"params.safetensors": named(state.params), "opt.safetensors": named(state.opt_state)}
+    arrays = jax.tree.map(lambda leaf: np.asarray(whole(leaf).addressable_data(0)), files)
+    if bad := [name for name, x in arrays["params.safetensors"].items() if not np.isfinite(x).all()]:
+        raise NonFiniteLoss(f"after step {int(state.step)} the weights {bad[0]} are not finite, so they are not saved; "
+                            f"the checkpoints in {run_folder} stand. Usual cause: a learning rate")
     final = run_folder / "ckpt" / f"step-{int(state.step):06d}"
-    staging = final.with_name(f".writing-{final.name}")
     if jax.process_index() != 0:
-        return
+        return final
+    staging = final.with_name(f".writing-{final.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for file, tensors in arrays.items():
-        safetensors.numpy.save_file(tensors, staging / file)
-    manifest = {"step": int(state.step), "sha256": {file: file_sha256(staging / file) for file in arrays},
-                "progress": progress, "config": dataclasses.asdict(cfg), "versions": versions()}
-    (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    os.sync()  # on the disk before it bears its name
-    shutil.rmtree(final, ignore_errors=True)
-    staging.rename(final)
+    try:
+        staging.mkdir(parents=True)
+        for file, tensors in arrays.items():
+            safetensors.numpy.save_file(tensors, staging / file)
+        manifest = {"step": int(state.step), "sha256": {file: file_sha256(staging / file) for file in arrays},
+                    "progress": progress, "config": dataclasses.asdict(cfg), "versions": facts}
+        (staging / "manifest.json").write_text(manifest_text(manifest))
+        for path in (*staging.iterdir(), staging):
+            flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+        flush(final.parent)
+    except (OSError, safetensors.SafetensorError) as error:  # a full disk, most often
+        shutil.rmtree(staging, ignore_errors=True)
+        raise OSError(f"{final}: {error}") from error
     for old in [path for path in sorted(final.parent.glob("step-*")) if path.name <= final.name][:-2]:
         shutil.rmtree(old)
+    return final
 
-def read_manifest(folder, cfg):
-    """The manifest of a checkpoint of this config whose files have the hashes it names. Raises CheckpointError."""
+def read_text(path):
+    """The text of a small file. Raises ValueError over a mebibyte, which nothing of ours reaches."""
+    if path.stat().st_size > 1 << 20:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes")
+    return path.read_text()
+
+def config_of(folder):
+    """The config that a checkpoint's run was started with, from the run's config.json or, where that is no more, the manifest."""
+    for path in (folder.parent.parent / "config.json", folder / "manifest.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return dict(json.loads(read_text(path))["config"])
+    raise CheckpointError(f"{folder}: not a whole checkpoint, no manifest.json can be read; delete it")
+
+def differing(folder, cfg):
+    """[(field, value there, value here)] of the fields that make a checkpoint another run's."""
+    saved, mine = config_of(folder), dataclasses.asdict(cfg)
+    return [(k, saved.get(k), mine.get(k)) for k in sorted(mine | saved)
+            if k not in MAY_DIFFER | BITS_DIFFER and mine.get(k) != saved.get(k)]
+
+def read_manifest(folder, cfg, data=None):
+    """The manifest of a checkpoint of this config, and of these data, whose files have the hashes it names. Raises CheckpointError."""
+    for name, there, here in differing(folder, cfg):
+        raise OtherConfig(f"{folder}: saved with --{name}={there}, but this run has {here}; use the same, or start anew without --resume")
+    numbers = lambda row: row and {str(key): x if type(x) is int else float(x) for key, x in row.items()}
     with errors_as(CheckpointError, f"{folder}: not a whole checkpoint; delete it"):
-        own, run = folder / "manifest.json", folder.parent.parent / "config.json"  # both hold the config
-        saved, mine = dict(json.loads((run if run.exists() else own).read_text())["config"]), dataclasses.asdict(cfg)
-        if differing := sorted(k for k in mine | saved if k not in MAY_DIFFER and mine.get(k) != saved.get(k)):
-            raise OtherConfig(f"{folder}: saved with --{differing[0]}={saved.get(differing[0])}, but this run has "
-                              f"{mine.get(differing[0])}; use the same, or start anew without --resume")
-        manifest = json.loads(own.read_text())
-        progress, hashes, _ = (dict(manifest[key]) for key in ("progress", "sha256", "config"))
-        step, files = int(manifest["step"]), ("params.safetensors", "opt.safetensors")
-        if damaged := [file for file in files if file_sha256(folder / file) != hashes[file]]:
-            raise CheckpointError(f"{folder / damaged[0]}: damaged, its SHA-256 is not the manifest's; delete {folder}")
-        return {"step": step, "progress": progress}
+        text = read_text(folder / "manifest.json")
+        manifest = json.loads(text)
+        if manifest.pop("manifest_sha256") is None or manifest_text(manifest) != text:
+            raise CheckpointError(f"{folder / 'manifest.json'}: damaged, its SHA-256 is not the one it ends with; delete {folder}")
+        step, progress, facts = int(manifest["step"]), dict(manifest["progress"]), dict(manifest["versions"])
+        seconds, reached, row = [float(x) for x in progress["seconds"]], progress["reached"], progress["row"]
+        if f"step-{step:06d}" != folder.name or not 0 < step <= cfg.steps or len(seconds) != 2:
+            raise CheckpointError(f"{folder}: its manifest is of step {step}; delete it")
+        if data and facts["data"] != data:
+            raise CheckpointError(f"{folder}: trained on other data than this run's shards; use the same, or start anew without --resume")
+        for file in ("params.safetensors", "opt.safetensors"):
+            if file_sha256(folder / file) != manifest["sha256"][file]:
+                raise CheckpointError(f"{folder / file}: damaged, its SHA-256 is not the manifest's; delete {folder}")
+        progress = {"seconds": seconds, "reached": numbers(reached), "row": numbers(row)}
+        return {"step": step, "progress": progress, "versions": facts | {f"--{k}": manifest["config"].get(k) for k in BITS_DIFFER}}
 
 def load_tensors(file, tree):
-    """The tree of a verified .safetensors file, leaves placed as `tree`'s. CheckpointError where names, shapes or dtypes differ."""
-    found, wanted = safetensors.numpy.load_file(file), {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-    for name in sorted(found.keys() | wanted.keys()):
-        have, want = (f"{x[name].shape} {x[name].dtype}" if name in x else "nothing" for x in (found, wanted))
-        if have != want:
-            raise CheckpointError(f"{file}: {name} is {have}, this config wants {want}")
-    put = lambda path, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, found[name_of(path)].__getitem__)
-    return jax.tree.map_with_path(put, tree)
+    """The tree of a verified .safetensors file, leaves placed as `tree`'s. CheckpointError where names, shapes or dtypes differ:
+    by the file's header, before any tensor is read."""
+    wanted, kinds = named(tree), {"F32": "float32"}
+    with open(file, "rb") as opened:
+        if (size := int.from_bytes(opened.read(8), "little")) > 1 << 20:
+            raise CheckpointError(f"{file}: a header of {size} bytes, this config's has a few thousand")
+    with errors_as(CheckpointError, f"{file}: cannot be read"), safetensors.safe_open(file, framework="numpy") as tensors:
+        there = set(tensors.keys())
+        for name in sorted(there | wanted.keys()):
+            header = tensors.get_slice(name) if name in there else None
+            have = f"{tuple(header.get_shape())} {kinds.get(header.get_dtype(), header.get_dtype())}" if header else "nothing"
+            want = f"{wanted[name].shape} {wanted[name].dtype}" if name in wanted else "nothing"
+            if have != want:
+                raise CheckpointError(f"{file}: {name} is {have}, this config wants {want}")
+        put = lambda path, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, tensors.get_tensor(name_of(path)).__getitem__)
+        return jax.tree.map_with_path(put, tree)
 
 def load_checkpoint(folder, step, state):
     """The State that a verified folder holds, placed as `state` is (arrays or their shapes). Raises CheckpointError."""
     return State(jax.device_put(np.int32(step), state.step.sharding), load_tensors(folder / "params.safetensors", state.params),
                  load_tensors(folder / "opt.safetensors", state.opt_state))
 
-def find_checkpoint(cfg):
-    """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError."""
+def find_checkpoint(cfg, data=None):
+    """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError. What a killed
+    process left half written in runs of this config is deleted."""
     auto, problem, path = cfg.resume == "auto", None, Path(cfg.resume).resolve()
     folders = sorted(Path(cfg.log_dir).glob("*/ckpt/step-*") if auto else path.glob("ckpt/step-*"), reverse=True)
     folders = [path] if (path / "manifest.json").exists() and path.parent.name == "ckpt" else folders
+    for stale in Path(cfg.log_dir).glob("*/ckpt/.writing-*") if auto else path.glob("ckpt/.writing-*") if cfg.resume else []:
+        with contextlib.suppress(CheckpointError):
+            shutil.rmtree(stale, ignore_errors=True) if not differing(stale, cfg) else None
     for folder in folders if cfg.resume else []:  # newest first
         try:
-            return folder, read_manifest(folder, cfg)
+            return folder, read_manifest(folder, cfg, data)
         except CheckpointError as error:
             if not (auto and isinstance(error, OtherConfig)):
                 print(f"--resume={cfg.resume}: passing over {error}")
@@ -1173,33 +1253,49 @@ def find_checkpoint(cfg):
         raise problem or CheckpointError(f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN")
     if auto:
         print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
-    return None, {"step": 0, "progress": {}}
+    return None, {"step": 0, "progress": {"seconds": [0.0, 0.0], "reached": None, "row": None}, "versions": {}}
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
 class Run:
     """A run's folder, its clock, and what it writes: log.txt, metrics.jsonl, the console. Only process 0 writes.
     The clock counts training: it stands still for compilation, warm-up, evaluation, checkpoints and sampling."""
-    def __init__(self, folder, specs, cfg, progress):
+    def __init__(self, folder, specs, cfg, manifest, facts):
         self.folder, self.cfg, self.table, self.writes = folder, cfg, stages(cfg), jax.process_index() == 0
         self.peak = next((p for kind, p in PEAK_FLOPS.items() if kind in jax.devices()[0].device_kind), 0) * jax.device_count()
         self.flops = [flops_per_token(stage, specs, cfg) for stage in self.table]
-        self.total, self.reached = np.array(progress.get("seconds", [0.0, 0.0])), progress.get("reached")
-        self.since, self.created, self.passing = None, time.perf_counter(), False
+        self.total, self.reached, self.row = np.array(manifest["progress"]["seconds"]), *map(manifest["progress"].get, ("reached", "row"))
+        self.since, self.created, self.passing, self.facts = None, time.perf_counter(), False, facts
         self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
-        with errors_as(UsageError, f"--log_dir={cfg.log_dir}: no folder can be made there"):
-            folder.mkdir(parents=True, exist_ok=True) if self.writes else None
+        self.rows, self.unwritten = [], None  # metrics; the last thing that the disk refused
+        if self.writes:
+            with errors_as(UsageError, f"--log_dir={cfg.log_dir}: no folder can be made there"):
+                folder.mkdir(parents=True, exist_ok=True)
+            if (folder / "metrics.jsonl").exists():  # what was measured after the checkpoint is measured again
+                for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
+                    with contextlib.suppress(ValueError, TypeError, KeyError):
+                        self.rows += [row for row in [dict(json.loads(line))] if row["step"] <= manifest["step"] and "stage" in row]
+                self.put("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows), "w")
     def start(self): self.since = np.array([time.perf_counter(), time.process_time()])
     def stop(self): self.total, self.since = self.seconds(), None
     def seconds(self):  # of training so far: [wall, cpu]
         return self.total + (0 if self.since is None else np.array([time.perf_counter(), time.process_time()]) - self.since)
-    def append(self, name, text):
-        if self.writes:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+    def put(self, name, text, mode="a"):
+        """Write to a file of the run's folder. Where the disk refuses, training goes on; the end of the run says so."""
+        try:
+            with open(self.folder / name, mode, encoding="utf-8") as file:
+                size = file.tell()
+                file.write(text)
+        except OSError as error:
+            self.warn(f"{self.folder / name} could not be written ({error})")
+            with contextlib.suppress(OSError, NameError):
+                os.truncate(self.folder / name, size)  # no half a line
+    def warn(self, text):
+        self.unwritten = text
+        print(f"warning: {text}; training goes on", file=sys.stderr, flush=True)
     def line(self, text, passing=False):
         """To log.txt and the console; on a terminal the next line takes the place of a passing one."""
-        self.append("log.txt", text)
         if self.writes:
+            self.put("log.txt", text + "\n")
             passing = passing and sys.stdout.isatty()
             text = text[:shutil.get_terminal_size().columns - 1] if passing else text
             print(("\r\x1b[K" if self.passing else "") + text, end="" if passing else "\n", flush=True)
@@ -1207,13 +1303,14 @@ class Run:
     def settle(self, step, loss):
         """Wait for the loss of a dispatched step; its metrics. Raises NonFiniteLoss."""
         stage, loss = stage_at(step, self.table), float(loss)
+        first, last = tokens_before(step, self.table), tokens_before(step + 1, self.table)
         if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the training loss of step {step + 1} is {loss}. Usual causes: a learning rate (--muon_lr, --embed_lr, "
-                                f"--head_lr), a narrow --compute_dtype, damaged data. The checkpoints in {self.folder} stand")
+            raise NonFiniteLoss(f"the training loss of step {step + 1} (training tokens {first} to {last}) is {loss}. Usual causes: a learning "
+                                f"rate (--muon_lr, --embed_lr, --head_lr), a narrow --compute_dtype, damaged data. The checkpoints in {self.folder} stand")
         wall, cpu = self.seconds().tolist()
         self.steps += 1
         step_s = (wall - self.marked) / self.steps
-        row = {"step": step + 1, "tokens": tokens_before(step + 1, self.table), "train_time_s": wall, "cpu_time_s": cpu,
+        row = {"step": step + 1, "tokens": last, "train_time_s": wall, "cpu_time_s": cpu,
                "wall_s": time.perf_counter() - self.created, "train_loss": loss, "stage": stage.index, "step_ms": 1e3 * step_s,
                "lr": lr_scale(step, stage, self.cfg), "tokens_per_s": stage.batch_tokens / step_s,
                "input_wait_ms": 1e3 * self.waited / self.steps}
@@ -1229,10 +1326,46 @@ class Run:
         self.metrics(row)
         self.marked, self.steps, self.waited = row["train_time_s"], 0, 0.0
     def metrics(self, row):
-        self.append("metrics.jsonl", json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}))
+        if self.writes:
+            self.rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+            self.put("metrics.jsonl", json.dumps(self.rows[-1]) + "\n")
+    def save(self, state, mesh, row):
+        """A checkpoint off the clock. Returns whether it was written; where not, training goes on and tries again at the next."""
+        start, progress = time.perf_counter(), {"seconds": self.seconds().tolist(), "reached": self.reached, "row": row}
+        try:
+            folder = save_checkpoint(state, self.folder, mesh, self.cfg, progress, self.facts)
+        except OSError as error:
+            return self.warn(f"no checkpoint of step {row['step']} ({error}); the one before stands")
+        self.line(f"saved: {folder.name} in {time.perf_counter() - start:.1f}s")
+        return True
     def seal(self):
-        """The log's last line: SHA-256 of all bytes above it."""
-        self.append("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}" if self.writes else "")
+        """The log's last line: SHA-256 of all bytes above it. Raises CheckpointError if anything could not be written."""
+        if self.unwritten:
+            raise CheckpointError(f"{self.unwritten}; the run ended without it. Make room, then run the same with --resume={self.folder}")
+        if self.writes:
+            self.put("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}\n")
+    def sealed(self):
+        log = self.folder / "log.txt"
+        return not log.exists() or log.read_bytes().rstrip().rpartition(b"\n")[2].startswith(b"sha256:")
+
+class Stop:
+    """What a signal asks of the loop. SIGTERM or SIGINT (Ctrl-C) between the first step and the last: a checkpoint of the present
+    step, then exit 75. Before and after there is nothing to save: exit at once, as at the second signal anywhere."""
+    asked = looping = False
+    def listen(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.hear)
+        return self
+    def hear(self, number, frame):
+        name = signal.Signals(number).name
+        if self.asked or not self.looping:
+            os.write(2, f"\n{name}: ends at once\n".encode())
+            os._exit(128 + number if self.asked else Preempted.exit_code)
+        self.asked = True
+        os.write(2, f"\n{name}: saves a checkpoint after this step and ends; again: ends at once\n".encode())
+    def at(self, done):
+        """Whether to stop after this step. Several processes agree on it: JAX's preemption service hears their SIGTERM."""
+        return multihost_utils.reached_preemption_sync_point(done) if jax.distributed.is_initialized() else self.asked
 
 def loss_svg(rows, cfg):
     """A picture of metrics rows against steps: training loss (line), validation loss (dots), target, stages."""
@@ -1333,7 +1466,7 @@ def validate(cfg):
         need(len({*listed} & {*range(cfg.num_layers)}) == len(listed), name, f"distinct blocks from 0 to {cfg.num_layers - 1}")
     need(len(layers["mlp_only"]) < cfg.num_layers, "mlp_only", "a block with attention")
     for name, allowed in (("compute_dtype", "float32 or bfloat16"), ("residual_dtype", "auto or float32 or bfloat16"), ("smear", "0 or 1"),
-                          ("fsdp", "0 or 1"), ("shuffle", "0 or 1"), ("attention", "auto or xla or band"), ("optimizer", "muon or adamw")):
+                          ("fsdp", "0 or 1"), ("shuffle", "0 or 1"), ("deterministic", "0 or 1"), ("attention", "auto or xla or band"), ("optimizer", "muon or adamw")):
         need(str(getattr(cfg, name)) in allowed.split(" or "), name, allowed)
     need(sorted(ends) == ends and ends[0] > 0 and ends[-1] == 1, "stage_ends", "rising shares of the steps, the last 1")
     need(0 <= cfg.val_context < cfg.val_seq_len, "val_context", f"less than --val_seq_len={cfg.val_seq_len}")
@@ -1351,6 +1484,8 @@ def configure(argv):
     given = parse_flags(argv)
     if given.get("cpu_devices"):
         jax.config.update("jax_num_cpu_devices", given["cpu_devices"])  # before anything asks for a device
+    if given.get("multihost"):
+        join_hosts(given["multihost"])
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
         jax.config.update("jax_compilation_cache_max_size", 4 << 30)
@@ -1388,12 +1523,11 @@ def open_data(cfg):
 
 def describe(run, source, why, argv, train, val, notes, cfg):
     """The head of the log: with it the run can be repeated."""
-    run.append("log.txt", source + "\n" + "=" * 120)
+    run.put("log.txt", source + "\n" + "=" * 120 + "\n")
     pairs = lambda items: " ".join(f"{name}={value}" for name, value in items.items())
-    count, kind, paths = jax.device_count(), jax.devices()[0].device_kind, train.paths + val.paths
-    with ThreadPoolExecutor() as pool:
-        files = [f"data: {path.name} tokens:{len(tokens)} sha256:{digest}" for path, tokens, digest
-                 in zip(paths, train.tokens + val.tokens, pool.map(file_sha256, paths))]
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    files = [f"data: {path.name} tokens:{len(tokens)} sha256:{digest}" for shards in (train, val)
+             for path, tokens, digest in zip(shards.paths, shards.tokens, shards.sha256)]
     scored = hashlib.sha256(val.tokens[0][:cfg.val_tokens + 1]).hexdigest()
     for text in (f"preset: {cfg.preset} ({why})", f"argv: {shlex.join(argv)}", f"config: {pairs(dataclasses.asdict(cfg))}",
                  f"versions: {pairs(versions())}",
@@ -1408,17 +1542,18 @@ def warm_up(programs, mesh, cfg):
         state, _ = programs[stage.index](state, to_devices([], stage, mesh, cfg))
     jax.block_until_ready(state)
 
-def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
-    """Dispatch a step, then wait for the loss of the one before. Returns (state, last metrics)."""
+def train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg):
+    """Dispatch a step, then wait for the loss of the one before. Returns (state, last metrics). Raises NonFiniteLoss, Preempted."""
     due = lambda every, done: bool(every) and done % every == 0
-    first, pending = int(state.step), None
-    start, stop = np.clip([int(x) for x in (cfg.profile or "0:0").split(":")], first, cfg.steps).tolist()
+    first, pending, row = int(state.step), None, run.row
+    begin, end = np.clip([int(x) for x in (cfg.profile or "0:0").split(":")], first, cfg.steps).tolist()
     run.start()
+    stop.looping = True
     for step in range(first, cfg.steps):
         asked = time.perf_counter()
         batch = next(batches)
         run.waited += time.perf_counter() - asked
-        if step == start < stop:
+        if step == begin < end and run.writes:
             jax.profiler.start_trace(str(run.folder / "profile"))
         state, loss = programs[stage_at(step, run.table).index](state, batch)
         if pending:
@@ -1426,10 +1561,11 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
             if due(cfg.log_every, row["step"]):
                 run.write(row)
         pending, done, last = (step, loss), step + 1, step + 1 == cfg.steps
-        if done == stop > start:
+        if done == end > begin and run.writes:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-        evaluates, saves = last or due(cfg.val_every, done), last or due(cfg.save_every, done)
+        stopping = stop.at(done)
+        evaluates, saves = last or due(cfg.val_every, done), last or due(cfg.save_every, done) or stopping
         if evaluates or saves:
             jax.block_until_ready(state)
             row, pending = run.settle(*pending), None
@@ -1444,10 +1580,13 @@ def train_loop(state, run, programs, batches, val_rows, mesh, cfg):
                     run.reached = {"step": done, "train_time_s": run.seconds()[0]}
             if evaluates or due(cfg.log_every, done):
                 run.write(row)
-            if saves:
-                save_checkpoint(state, run.folder, mesh, cfg, {"seconds": run.seconds().tolist(), "reached": run.reached})
+            saved = saves and run.save(state, mesh, row)
+            if stopping and not last:
+                raise Preempted(f"stopped after step {done}, which {'is saved' if saved else 'COULD NOT BE SAVED'}; "
+                                f"go on with the same command and --resume={run.folder}, or auto")
             run.start()
     run.stop()
+    stop.looping = False
     return state, row
 
 def report(state, row, run, meta, model, cfg):
@@ -1461,8 +1600,7 @@ def report(state, row, run, meta, model, cfg):
     run.metrics({key: row[key] for key in ("step", "tokens", "train_time_s", "cpu_time_s", "val_loss")}
                 | ({"target_reached_step": run.reached["step"]} if run.reached else {}))
     if run.writes:
-        rows = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())  # of a step resumed over, the last
-        (run.folder / "loss.svg").write_text(loss_svg(list({(r["step"], "train_loss" in r): r for r in rows}.values()), cfg))
+        run.put("loss.svg", loss_svg(run.rows, cfg), "w")
     if meta["tokenizer"] == "bytes" and jax.process_count() == 1:
         whole = jax.device_put(jax.tree.map(np.asarray, state.params), jax.devices()[0])
         weights = unstack(gather(whole, model.specs(cfg), 1, cfg))
@@ -1472,43 +1610,101 @@ def report(state, row, run, meta, model, cfg):
     run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
     run.line("next: look at loss.svg; `python train.py --seed=1`, another run; `python train.py --help`, every number there is")
 
-def main(argv=None, model=None):
-    """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop.
-    Returns the run's folder. Raises UsageError, DataError and CheckpointError before compiling, and NonFiniteLoss."""
-    source, argv, model = Path(__file__).read_text(), sys.argv[1:] if argv is None else argv, model or Model()
+@contextlib.contextmanager
+def runtime_errors(cfg):
+    """What the runtime raises, as a sentence: memory that does not suffice, another host that is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            shorter = [f"--{name}={getattr(cfg, name) // 2}" for name in ("micro_tokens", "head_block", "attn_block")]
+            raise UsageError(f"out of memory. Turn {shorter[0]} (rows of --seq_len={cfg.seq_len} must fit), {shorter[1]}, and "
+                             f"{shorter[2] if jax.device_count() == 1 or cfg.fsdp else '--fsdp=1'}: the update stays the same, "
+                             f"and a checkpoint can be resumed with them ({str(error).splitlines()[0][:200]})") from error
+        if jax.distributed.is_initialized():
+            raise Preempted(f"another host of this run is gone, see its output; start all of them again with --resume=auto "
+                            f"({str(error).splitlines()[0][:200]})") from error
+        raise
+
+INIT_TIMEOUT_S, HEARTBEAT_S = 120, 30  # how long hosts wait for one that does not come, and for one that says nothing any more
+
+def join_hosts(where):
+    """jax.distributed, before anything asks for a device. Raises UsageError for what is no `multihost`, Preempted where hosts are missing."""
+    with errors_as(UsageError, f"--multihost={where}: wanted auto, or HOST:PORT,COUNT,INDEX"):
+        address, count, index = (None, None, None) if where == "auto" else (part(x) for part, x in zip((str, int, int), where.split(","), strict=True))
+        if where != "auto" and not (":" in address and 0 <= index < count):
+            raise ValueError("an INDEX from 0 to COUNT - 1 of a process at HOST:PORT")
+    def give_up():
+        os.write(2, f"error: --multihost={where}: after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each\n".encode())
+        os._exit(Preempted.exit_code)
+    timer = threading.Timer(INIT_TIMEOUT_S, give_up)  # JAX itself would abort the process
+    timer.daemon = True
+    timer.start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service hears it from here on
+    try:
+        jax.distributed.initialize(address, count, index, initialization_timeout=2 * INIT_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_S)
+    finally:
+        timer.cancel()
+
+def compare_hosts(facts):
+    """Raises UsageError on every host where one has other facts than the first: code, config, data, versions, checkpoint."""
+    text = np.zeros(1 << 16, np.uint8)
+    said = json.dumps(facts).encode()
+    text[:len(said)] = np.frombuffer(said, np.uint8)
+    ours, *others = (json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(text))
+    for i, theirs in enumerate(others, 1):
+        for name in sorted(ours | theirs):
+            if ours.get(name) != theirs.get(name):
+                raise UsageError(f"host {i} has {name}={theirs.get(name)}, but host 0 {name}={ours.get(name)}: hosts must be alike")
+
+def main(argv=None, model=None, stop=None):
+    """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop. stop: what hears
+    signals, by default nothing. Returns the run's folder. Raises UsageError, DataError and CheckpointError before compiling,
+    NonFiniteLoss, and Preempted once a checkpoint is written."""
+    source, argv, model, stop = Path(__file__).read_text(), sys.argv[1:] if argv is None else argv, model or Model(), stop or Stop()
     cfg, why = configure(argv)
     print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
     train, val, note, cfg = open_data(cfg)
-    checkpoint, manifest = find_checkpoint(cfg)
-    if checkpoint and manifest["step"] >= cfg.steps:
-        print(f"{checkpoint} is that run's last step, nothing is left to train")
-        return checkpoint.parent.parent
-    mesh, specs = make_mesh(), model.specs(cfg)
+    facts = facts_of(source, train, val)
+    checkpoint, manifest = find_checkpoint(cfg, facts["data"])
     folder = Path(cfg.log_dir) / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
-    run = Run(checkpoint.parent.parent if checkpoint else folder, specs, cfg, manifest["progress"])
-    print("compiling; the next time it is cached ...", flush=True)
-    programs, notes = compile_all(model, mesh, cfg)
-    describe(run, source, why, argv, train, val, [note, f"parameters: {count_params(specs, cfg)}", *notes], cfg)
-    if run.writes:
-        (run.folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), "meta": val.meta}, indent=1))
-    warm_up(programs, mesh, cfg)
-    state = programs["init"]()
-    if checkpoint:
-        state = load_checkpoint(checkpoint, manifest["step"], state)
-        run.line(f"resumed: {checkpoint} at step {manifest['step']}")
-    val_rows = to_devices(plan_val(val, cfg), val_stage(cfg), mesh, cfg)
-    state, row = train_loop(state, run, programs, train_batches(train, manifest["step"], mesh, cfg), val_rows, mesh, cfg)
-    report(state, row, run, val.meta, model, cfg)
+    mesh, specs, folder = make_mesh(), model.specs(cfg), checkpoint.parent.parent if checkpoint else folder
+    with runtime_errors(cfg):
+        if jax.distributed.is_initialized():
+            flags = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items() if name != "multihost"}
+            compare_hosts(facts | flags | {"checkpoint at step": manifest["step"]})
+        run = Run(folder, specs, cfg, manifest, facts)
+        if manifest["step"] == cfg.steps and run.sealed():
+            print(f"{checkpoint} is that run's last step, nothing is left to train")
+            return folder
+        print("compiling; the next time it is cached ...", flush=True)
+        programs, notes = compile_all(model, mesh, cfg)
+        describe(run, source, why, argv, train, val, [note, f"parameters: {count_params(specs, cfg)}", *notes], cfg)
+        if run.writes:
+            run.put("config.json", json.dumps({"config": dataclasses.asdict(cfg), "meta": val.meta}, indent=1), "w")
+        warm_up(programs, mesh, cfg)
+        state = programs["init"]()
+        if checkpoint:
+            state = load_checkpoint(checkpoint, manifest["step"], state)
+            now = facts | {f"--{name}": getattr(cfg, name) for name in BITS_DIFFER}
+            changed = [f"{k} was {was}, is {now.get(k)}" for k, was in manifest["versions"].items() if now.get(k) != was]
+            run.line(f"resumed: {checkpoint} at step {manifest['step']}" + f"; bits may differ: {'; '.join(changed)}" * bool(changed))
+        val_rows = to_devices(plan_val(val, cfg), val_stage(cfg), mesh, cfg)
+        batches = train_batches(train, manifest["step"], mesh, cfg)
+        state, row = train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg)
+        report(state, row, run, val.meta, model, cfg)
     run.seal()
-    return run.folder
+    return folder
 
 def command(run=None):
     """main() for the shell: for what a user can mend, one sentence and an exit code instead of a traceback."""
     try:
         (run or main)()
-    except (UsageError, DataError, CheckpointError, NonFiniteLoss) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UsageError, DataError, CheckpointError, NonFiniteLoss, Preempted) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():
+            os._exit(error.exit_code)  # JAX would wait for hosts that wait for this one
         return error.exit_code
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(command(lambda: main(stop=Stop().listen())))
