@@ -177,7 +177,6 @@ PRESETS = {
         val_files="", shuffle=1, val_tokens=2048, val_every=10, val_seq_len=64, val_context=32, val_window_short=24,
         val_window_long=0, target_loss=0.0, log_every=5)}
 MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices", "multihost"}  # when resuming
-BITS_DIFFER = {"micro_tokens", "head_block", "attn_block", "attention", "fsdp", "deterministic"}  # the same, up to rounding
 SPEEDRUN_SHARDS = 8  # training shards that hold the speedrun's tokens and the document ends it does not read
 
 # Steps first..last-1 share a compiled program: batch, windows, documents' length grow. windows: one per block, 0: no limit
@@ -1186,7 +1185,7 @@ def differing(folder, cfg):
     """[(field, value there, value here)] of the fields that make a checkpoint another run's."""
     saved, mine = config_of(folder), dataclasses.asdict(cfg)
     return [(k, saved.get(k), mine.get(k)) for k in sorted(mine | saved)
-            if k not in MAY_DIFFER | BITS_DIFFER and mine.get(k) != saved.get(k)]
+            if k not in MAY_DIFFER and mine.get(k) != saved.get(k)]
 
 def read_manifest(folder, cfg, data=None):
     """The manifest of a checkpoint of this config, and of these data, whose files have the hashes it names. Raises CheckpointError."""
@@ -1208,7 +1207,7 @@ def read_manifest(folder, cfg, data=None):
             if file_sha256(folder / file) != manifest["sha256"][file]:
                 raise CheckpointError(f"{folder / file}: damaged, its SHA-256 is not the manifest's; delete {folder}")
         progress = {"seconds": seconds, "reached": numbers(reached), "row": numbers(row)}
-        return {"step": step, "progress": progress, "versions": facts | {f"--{k}": manifest["config"].get(k) for k in BITS_DIFFER}}
+        return {"step": step, "progress": progress, "versions": facts}
 
 def load_tensors(file, tree):
     """The tree of a verified .safetensors file, leaves placed as `tree`'s. CheckpointError where names, shapes or dtypes differ:
@@ -1233,6 +1232,8 @@ def load_checkpoint(folder, step, state):
     return State(jax.device_put(np.int32(step), state.step.sharding), load_tensors(folder / "params.safetensors", state.params),
                  load_tensors(folder / "opt.safetensors", state.opt_state))
 
+FRESH = {"step": 0, "progress": {"seconds": [0.0, 0.0], "reached": None, "row": None}, "versions": {}}  # where no manifest is
+
 def find_checkpoint(cfg, data=None):
     """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError. What a killed
     process left half written in runs of this config is deleted."""
@@ -1253,7 +1254,7 @@ def find_checkpoint(cfg, data=None):
         raise problem or CheckpointError(f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN")
     if auto:
         print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
-    return None, {"step": 0, "progress": {"seconds": [0.0, 0.0], "reached": None, "row": None}, "versions": {}}
+    return None, FRESH
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
 class Run:
@@ -1305,7 +1306,7 @@ class Run:
         stage, loss = stage_at(step, self.table), float(loss)
         first, last = tokens_before(step, self.table), tokens_before(step + 1, self.table)
         if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the training loss of step {step + 1} (training tokens {first} to {last}) is {loss}. Usual causes: a learning "
+            raise NonFiniteLoss(f"the training loss of step {step + 1} is {loss}, on training tokens {first} to {last}. Usual causes: a learning "
                                 f"rate (--muon_lr, --embed_lr, --head_lr), a narrow --compute_dtype, damaged data. The checkpoints in {self.folder} stand")
         wall, cpu = self.seconds().tolist()
         self.steps += 1
@@ -1344,9 +1345,6 @@ class Run:
             raise CheckpointError(f"{self.unwritten}; the run ended without it. Make room, then run the same with --resume={self.folder}")
         if self.writes:
             self.put("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}\n")
-    def sealed(self):
-        log = self.folder / "log.txt"
-        return not log.exists() or log.read_bytes().rstrip().rpartition(b"\n")[2].startswith(b"sha256:")
 
 class Stop:
     """What a signal asks of the loop. SIGTERM or SIGINT (Ctrl-C) between the first step and the last: a checkpoint of the present
@@ -1619,8 +1617,8 @@ def runtime_errors(cfg):
         if "RESOURCE_EXHAUSTED" in str(error):
             shorter = [f"--{name}={getattr(cfg, name) // 2}" for name in ("micro_tokens", "head_block", "attn_block")]
             raise UsageError(f"out of memory. Turn {shorter[0]} (rows of --seq_len={cfg.seq_len} must fit), {shorter[1]}, and "
-                             f"{shorter[2] if jax.device_count() == 1 or cfg.fsdp else '--fsdp=1'}: the update stays the same, "
-                             f"and a checkpoint can be resumed with them ({str(error).splitlines()[0][:200]})") from error
+                             f"{shorter[2] if jax.device_count() == 1 or cfg.fsdp else '--fsdp=1'}: the update stays the same "
+                             f"({str(error).splitlines()[0][:200]})") from error
         if jax.distributed.is_initialized():
             raise Preempted(f"another host of this run is gone, see its output; start all of them again with --resume=auto "
                             f"({str(error).splitlines()[0][:200]})") from error
@@ -1673,10 +1671,10 @@ def main(argv=None, model=None, stop=None):
         if jax.distributed.is_initialized():
             flags = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items() if name != "multihost"}
             compare_hosts(facts | flags | {"checkpoint at step": manifest["step"]})
-        run = Run(folder, specs, cfg, manifest, facts)
-        if manifest["step"] == cfg.steps and run.sealed():
+        if manifest["step"] == cfg.steps and (folder / "log.txt").read_bytes().splitlines()[-1].startswith(b"sha256:"):
             print(f"{checkpoint} is that run's last step, nothing is left to train")
             return folder
+        run = Run(folder, specs, cfg, manifest, facts)
         print("compiling; the next time it is cached ...", flush=True)
         programs, notes = compile_all(model, mesh, cfg)
         describe(run, source, why, argv, train, val, [note, f"parameters: {count_params(specs, cfg)}", *notes], cfg)
@@ -1686,8 +1684,7 @@ def main(argv=None, model=None, stop=None):
         state = programs["init"]()
         if checkpoint:
             state = load_checkpoint(checkpoint, manifest["step"], state)
-            now = facts | {f"--{name}": getattr(cfg, name) for name in BITS_DIFFER}
-            changed = [f"{k} was {was}, is {now.get(k)}" for k, was in manifest["versions"].items() if now.get(k) != was]
+            changed = [f"{k} was {was}, is {facts.get(k)}" for k, was in manifest["versions"].items() if facts.get(k) != was]
             run.line(f"resumed: {checkpoint} at step {manifest['step']}" + f"; bits may differ: {'; '.join(changed)}" * bool(changed))
         val_rows = to_devices(plan_val(val, cfg), val_stage(cfg), mesh, cfg)
         batches = train_batches(train, manifest["step"], mesh, cfg)
