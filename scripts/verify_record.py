@@ -29,6 +29,8 @@ FINAL = re.compile(rf"final: step:{INT}/{INT} tokens:(\d{{1,18}}) val_loss:{LOSS
                    rf"cpu_time:{TENTHS}s wall:{TENTHS}s(?: peak_memory:\d+\.\d\dGiB)?"
                    rf"(?: target:(\S+) (?:not reached|reached at step {INT} after {SECONDS}))?", re.ASCII)
 
+SAVED = re.compile(rf"saved: step-\d{{6,9}} in {TENTHS}s", re.ASCII)  # off the clock
+
 class UsageError(ValueError): pass
 class Rejected(ValueError):
     """Why a file is not the log of a run that counts; its text is one sentence."""
@@ -232,6 +234,7 @@ def check_final(line, config, losses, train_time, tokens, cores):
 def read_run(path):
     """The Run that a complete log tells of. Raises Rejected, and ValueError or OverflowError for numbers that are none."""
     source, lines = read_log(path)
+    lines = [line for line in lines if not SAVED.fullmatch(line)]
     first = next((i for i, line in enumerate(lines) if line.startswith("step:")), None)
     final = next((i for i, line in enumerate(lines) if line.startswith("final: ")), None)
     need(first is not None and final is not None and first < final, "no step lines and final line in it")

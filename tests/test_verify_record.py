@@ -158,7 +158,7 @@ TAMPERED = {
     "no samples and no end": (lambda r: r.edit((r"^sample: (.*\n)*wrote: .*\nnext: .*\n", "")), "seed1.txt.*its end is not"),
     "no final line": (lambda r: r.edit(("^final: .*\n", "")), "seed1.txt.*no step lines and final line"),
     "no step lines": (lambda r: r.edit(("^step:.*\n", "")), "seed1.txt.*no step lines and final line"),
-    "final line before the steps": (lambda r: r.edit((r"^((?:step:.*\n)+)(final: .*\n)", r"\2\1")), "seed1.txt.*no step lines and final line"),
+    "final line before the steps": (lambda r: r.edit((r"^((?:(?:step|saved):.*\n)+)(final: .*\n)", r"\2\1")), "seed1.txt.*no step lines and final line"),
     "final line of another form": (lambda r: r.edit((r"(^final: .*) wall:\S+", r"\1")), "seed1.txt.*is not a final line"),
     "a step after the last": (lambda r: r.edit((r"^(step:30/.*\n)", r"\1\1")), "seed1.txt.*step:30/30 stands where"),
     "no training file": (lambda r: r.edit(("^data: train_.*\n", "")), "seed1.txt.*its data lines are not"),
