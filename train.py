@@ -1434,6 +1434,8 @@ def choose_attention(cfg, platform):
     fits = (cfg.head_dim % 128 == 0 and all(length % TILE == 0 for length in lengths) and cfg.compute_dtype == "bfloat16"
             and max(lengths, default=0) * cfg.head_dim <= 1 << 21)  # a row of one head lies in fast memory
     best = "band" if platform == "tpu" and fits else "xla"
+    if platform == "tpu" and cfg.attention == "auto" and not fits:
+        print(f"--attention=xla, slower here than band, which wants --head_dim in 128s, rows in {TILE}s of tokens, and bfloat16", flush=True)
     if cfg.attention == "band" != best:
         raise UsageError(f"--attention=band: wanted a TPU, --head_dim in 128s, rows in {TILE}s of at most "
                          f"{(1 << 21) // cfg.head_dim} tokens, bfloat16; auto takes what can run")
@@ -1463,6 +1465,8 @@ def validate(cfg):
     for name, listed in layers.items():
         need(len({*listed} & {*range(cfg.num_layers)}) == len(listed), name, f"distinct blocks from 0 to {cfg.num_layers - 1}")
     need(len(layers["mlp_only"]) < cfg.num_layers, "mlp_only", "a block with attention")
+    late = [reader for _, reader in pairs["late_inputs"]]
+    need(len({*late} - {*layers["mlp_only"]}) == len(late), "late_inputs", "each block with attention once at most")
     for name, allowed in (("compute_dtype", "float32 or bfloat16"), ("residual_dtype", "auto or float32 or bfloat16"), ("smear", "0 or 1"),
                           ("fsdp", "0 or 1"), ("shuffle", "0 or 1"), ("deterministic", "0 or 1"), ("attention", "auto or xla or band"), ("optimizer", "muon or adamw")):
         need(str(getattr(cfg, name)) in allowed.split(" or "), name, allowed)
