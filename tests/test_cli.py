@@ -191,9 +191,11 @@ FITS = dict(head_dim=128, seq_len="256,512", val_seq_len=768, compute_dtype="bfl
     ({"seq_len": "385"}, "tpu", "xla"), ({"seq_len": "512,1152"}, "tpu", "xla"), ({"val_seq_len": 800}, "tpu", "xla"),
     ({"compute_dtype": "float32"}, "tpu", "xla"), ({}, "cpu", "xla"), ({}, "gpu", "xla"),
     ({"attention": "xla"}, "tpu", "xla"), ({"attention": "band"}, "tpu", "band")])
-def test_attention_is_chosen_by_platform_and_shapes_unless_it_is_asked_for(changes, platform, chosen):
+def test_attention_is_chosen_by_platform_and_shapes_unless_it_is_asked_for(changes, platform, chosen, capsys):
     cfg = train.Config(**FITS | changes)
     assert train.choose_attention(cfg, platform) == dataclasses.replace(cfg, attention=chosen)
+    told = platform == "tpu" and chosen == "xla" and cfg.attention == "auto"
+    assert ("--head_dim in 128s" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("changes, platform", [({}, "cpu"), ({}, "gpu"), ({"head_dim": 64}, "tpu"), ({"compute_dtype": "float32"}, "tpu")])
@@ -222,7 +224,8 @@ RULES = [  # flags on top of tiny, the first of which is at fault; a word of wha
     ("--profile=5", "START:STOP"), ("--profile=7:7", "START:STOP"), ("--profile=1:2:3", "START:STOP"), ("--profile=-1:3", "START:STOP"),
     ("--mlp_only=7", "blocks from 0 to 2"), ("--mlp_only=1,1", "distinct"), ("--mlp_only=0,1,2", "a block with attention"),
     ("--offset_layers=3", "blocks from 0 to 2"), ("--long_layers=-1", "blocks"), ("--fsdp=2", "0 or 1"), ("--smear=-1", "0 or 1"),
-    ("--late_inputs=2>1", "A < B"), ("--late_inputs=0>3", "< 3"), ("--late_inputs=1", "A>B"), ("--backout=3", "blocks from 0 to 2"),
+    ("--late_inputs=2>1", "A < B"), ("--late_inputs=0>3", "< 3"), ("--late_inputs=1", "A>B"), ("--late_inputs=0>2,1>2", "once"),
+    ("--late_inputs=0>1 --mlp_only=1", "with attention"), ("--backout=3", "blocks from 0 to 2"),
     ("--gate_dims=33", "at most --model_dim=32"), ("--gate_dims=-1", "at least 0"),
     ("--attn_scale=3.6", "at most 3.546"), ("--attn_scale=-0.1", "at most 3.546"),
     ("--attention=flash", "xla or band"), ("--attention=band", "a TPU"),
