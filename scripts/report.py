@@ -124,7 +124,7 @@ def read_folder(path):
 def find_runs(path):
     """The Runs at a path: one, or a record's. Raises UsageError, DataError."""
     if path.is_file():
-        return [read_log(path)]
+        return [read_log(path.resolve())]
     if any((path / name).is_file() for name in ("metrics.jsonl", "log.txt")):
         return [read_folder(path.resolve())]
     logs = sorted([*path.glob("seed*.txt"), *path.glob("failed*.txt")], key=lambda log: (log.stem.strip("0123456789") != "seed", len(log.stem), log.stem))
@@ -141,13 +141,14 @@ class Curve(NamedTuple):
     starts: list   # tokens before each stage but the first
 
     def series(self, field, runs=None):
-        """Arrays (tokens, seconds, mean, lowest, highest, step) of a field at the steps that all runs have, seconds their mean."""
+        """Arrays (tokens, seconds, mean, lowest, highest) of a field at the steps that all runs have, by default the finished ones."""
         tables = [{row["step"]: row for row in run.rows if field in row} for run in runs or self.finished]
-        found = [[table[step] for table in tables] for step in sorted(set.intersection(*map(set, tables)))] if tables else []
-        values = np.array([[row[field] for row in rows] for rows in found]).reshape(len(found), -1)
-        seconds = np.array([statistics.fmean(row["train_time_s"] for row in rows) for rows in found])
-        return (np.array([rows[0]["tokens"] for rows in found]), seconds, values.mean(1), values.min(1), values.max(1),
-                np.array([rows[0]["step"] for rows in found])) if found else (np.array([]),) * 6
+        steps = sorted(set.intersection(*map(set, tables)) if tables else [])
+        rows = lambda name: np.array([[table[step][name] for table in tables] for step in steps]).reshape(len(steps), len(tables) or 1)
+        values = rows(field)
+        return rows("tokens").mean(1), rows("train_time_s").mean(1), values.mean(1), values.min(1), values.max(1)
+
+def cut(text, most): return text if len(text) <= most else f"{text[:most - 1]}…"
 
 def differing(runs):
     """{field: its value in each run} of what is not the same in all, but for what may differ within a curve."""
@@ -156,23 +157,28 @@ def differing(runs):
     table = {name: [each.get(name, "–") for each in every] for name in names}
     return {name: values for name, values in table.items() if len({*values}) > 1}
 
+def label_of(group, groups, taken):
+    """A curve's name: of the folder that all its runs are in or that the user has named, else the preset and what sets it apart."""
+    names, first = {run.name.partition("/")[0] for run in group}, group[0]
+    if len(names) == 1 and not re.fullmatch(r"\d{8}T\d{6}Z-\w{6}", *names):
+        label = " ".join(names.pop().split())
+    else:
+        kin = [runs[0] for runs in groups if runs[0].config.get("preset") == first.config.get("preset")]
+        told = [f"{name}={first.config[name] or 'none'}" for name in differing(kin) if name in first.config]
+        label = ", ".join([first.config.get("preset", "run"), *told[:3]])
+    label = cut(label, 40)
+    return label if label not in taken else f"{label} ({first.name})"
+
 def make_curves(runs):
     """The Curves of runs, in the order in which their first ones were given."""
-    groups = {}
+    groups, curves = {}, []
     for run in runs:
         groups.setdefault(run.twin_of, []).append(run)
-    differences, curves = differing([group[0] for group in groups.values()]), []
     for i, group in enumerate(groups.values()):
-        names = {run.name.partition("/")[0] for run in group}
-        label = names.pop() if len(names) == 1 else ""
-        if not label or re.match(r"\d{8}T\d{6}Z-\w{6}", label):
-            told = [f"{name}={values[i] or 'none'}" for name, values in differences.items() if name in group[0].config][:3]
-            label = ", ".join([group[0].config.get("preset", "run"), *told])
-        label = label if label not in [curve.label for curve in curves] else f"{label} ({i + 1})"
         schedule = read_schedule(group[0].config)
         starts = [schedule._replace(ends=schedule.ends[:n]).tokens() for n in range(1, len(schedule.ends))]
-        color = SERIES[i % len(SERIES)]
-        curves.append(Curve(" ".join(label.split())[:48], color, group, [run for run in group if run.done], starts))
+        label = label_of(group, groups.values(), [curve.label for curve in curves])
+        curves.append(Curve(label, SERIES[i % len(SERIES)], group, [run for run in group if run.done], starts))
     return curves
 
 # ---- Figures ----
@@ -205,7 +211,8 @@ def draw(ax, curves, field, axis, labels=True):
             strong = name != "train_loss"
             lines = [(curve.finished, "-")] * bool(curve.finished) + [([run], (0, (4, 2))) for run in curve.runs if not run.done]
             for runs, dashes in lines:
-                tokens, seconds, mean, low, high, _ = curve.series(name, runs)
+                tokens, seconds, mean, low, high = curve.series(name, runs)
+                low, high = (low, high) if strong else (mean, mean)
                 x = tokens if axis == "tokens" else seconds / unit[0]
                 marker = "o" if name == "val_loss" and len(x) <= 40 else ""
                 ax.plot(x, mean, color=curve.color, linestyle=dashes, marker=marker, markersize=4, solid_capstyle="round",
@@ -218,7 +225,8 @@ def draw(ax, curves, field, axis, labels=True):
                                   "low": low, "high": high, "color": SERIES.index(curve.color)})
                 if len(x) and (name == "val_loss" or field != "loss" or len(curve.series("val_loss", runs)[0]) == 0):
                     ends.append((x[-1], mean[-1], curve, words))
-    stage_lines(ax, curves, axis, unit, labels and field == "loss")
+    ax.set_xlim(0, 1.01 * max(max(series["x"]) for series in shown))
+    stage_lines(ax, curves, axis, unit, labels)
     values = [value for series in shown for value in (*series["low"], *series["high"])]
     if field == "loss":
         late = [v for s in shown for x, v in zip(s["x"], s["y"]) if s["what"].startswith("validation") or x > 0.06 * max(s["x"])]
@@ -230,8 +238,7 @@ def draw(ax, curves, field, axis, labels=True):
             ax.annotate(f"target {goal:g}", (0, goal), (3, 3 if i else -3), xycoords=("axes fraction", "data"), textcoords="offset points",
                         va="bottom" if i else "top", color=LIGHT["goal"], fontsize=8.5)
     else:
-        ax.set_ylim(0, 1.12 * float(np.quantile(values, 0.99)) or 1)
-    ax.set_xlim(0, 1.01 * max(max(series["x"]) for series in shown))
+        ax.set_ylim(0, 1.08 * max(values) or 1)
     ax.xaxis.set_major_formatter(lambda value, _: short(value) if axis == "tokens" else f"{value:g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if field == "mfu" else short(value))
     ax.set_xlabel("tokens" if axis == "tokens" else f"{unit[1]} of training")
@@ -246,30 +253,34 @@ def _locator(bins):
 
 def stage_lines(ax, curves, axis, unit, labels):
     """Where a stage begins, once for all curves where they agree, else in the colour of each."""
-    placed = {}
+    placed, labelled = {}, [-math.inf]
+    room = 45 / (72 * ax.figure.get_figwidth() / len(ax.figure.axes)) * ax.get_xlim()[1]
     for curve in curves:
         tokens, seconds = curve.series("train_loss", curve.finished or curve.runs[:1])[:2]
         for i, start in enumerate(curve.starts if len(tokens) else []):
             x = start if axis == "tokens" else float(np.interp(start, [0, *tokens], [0, *seconds])) / unit[0]
             placed.setdefault((x, i), []).append(curve)
-    for (x, i), owners in placed.items():
+    for (x, i), owners in sorted(placed.items(), key=lambda item: item[0]):
         color = owners[0].color if len(owners) < len(curves) else LIGHT["muted"]
         ax.axvline(x, color=color, linewidth=0.8, linestyle=(0, (1, 2.5)), zorder=0)
-        if labels:
+        if labels and x - labelled[-1] > room:
+            labelled.append(x)
             ax.annotate(f"stage {i + 2}", (x, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center",
                         color=color, fontsize=8)
 
 def end_labels(ax, ends):
     """Each curve's name and last value under its end, where it has nothing of its own, none over another."""
-    low, high = ax.get_ylim()
-    line = 13 / (72 * ax.figure.get_figheight() * 0.8) * (high - low)
-    ax.set_ylim(low - line * len(ends), high)
-    room = math.inf
+    (low, high), room = ax.get_ylim(), math.inf
+    letters = int(7 * ax.figure.get_figwidth() / len(ax.figure.axes))
+    line = 14 / (72 * ax.figure.get_figheight() * 0.8) * (high - low)
     for x, y, curve, words in sorted(ends, key=lambda end: -end[1]):
-        room = min(y - 0.6 * line, room - line)
-        ax.annotate(f"{curve.label}  {y:.4f}" + f", {words}" * bool(words), (x, room), (4, 0), textcoords="offset points", va="top",
-                    ha="right", color=curve.color, fontsize=9.5, fontweight="bold", zorder=5, annotation_clip=False,
-                    bbox={"facecolor": LIGHT["surface"], "edgecolor": "none", "pad": 0.5, "alpha": 0.75})
+        room, right = min(y - 0.6 * line, room - line), x > 0.4 * ax.get_xlim()[1]
+        told = f"  {y:.4f}" + f", {words}" * bool(words)
+        label = ax.annotate(cut(curve.label, max(8, letters - len(told))) + told, (x, room), (4 if right else -4, 0), va="top",
+                            ha="right" if right else "left", textcoords="offset points", color=curve.color, fontsize=9.5, zorder=5,
+                            fontweight="bold", bbox={"facecolor": LIGHT["surface"], "edgecolor": "none", "pad": 0.5, "alpha": 0.75})
+        label.set_in_layout(False)
+    ax.set_ylim(min(low, room - 1.3 * line), high)
 
 def style():
     import matplotlib
@@ -330,16 +341,17 @@ def themed(svg):
 CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--surface);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main,header,footer{max-width:1080px;margin:auto;padding:0 24px}
+main,header,footer{max-width:1160px;margin:auto;padding:0 24px}
 header{padding-top:40px}
 h1{font-size:30px;line-height:1.2;letter-spacing:-.02em;margin:0 0 6px;overflow-wrap:anywhere}
 h2{font-size:19px;margin:44px 0 12px;letter-spacing:-.01em}
 p,figcaption,footer{color:var(--muted);margin:0}
 header p{max-width:72ch}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:12px;margin:24px 0 28px}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:12px;margin:24px 0 28px}
 .card{border:1px solid var(--line);border-top:4px solid var(--c);border-radius:8px;padding:12px 16px}
 .card b{display:block;color:var(--c);overflow-wrap:anywhere}
 .card strong{font-size:28px;line-height:1.3;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
+.card small{font-size:16px;font-weight:400;color:var(--muted)}
 .card span{color:var(--muted);font-size:14px;display:block}
 .pick{position:absolute;opacity:0}
 .pick+label{display:inline-block;padding:5px 14px;border:1px solid var(--line);cursor:pointer;font-size:14px;color:var(--muted)}
@@ -365,10 +377,10 @@ figcaption b{color:var(--ink)}
 .tip i{color:var(--muted);font-style:normal}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:6px 16px 6px 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th,td{text-align:left;padding:4px 16px 4px 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
 th{color:var(--muted);font-weight:500}
 .n{text-align:right}
-td.w{min-width:4em;max-width:24em;overflow-wrap:anywhere;white-space:normal}
+.long{min-width:22em;overflow-wrap:anywhere;white-space:normal}
 .sum td{font-weight:600;border-bottom:2px solid var(--line)}
 .key{color:var(--c);font-weight:600}
 .open{color:var(--muted);border:1px solid var(--line);border-radius:99px;padding:0 8px;white-space:nowrap}
@@ -430,7 +442,7 @@ def table(head, rows, numbers=()):
         text, style = (value[0], f' style="--c:{paint(value[1])}"') if isinstance(value, tuple) else (value, "")
         words = html.escape(str(text))
         words = f'<span class="open">{words}</span>' if words.startswith("unfinished") else words
-        return f'<{tag} class="{"key" if style else "n" if i in numbers else "w"}"{style}>{words}</{tag}>'
+        return f'<{tag} class="{"key" if style else "n" if i in numbers else "long" * (len(words) > 60)}"{style}>{words}</{tag}>'
     line = lambda tag, cells: "".join(cell(tag, i, value) for i, value in enumerate(cells))
     return (f'<div class="scroll"><table><thead><tr>{line("th", head)}</tr></thead><tbody>'
             + "".join(f'<tr class="{kind}">{line("td", cells)}</tr>' for cells, kind in rows) + "</tbody></table></div>")
@@ -442,13 +454,14 @@ def card(curve):
     runs, target = curve.finished, curve.runs[0].target
     reached = [run.reached for run in runs if run.reached is not None]
     losses = [run.val_loss for run in runs if run.val_loss is not None]
-    lines = [f"validation loss, {len(runs)} seed{'s' * (len(runs) > 1)}"] if losses else ["none of its runs is finished"]
+    mean, plus, spread = mean_text(losses).partition(" ±")
+    lines = [f"validation loss, {len(runs)} run{'s' * (len(runs) > 1)}"] if losses else ["none of its runs is finished"]
     if target and runs:
         lines.append(f"target {target:g} in {mean_text(reached, seconds_text)}" + f", {len(reached)} of {len(runs)}" * (len(reached) < len(runs))
                      if reached else f"target {target:g} not reached")
     lines += [f"{mean_text([run.seconds for run in runs], seconds_text)} of training, {short(runs[0].rows[-1]['tokens'])} tokens"] if runs else []
     lines += [f"{len(curve.runs) - len(runs)} unfinished"] if runs and len(runs) < len(curve.runs) else []
-    return (f'<div class="card" style="--c:{paint(curve)}"><b>{html.escape(curve.label)}</b><strong>{mean_text(losses)}</strong>'
+    return (f'<div class="card" style="--c:{paint(curve)}"><b>{html.escape(curve.label)}</b><strong>{mean}<small>{plus}{spread}</small></strong>'
             + "".join(f"<span>{html.escape(line)}</span>" for line in lines) + "</div>")
 
 def runs_table(curves):
@@ -456,16 +469,16 @@ def runs_table(curves):
     rows = []
     for curve in curves:
         for run in curve.runs:
-            rows.append([(run.name, curve), run.config.get("preset", "–"), run.config.get("seed", "–"), f"{run.step:,}/{int(run.config['steps']):,}",
+            rows.append([(run.name, curve), run.config.get("preset", "–"), run.config.get("seed", "–"), f"{run.step:,}/{int(run.config['steps']):,}", run.state,
                          short(run.rows[-1]["tokens"]) if run.rows else "–", "–" if run.val_loss is None else f"{run.val_loss:.4f}",
-                         "–" if run.reached is None or not run.target else seconds_text(run.reached), seconds_text(run.seconds), run.state,
-                         run.facts.get("devices", "–"), ", ".join(f"{name} {run.facts[name]}" for name in ("python", "jax") if name in run.facts)])
+                         "–" if run.reached is None or not run.target else seconds_text(run.reached), seconds_text(run.seconds),
+                         run.facts.get("devices", "–").replace(", 1 processes", ""), ", ".join(f"{name} {run.facts[name]}" for name in ("python", "jax") if name in run.facts)])
         if len(done := curve.finished) > 1:
             reached = [run.reached for run in done if run.reached is not None and run.target]
-            rows.append([(f"mean ± sd of {len(done)}", curve), "", "", "", "", mean_text([run.val_loss for run in done]),
-                         mean_text(reached, seconds_text), mean_text([run.seconds for run in done], seconds_text), "", "", ""])
-    head = "run,preset,seed,steps,tokens,validation loss,to target,training,state,devices,versions".split(",")
-    return table(head, [(row, "sum" if row[1] == "" else "") for row in rows], numbers=range(2, 8))
+            rows.append([(f"mean ± sd of {len(done)}", curve), "", "", "", "", "", mean_text([run.val_loss for run in done]),
+                         mean_text(reached, seconds_text), mean_text([run.seconds for run in done], seconds_text), "", ""])
+    head = "run,preset,seed,steps,state,tokens,validation loss,to target,training,devices,versions".split(",")
+    return table(head, [(row, "sum" if row[1] == "" else "") for row in rows], numbers=(2, 3, 5, 6, 7, 8))
 
 def twins_text(curve):
     """A sentence for each seed that was run twice: how far apart the losses are, 0 for an exact resume."""
@@ -494,7 +507,7 @@ def page(curves, title, board):
     """The HTML of it all, escaped, without a single address to fetch from."""
     runs = [run for curve in curves for run in curve.runs]
     count = lambda number, word: f"{number} {word}{'s' * (number != 1)}"
-    about = (f"{count(len(runs), 'run')} of {count(len(curves), 'config')}. Bold lines: validation loss, the mean over finished seeds; bands: "
+    about = (f"{count(len(runs), 'run')} of {count(len(curves), 'config')}. Bold lines: validation loss, the mean over finished runs; bands: "
              "from the lowest to the highest; thin lines: loss of the training batches; dashes: unfinished runs. Nats per token; the clock "
              "counts training only.")
     losses = [chart(curves, "loss", axis, size, kind, "<b>Loss</b>, nats per token") for axis in AXES
@@ -535,23 +548,28 @@ def main(argv=None):
     flag("--png", metavar="FILE", type=Path, help="default: beside the page")
     flag("--leaderboard", metavar="FILE", type=Path, default=ROOT / "records/README.md",
          help="Markdown whose first table with a column `time` is shown; default: records/README.md")
+    flag("--target", metavar="LOSS", type=float, help="instead of each run's own")
     args = parser.parse_args(argv)
     try:
         import matplotlib  # now, rather than after the work
     except ImportError:
         raise UsageError("matplotlib is missing: pip install -r scripts/requirements.txt") from None
-    curves = make_curves([run for path in args.runs for run in find_runs(path)])
+    given = {} if args.target is None else {"target_loss": str(args.target)}
+    runs = {run.path: run._replace(config=run.config | given) for path in args.runs for run in find_runs(path)}  # each once
+    curves = make_curves(runs.values())
     if not any(run.rows for curve in curves for run in curve.runs):
         raise UsageError(f"{args.runs[0]}: no step is written yet, nothing to draw; wait for its first")
     board = leaderboard(args.leaderboard)
-    with style(), errors_as(UsageError, "the report cannot be written; does its folder exist?"):
-        figure = losses_figure(curves)
-        texts = {args.out: page(curves, args.title or " and ".join(curve.label for curve in curves), board),
-                 args.svg or args.out.with_suffix(".svg"): themed(svg_of(figure, "losses"))}
-        for path, text in texts.items():
-            path.write_text(text, encoding="utf-8")
-        figure.savefig(args.png or args.out.with_suffix(".png"), dpi=150, metadata={"Software": None})
-    print("wrote:", ", ".join(map(str, [*texts, args.png or args.out.with_suffix(".png")])))
+    with style():
+        figure, picture = losses_figure(curves), io.BytesIO()
+        svg = themed(svg_of(figure, "losses"))
+        figure.savefig(picture, format="png", dpi=150)
+        text = page(curves, args.title or (" and ".join(curve.label for curve in curves) if len(curves) < 3 else f"{len(curves)} configs"), board)
+    for path, data in ((args.out, text.encode()), (args.svg or args.out.with_suffix(".svg"), svg.encode()),
+                       (args.png or args.out.with_suffix(".png"), picture.getvalue())):
+        with errors_as(UsageError, f"{path}: cannot be written; does its folder exist?"):
+            path.write_bytes(data)
+        print(f"wrote: {path}")
 
 if __name__ == "__main__":
     sys.exit(command(main))
