@@ -36,7 +36,7 @@ from train import MAY_DIFFER, ROOT, DataError, UsageError, command, errors_as
 class Run(NamedTuple):
     path: Path     # the run's folder, or its log in a record
     config: dict   # {field: value}, all text
-    facts: dict    # of the log's head: devices, python, jax, program (of the source, eight digits of its SHA-256); empty without a log
+    facts: dict    # of the log's head: devices, python, jax; program and data: eight digits of a SHA-256. Empty without a log
     rows: list     # of metrics.jsonl, one per written step
     done: bool     # it came to its end
     resumed: bool
@@ -58,7 +58,7 @@ class Run(NamedTuple):
     @property
     def twin_of(self):  # what runs of one curve share
         config = {name: value for name, value in self.config.items() if name not in MAY_DIFFER | RECORDS_MAY_DIFFER}
-        return json.dumps([config, self.facts.get("devices"), self.facts.get("program")], sort_keys=True)
+        return json.dumps([config, *(self.facts.get(name) for name in ("devices", "program", "data"))], sort_keys=True)
 
 def learning_rates(source, config):
     """step -> what multiplied the learning rates in it, for a log whose source has the schedule of this train.py; else None."""
@@ -66,7 +66,8 @@ def learning_rates(source, config):
         return None
     kinds = {name: field.type for name, field in train.Config.__dataclass_fields__.items() if name in config}
     cfg = train.Config(**{name: kind(config[name]) for name, kind in kinds.items()})
-    return lambda step: float(train.lr_scale(step - 1, train.stage_at(step - 1, train.stages(cfg)), cfg))
+    table = train.stages(cfg)
+    return lambda step: float(train.lr_scale(step - 1, train.stage_at(step - 1, table), cfg))
 
 def read_log(path):
     """The Run that a log tells of, whole or not. Raises UsageError where path is no log, DataError where it is damaged."""
@@ -80,10 +81,14 @@ def read_log(path):
     with errors_as(DataError, f"{path}: its head is damaged or incomplete"):
         config = parse_config(head["config"], [*source_defaults(source, head["preset"].split()[0])[0]])
         schedule, rate = read_schedule(config), learning_rates(source, config)
-    facts = {"devices": head.get("devices", ""), "program": hashlib.sha256(source.encode()).hexdigest()[:8]}
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:8]
+    files = [line for line in lines if re.match(r"data: .*sha256", line)]
+    facts = {"devices": head.get("devices", ""), "program": digest(source), "data": digest("".join(files))}
     facts |= dict(re.findall(r"\b(python|jax)=(\S+)", head.get("versions", "")))
-    rows, lines = {}, text.split("\n")
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is still being written
+    rows, done = {}, False
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # what follows the last newline is still being written
+        if done := bool(FINAL.fullmatch(line)):
+            break  # samples follow
         if re.match(r"step:\d+/", line):
             if not (match := STEP.fullmatch(line)) or not math.isfinite(float(match[3]) + float(match[4] or 0)):
                 raise DataError(f"{path}, line {number}: {line[:60]!r} is damaged, wanted a step line as train.py writes it")
@@ -95,7 +100,7 @@ def read_log(path):
             rows[step] |= {"val_loss": float(match[4])} if match[4] else {}
             rows[step] |= {"mfu": float(match[10]) / 100} if match[10] else {}
             rows[step] |= {"lr": rate(step)} if rate else {}
-    return Run(path, config, facts, [rows[step] for step in sorted(rows)], any(map(FINAL.fullmatch, lines)), "\nresumed: " in text)
+    return Run(path, config, facts, [rows[step] for step in sorted(rows)], done, "\nresumed: " in text)
 
 def read_metrics(path):
     """({step: row}, the last of each step's; whether the result is among them). Raises DataError."""
@@ -103,7 +108,7 @@ def read_metrics(path):
     with errors_as(DataError, f"{path}: cannot be read"):
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last is whole or still being written
     for number, line in enumerate(lines, 1):
-        with errors_as(DataError, f"{path}, line {number}: {line[:60]!r} is damaged, wanted an object of numbers as train.py writes it"):
+        with errors_as(DataError, f"{path}, line {number}: {line[:60]!r} is damaged, wanted a row of numbers as train.py writes it"):
             row = json.loads(line)
             if not {"step", "tokens", "train_time_s"} <= {*row} or not all(math.isfinite(value) for value in row.values()):
                 raise ValueError("a number is missing")
@@ -119,7 +124,8 @@ def read_folder(path):
         config = log.config if log else json.loads((path / "config.json").read_text())["config"]
         config = {name: str(value) for name, value in config.items()}
         read_schedule(config)
-    return Run(path, config, log.facts if log else {}, [rows[step] for step in sorted(rows)] or log.rows, done, bool(log and log.resumed))
+    facts, resumed = (log.facts, log.resumed) if log else ({}, False)
+    return Run(path, config, facts, [rows[step] for step in sorted(rows)], done, resumed)
 
 def find_runs(path):
     """The Runs at a path: one, or a record's. Raises UsageError, DataError."""
@@ -127,9 +133,9 @@ def find_runs(path):
         return [read_log(path.resolve())]
     if any((path / name).is_file() for name in ("metrics.jsonl", "log.txt")):
         return [read_folder(path.resolve())]
-    logs = sorted([*path.glob("seed*.txt"), *path.glob("failed*.txt")], key=lambda log: (log.stem.strip("0123456789") != "seed", len(log.stem), log.stem))
+    logs = [log for kind in ("seed", "failed") for log in sorted(path.glob(f"{kind}*.txt"), key=lambda log: (len(log.name), log.name))]
     if not logs:
-        raise UsageError(f"{path}: no run there; wanted a run's folder with metrics.jsonl, a record's with seed<k>.txt, or such a file")
+        raise UsageError(f"{path}: no run there; wanted a run's folder with metrics.jsonl, a record's with seed<k>.txt, or a log")
     return [read_log(log.resolve()) for log in logs]
 
 # ---- Curves: runs that differ in their seed alone ----
@@ -141,8 +147,9 @@ class Curve(NamedTuple):
     starts: list   # tokens before each stage but the first
 
     def series(self, field, runs=None):
-        """Arrays (tokens, seconds, mean, lowest, highest) of a field at the steps that all runs have, by default the finished ones."""
+        """Arrays (tokens, seconds, mean, lowest, highest) of a field, at the steps that all runs with it have; by default the finished."""
         tables = [{row["step"]: row for row in run.rows if field in row} for run in runs or self.finished]
+        tables = [table for table in tables if table]
         steps = sorted(set.intersection(*map(set, tables)) if tables else [])
         rows = lambda name: np.array([[table[step][name] for table in tables] for step in steps]).reshape(len(steps), len(tables) or 1)
         values = rows(field)
@@ -235,19 +242,19 @@ def draw(ax, curves, field, axis, labels=True):
         ax.set_ylim(low - 0.06 * (high - low) - 1e-3, high + 0.04 * (high - low) + 1e-3)
         for i, goal in enumerate(sorted(goals)):
             ax.axhline(goal, color=LIGHT["goal"], linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
-            ax.annotate(f"target {goal:g}", (0, goal), (3, 3 if i else -3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                        va="bottom" if i else "top", color=LIGHT["goal"], fontsize=8.5)
+            ax.annotate(f"target {goal:g}", (0, goal), (3, 3 if i else -3), xycoords=("axes fraction", "data"), color=LIGHT["goal"],
+                        textcoords="offset points", va="bottom" if i else "top", fontsize=8.5)
     else:
         ax.set_ylim(0, 1.08 * max(values) or 1)
     ax.xaxis.set_major_formatter(lambda value, _: short(value) if axis == "tokens" else f"{value:g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if field == "mfu" else short(value))
     ax.set_xlabel("tokens" if axis == "tokens" else f"{unit[1]} of training")
-    ax.xaxis.set_major_locator(_locator(6)), ax.yaxis.set_major_locator(_locator(5))
+    ax.xaxis.set_majorlocator(locator(6)), ax.yaxis.set_majorlocator(locator(5))
     if labels:
         end_labels(ax, ends)
     return shown
 
-def _locator(bins):
+def locator(bins):
     from matplotlib.ticker import MaxNLocator
     return MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10])
 
@@ -314,7 +321,8 @@ def chart(curves, field, axis, size, classes, words):
     ax = figure.subplots()
     series = draw(ax, curves, field, axis, field == "loss")
     svg, box = svg_of(figure, f"{field}-{axis}-{classes}"), ax.get_position()
-    digits = lambda values: [float(f"{value:.5g}") for value in values]
+    few = lambda values: values[::-1][::1 + len(values) // 500][::-1]  # the last one always
+    digits = lambda values: [float(f"{value:.5g}") for value in few(values)]
     data = {"box": digits([box.x0, 1 - box.y1, box.width, box.height]), "max": ax.get_xlim()[1], "axis": ax.get_xlabel(),
             "series": [each | {name: digits(each[name]) for name in ("x", "y", "low", "high")} for each in series]}
     return (f'<figure class="{classes} {axis}" data-chart="{html.escape(json.dumps(data))}"><figcaption>{words}</figcaption>'
@@ -432,9 +440,9 @@ def seconds_text(seconds):
 
 def mean_text(values, form="{:.4f}".format):
     """The mean and, of several, their standard deviation; of none, a dash."""
-    spread = f" ± {form(statistics.stdev(values)).removesuffix(' s')}" if len(values) > 1 else ""
-    return form(statistics.fmean(values)).removesuffix(" s" * bool(spread)) + spread + (" s" if spread and form is seconds_text else "") \
-        if values else "–"
+    if len(values) < 2:
+        return form(values[0]) if values else "–"
+    return f"{form(statistics.fmean(values)).removesuffix(' s')} ± {form(statistics.stdev(values))}"
 
 def table(head, rows, numbers=()):
     """HTML. rows: (cells, class of the row). numbers: columns set to the right. A cell is text, or (text, Curve) in its colour."""
@@ -457,9 +465,10 @@ def card(curve):
     mean, plus, spread = mean_text(losses).partition(" ±")
     lines = [f"validation loss, {len(runs)} run{'s' * (len(runs) > 1)}"] if losses else ["none of its runs is finished"]
     if target and runs:
-        lines.append(f"target {target:g} in {mean_text(reached, seconds_text)}" + f", {len(reached)} of {len(runs)}" * (len(reached) < len(runs))
-                     if reached else f"target {target:g} not reached")
-    lines += [f"{mean_text([run.seconds for run in runs], seconds_text)} of training, {short(runs[0].rows[-1]['tokens'])} tokens"] if runs else []
+        some = f", {len(reached)} of {len(runs)}" * (len(reached) < len(runs))
+        lines.append(f"target {target:g} " + (f"in {mean_text(reached, seconds_text)}{some}" if reached else "not reached"))
+    times = [run.seconds for run in runs]
+    lines += [f"{mean_text(times, seconds_text)} of training, {short(runs[0].rows[-1]['tokens'])} tokens"] if runs else []
     lines += [f"{len(curve.runs) - len(runs)} unfinished"] if runs and len(runs) < len(curve.runs) else []
     return (f'<div class="card" style="--c:{paint(curve)}"><b>{html.escape(curve.label)}</b><strong>{mean}<small>{plus}{spread}</small></strong>'
             + "".join(f"<span>{html.escape(line)}</span>" for line in lines) + "</div>")
