@@ -249,7 +249,7 @@ def draw(ax, curves, field, axis, labels=True):
     ax.xaxis.set_major_formatter(lambda value, _: short(value) if axis == "tokens" else f"{value:g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if field == "mfu" else short(value))
     ax.set_xlabel("tokens" if axis == "tokens" else f"{unit[1]} of training")
-    ax.xaxis.set_majorlocator(locator(6)), ax.yaxis.set_majorlocator(locator(5))
+    ax.xaxis.set_major_locator(locator(6)), ax.yaxis.set_major_locator(locator(5))
     if labels:
         end_labels(ax, ends)
     return shown
@@ -291,15 +291,14 @@ def end_labels(ax, ends):
 
 def style():
     import matplotlib
-    text, plain = {"color": LIGHT["muted"]}, LIGHT["surface"]
+    plain, muted = LIGHT["surface"], LIGHT["muted"]
     return matplotlib.rc_context({
-        "font.size": 9, "text.color": LIGHT["ink"], "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "report",
+        "font.size": 9, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "report",
         "figure.facecolor": plain, "axes.facecolor": plain, "axes.grid": True, "axes.grid.axis": "y", "grid.color": LIGHT["line"],
         "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.edgecolor": LIGHT["line"], "axes.spines.left": False,
         "axes.spines.right": False, "axes.spines.top": False, "axes.labelcolor": LIGHT["muted"], "axes.labelsize": 9,
-        "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 16,
-        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in {**text, "labelcolor": LIGHT["muted"], "major.size": 0,
-                                                                          "labelsize": 9}.items()}})
+        **{f"{axis}tick.{key}": value for axis in "xy"
+           for key, value in {"color": muted, "labelcolor": muted, "major.size": 0, "labelsize": 9}.items()}})
 
 def svg_of(figure, salt):
     """An <svg> whose colours are CSS variables and whose ids are those of no other figure of the page."""
