@@ -22,7 +22,7 @@ from einops import rearrange
 
 from scripts.checkpoint import open_checkpoint
 from scripts.text import folder_of_run, open_tokenizer
-from train import (PRESETS, Config, UsageError, attend_row, choose_attention, command, count_params, errors_as, forward, gather, init_params, layer_list,
+from train import (PRESETS, Config, DataError, UsageError, attend_row, choose_attention, command, count_params, errors_as, forward, gather, init_params, layer_list,
                    next_logits, offset_keys, param_specs, rms_norm, rotary, rotate, softcapped_logits, softmax_average, stages, unstack, val_stage)
 
 # ---- Cache ----
@@ -159,32 +159,35 @@ def generate(weights, ids, num_tokens, num_samples, choice, seed, cfg):
     return run()
 
 def write_texts(tokens, prompt, tokenizer, num_samples, write):
-    """Write the texts of an iterator of tokens [B], one after the other, the first while it is made; a character when it is whole.
-    Returns (tokens of the first step, of the others, seconds until the first, after it); what follows a text's end counts nothing."""
+    """Write the texts of an iterator of tokens [B], one after the other, each as far as it is; a character when it is whole.
+    Returns (tokens of the first step, tokens of the others, seconds to the first, seconds from there); none count after a text's end."""
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
-    pieces = dict(enumerate(tokenizer.pieces))
-    texts, is_open, shown, counts, times = [prompt] * num_samples, [True] * num_samples, 0, [0, 0], [time.perf_counter()]
-    title = lambda: num_samples > 1 and shown < num_samples and write(f"--- {shown + 1} of {num_samples} ---\n")
-    title()
-    for token_B in itertools.chain(tokens, [np.full(num_samples, tokenizer.bos_id)]):  # the last ends all
-        if len(times) == 1:
-            times.append(time.perf_counter())
-        for b in range(num_samples):
-            if is_open[b]:
-                is_open[b] = bool(token_B[b] != tokenizer.bos_id)
-                texts[b] += decoders[b].decode(pieces.get(int(token_B[b]), b""), final=not is_open[b])
-                counts[counts[0] >= num_samples] += 1
+    pieces, texts, ended, shown = dict(enumerate(tokenizer.pieces)), [prompt] * num_samples, [False] * num_samples, 0
+    title = lambda: write(f"--- {shown + 1} of {num_samples} ---\n") if 1 < num_samples > shown else None
+    def show():
+        nonlocal shown
         while shown < num_samples:
             write(texts[shown])
             texts[shown] = ""
-            if is_open[shown]:
-                break
+            if not ended[shown]:
+                return
             write("\n")
             shown += 1
             title()
-        if not any(is_open):
+    title()
+    counts, times = [], [time.perf_counter()]
+    for token_B in tokens:
+        times[1:], counts = times[1:] or [time.perf_counter()], [*counts, ended.count(False)]
+        for b, token in enumerate(token_B.tolist()):
+            if not ended[b]:
+                ended[b] = token == tokenizer.bos_id
+                texts[b] += decoders[b].decode(pieces.get(token, b""), final=ended[b])
+        show()
+        if all(ended):
             break
-    return *counts, times[1] - times[0], time.perf_counter() - times[1]
+    ended = [True] * num_samples
+    show()
+    return counts[0], sum(counts[1:]), times[1] - times[0], time.perf_counter() - times[1]
 
 # ---- Bench ----
 
@@ -272,11 +275,17 @@ def main(argv=None):
     longest = max([cfg.val_seq_len, *(stage.seq_len for stage in stages(cfg))])
     try:
         for i, prompt in enumerate(prompts(args)):
-            ids = [cfg.bos_id, *tokenizer.encode(prompt)]
+            try:
+                ids = [cfg.bos_id, *tokenizer.encode(prompt)]
+            except DataError as error:  # a character that the model's alphabet lacks
+                if not args.interactive:
+                    raise
+                tell(f"error: {error}")
+                continue
             if len(ids) + args.max_new_tokens > longest:
-                tell(f"note: {len(ids)} tokens and {args.max_new_tokens} more pass {longest}, the longest row of this run: the text may get worse there")
+                tell(f"note: {len(ids)} tokens and {args.max_new_tokens} more pass {longest}, the longest row of this run; there the text may get worse")
             tokens = generate(weights, ids, args.max_new_tokens, args.num_samples, choice, args.seed + i, cfg)
-            first, others, prefill_s, decode_s = write_texts(tokens, prompt, tokenizer, args.num_samples, write)
+            _, others, prefill_s, decode_s = write_texts(tokens, prompt, tokenizer, args.num_samples, write)
             tell(f"prefill: {len(ids)} tokens in {prefill_s:.3f} s, {len(ids) / prefill_s:.0f} tokens/s; "
                  f"decode: {others} tokens in {decode_s:.3f} s, {others / decode_s:.0f} tokens/s")
     except KeyboardInterrupt:
