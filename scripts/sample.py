@@ -22,8 +22,9 @@ from einops import rearrange
 
 from scripts.checkpoint import open_checkpoint
 from scripts.text import folder_of_run, open_tokenizer
-from train import (PRESETS, Config, DataError, UsageError, attend_row, choose_attention, command, count_params, errors_as, forward, gather, init_params, layer_list,
-                   next_logits, offset_keys, param_specs, rms_norm, rotary, rotate, softcapped_logits, softmax_average, stages, unstack, val_stage)
+from train import (PRESETS, Config, DataError, UsageError, attend_row, choose_attention, command, count_params, errors_as, forward, gather,
+                   init_params, layer_list, next_logits, offset_keys, param_specs, rms_norm, rotary, rotate, softcapped_logits,
+                   softmax_average, stages, unstack, val_stage)
 
 # ---- Cache ----
 # The seam is forward's attend. Position p of a layer lies in slot p % S of its S slots: window + 1, or the capacity where that is less.
@@ -102,11 +103,11 @@ class Choice(NamedTuple):
 
 def choose(logits_BV, key, position, choice):
     """token_B. Softmax of logits / temperature; of its top_k likeliest, scaled to sum to 1; of these the likeliest few that reach
-    top_p together, the one that reaches it included. Of tokens equally likely the lower id goes first. Row b's draw is of key, b, position."""
+    top_p together, the one that reaches it included. Of equally likely tokens the lower id goes first. Row b's draw hangs on key, b
+    and position."""
     if not choice.temperature:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    z_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / choice.temperature
-    ids_BV = None
+    z_BV, ids_BV = logits_BV / choice.temperature, None
     if choice.top_k or choice.top_p < 1:
         z_BV, ids_BV = jax.lax.top_k(z_BV, min(choice.top_k or z_BV.shape[1], z_BV.shape[1]))
         p_BV = jax.nn.softmax(z_BV, axis=-1)
@@ -177,7 +178,8 @@ def write_texts(tokens, prompt, tokenizer, num_samples, write):
     title()
     counts, times = [], [time.perf_counter()]
     for token_B in tokens:
-        times[1:], counts = times[1:] or [time.perf_counter()], [*counts, ended.count(False)]
+        times[1:] = times[1:] or [time.perf_counter()]
+        counts.append(ended.count(False))
         for b, token in enumerate(token_B.tolist()):
             if not ended[b]:
                 ended[b] = token == tokenizer.bos_id
@@ -193,7 +195,7 @@ def write_texts(tokens, prompt, tokenizer, num_samples, write):
 
 def bench(weights, cfg, num_tokens, choice, seed):
     """What a token of a row of num_tokens costs, with the cache and from a forward pass over the whole row, as train.sample has it."""
-    print(f"compiling; {count_params(param_specs(cfg), cfg)} parameters, {cfg.compute_dtype}, a row of {num_tokens} tokens ...", file=sys.stderr)
+    print(f"{count_params(param_specs(cfg), cfg)} parameters, {cfg.compute_dtype}, a row of {num_tokens} tokens; compiling ...", file=sys.stderr)
     tokens = generate(weights, [cfg.bos_id], num_tokens - 1, 1, choice, seed, cfg)
     whole = jax.jit(lambda weights, ids_1T, last: jnp.argmax(next_logits(weights, ids_1T, cfg)[0, last]))
     def timed(work):
@@ -204,8 +206,8 @@ def bench(weights, cfg, num_tokens, choice, seed):
     whole_s = [timed(lambda: whole(weights, row, num_tokens - 2).item())[1] for _ in range(7)][1:]  # the first compiles
     cached_ms, whole_ms = 1e3 * cached_s / (num_tokens - 1), 1e3 * float(np.median(whole_s))
     print(f"with the cache:    {cached_ms:8.2f} ms per token (mean over the row), {1e3 / cached_ms:.0f} tokens/s\n"
-          f"from whole rows:   {whole_ms:8.2f} ms per token (median of {len(whole_s)}; all cost the same)\nthe cache is {whole_ms / cached_ms:.1f} times faster")
-    return cached_ms, whole_ms
+          f"from whole rows:   {whole_ms:8.2f} ms per token (median of {len(whole_s)}; all cost the same)\n"
+          f"the cache is {whole_ms / cached_ms:.1f} times faster")
 
 # ---- Command line ----
 
@@ -237,7 +239,7 @@ def parse(argv):
     need(args.prompt is None or not args.interactive, "prompt", "it or --interactive, not both")
     for name in ("num_samples", "max_new_tokens"):
         need(getattr(args, name) >= 1, name, "at least 1")
-    need(0 <= args.temperature < float("inf"), "temperature", "0 or more")
+    need(args.temperature == 0 or 1e-6 <= args.temperature < float("inf"), "temperature", "0, or at least 1e-6")
     need(args.top_k >= 0, "top_k", "0 or more")
     need(0 < args.top_p <= 1, "top_p", "more than 0, at most 1")
     need(0 <= args.seed < 1 << 31, "seed", "0 or more, below 2^31")
@@ -258,16 +260,16 @@ def prompts(args):
         yield line
 
 def main(argv=None):
-    """Returns the exit code: 0, or 130 if interrupted. Raises UsageError, DataError, CheckpointError."""
+    """Raises UsageError, DataError, CheckpointError, and SystemExit of 130 if interrupted."""
     args = parse(sys.argv[1:] if argv is None else argv)
     choice, tell = Choice(args.temperature, args.top_k, args.top_p), functools.partial(print, file=sys.stderr, flush=True)
     if not args.checkpoint:
         cfg = choose_attention(Config(**PRESETS["demo"] | {"vocab_size": 257, "bos_id": 256}), jax.default_backend())
-        return bench(random_weights(cfg), cfg, args.bench, choice, args.seed) and 0
+        return bench(random_weights(cfg), cfg, args.bench, choice, args.seed)
     trained = open_checkpoint(args.checkpoint)
     cfg, weights = trained.cfg, trained.weights()
     if args.bench:
-        return bench(weights, cfg, args.bench, choice, args.seed) and 0
+        return bench(weights, cfg, args.bench, choice, args.seed)
     tokenizer = open_tokenizer(trained.meta, args.tokenizer or folder_of_run(cfg))
     tell(f"{trained.folder}, step {trained.step}: {count_params(param_specs(cfg), cfg)} parameters, tokenizer {tokenizer.name}")
     def write(text):
@@ -283,17 +285,16 @@ def main(argv=None):
                 tell(f"error: {error}")
                 continue
             if len(ids) + args.max_new_tokens > longest:
-                tell(f"note: {len(ids)} tokens and {args.max_new_tokens} more pass {longest}, the longest row of this run; there the text may get worse")
+                tell(f"note: {len(ids)} tokens and {args.max_new_tokens} more pass {longest}, the longest row of this run, "
+                     "from where the text may get worse")
             tokens = generate(weights, ids, args.max_new_tokens, args.num_samples, choice, args.seed + i, cfg)
             _, others, prefill_s, decode_s = write_texts(tokens, prompt, tokenizer, args.num_samples, write)
             tell(f"prefill: {len(ids)} tokens in {prefill_s:.3f} s, {len(ids) / prefill_s:.0f} tokens/s; "
                  f"decode: {others} tokens in {decode_s:.3f} s, {others / decode_s:.0f} tokens/s")
     except KeyboardInterrupt:
-        tell("interrupted")
-        return 130
+        sys.exit(tell("interrupted") or 130)
     except BrokenPipeError:  # as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
-    return 0
 
 if __name__ == "__main__":
     sys.exit(command(main))

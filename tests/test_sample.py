@@ -28,9 +28,7 @@ CASES = {
     "tiny preset": TINY,
     "packed, short and long windows, the long one grown, a key head per three, key offsets, a block without attention": PACKED,
     "plain, every block windowed, without smear and gates": dataclasses.replace(
-        PACKED, max_doc_len="0", smear=0, gate_dims=0, long_layers="", num_kv_heads=0, offset_layers="1,3"),
-    "packed, no windows, one key head": dataclasses.replace(
-        PACKED, num_kv_heads=1, val_window_short=0, val_window_long=0, window_short="0", window_long="0")}
+        PACKED, max_doc_len="0", smear=0, gate_dims=0, long_layers="", num_kv_heads=0, offset_layers="1,3")}
 SMALL = dataclasses.replace(PACKED, num_layers=2, mlp_only="", skips="", late_inputs="", softcap="0")
 each_case = pytest.mark.parametrize("cfg", CASES.values(), ids=CASES.keys())
 
@@ -65,7 +63,7 @@ def test_prompts_of_any_length_and_each_token_after_them_have_the_logits_of_the_
     assert whole.std() > 0.5  # the comparison is not one of zeros
     first = jax.jit(lambda weights, tokens, length: prefill(weights, tokens, length, capacity, cfg))
     following = jax.jit(lambda weights, cache, token: decode(weights, cache, token, capacity, cfg))
-    for length in (1, 2, 13, 31):
+    for length in (1, 13, 31):
         prompt = np.where(np.arange(32)[None] < length, tokens[:, :32], BOS)  # what follows the prompt does not matter
         logits, cache = first(weights, prompt, length)
         np.testing.assert_allclose(logits[:, :cfg.vocab_size], whole[:, length - 1], atol=1e-4)
@@ -80,11 +78,14 @@ def test_a_block_with_a_window_keeps_that_alone_and_never_more_than_can_come():
         for slots in (cache.keys, cache.values):
             assert {layer: z.shape for layer, z in slots.items()} == {layer: (ROWS * 2, size, 12) for layer, size in sizes.items()}
 
-def test_bfloat16_stays_near_the_full_forward_pass():
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])  # which decides the cache's dtype
+def test_bfloat16_stays_near_the_full_forward_pass(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     cfg = dataclasses.replace(SMALL, compute_dtype="bfloat16", softcap="15")
     weights, tokens = jax.tree.map(lambda w: w.astype("bfloat16") if w.ndim > 1 else w, random_weights(cfg)), random_tokens(cfg)
     whole = np.asarray(jax.jit(lambda weights, tokens: next_logits(weights, tokens, cfg))(weights, tokens))[..., :cfg.vocab_size]
     _, cache = jax.jit(lambda weights, tokens: prefill(weights, tokens, 20, LENGTH, cfg))(weights, tokens)
+    assert {str(z.dtype) for z in cache.keys.values()} == {"float32" if backend == "cpu" else "bfloat16"}
     following = jax.jit(lambda weights, cache, token: decode(weights, cache, token, LENGTH, cfg))
     for position in range(20, LENGTH):
         logits, cache = following(weights, cache, tokens[:, position])
@@ -118,7 +119,7 @@ def test_of_equally_likely_tokens_the_lower_ids_stay_and_a_tiny_temperature_is_t
     rows, key, choose = jnp.tile(jnp.float32([1, 2, 2, 2])[None], (500, 1)), jax.random.key(0), jax.jit(sample.choose, static_argnums=3)
     assert set(np.asarray(choose(rows, key, 0, Choice(1.0, 2, 1.0))).tolist()) == {1, 2}
     assert set(np.asarray(choose(rows, key, 0, Choice(0.0, 0, 1.0))).tolist()) == {1}
-    assert set(np.asarray(choose(rows + jnp.float32([0, 0, 0.1, 0])[None], key, 0, Choice(1e-30, 0, 1.0))).tolist()) == {2}
+    assert set(np.asarray(choose(rows + jnp.float32([0, 0, 0.1, 0])[None], key, 0, Choice(1e-6, 0, 1.0))).tolist()) == {2}
 
 
 # ---- Generation ----
@@ -192,21 +193,21 @@ def run_folder(tmp_path_factory):
 def test_the_command_writes_text_to_stdout_and_the_rest_to_stderr(run_folder, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("né\n")
     flags = [f"--checkpoint={run_folder}", "--max_new_tokens=9", "--num_samples=2", "--temperature=1", "--top_k=20", "--top_p=0.9"]
-    assert sample.main([*flags, f"--prompt=FILE:{tmp_path}/prompt.txt"]) == 0
+    assert not sample.main([*flags, f"--prompt=FILE:{tmp_path}/prompt.txt"])
     out, err = capsys.readouterr()
     assert out.startswith("--- 1 of 2 ---\nné\n") and out.count("\nné\n") == 2 and out.endswith("\n") and "\n--- 2 of 2 ---\n" in out
     assert "step 7" in err and "tokenizer bytes" in err and "prefill: 5 tokens in" in err and "decode: " in err and err.count("tokens/s") == 2
     assert "note" not in err
-    assert sample.main([*flags, "--prompt=né\n"]) == 0 and capsys.readouterr().out == out
-    assert sample.main([*flags, "--prompt=né\n", "--seed=5"]) == 0 and capsys.readouterr().out != out
+    assert not sample.main([*flags, "--prompt=né\n"]) and capsys.readouterr().out == out
+    assert not sample.main([*flags, "--prompt=né\n", "--seed=5"]) and capsys.readouterr().out != out
 
 def test_interactive_reads_prompts_from_a_pipe_up_to_an_empty_line(run_folder, capsys, monkeypatch):
     flags = [f"--checkpoint={run_folder}", "--max_new_tokens=3", "--top_k=1"]  # the likeliest: no seed matters
-    assert sample.main([*flags, "--prompt=ab"]) == 0
+    assert not sample.main([*flags, "--prompt=ab"])
     alone = capsys.readouterr().out
     for text in ("xyz\nab\n\nnot read\n", "xyz\nab"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-        assert sample.main([*flags, "--interactive"]) == 0
+        assert not sample.main([*flags, "--interactive"])
         out, err = capsys.readouterr()
         assert out.startswith("xyz") and out.endswith(alone) and out.count("\n") == 2 and err.count("decode: ") == 2 and "prompt>" not in err
 
@@ -214,7 +215,7 @@ def test_interactive_says_which_character_a_model_lacks_and_goes_on(run_folder, 
     letters = Tokenizer("letters.json", 257, 256, [bytes([i]) for i in range(256)] + [b""], lambda text: alphabet_encode("ab")(text))
     monkeypatch.setattr(sample, "open_tokenizer", lambda meta, folder: letters)
     monkeypatch.setattr(sys, "stdin", io.StringIO("z\na\n"))
-    assert sample.main([f"--checkpoint={run_folder}", "--interactive", "--max_new_tokens=28", "--top_k=1"]) == 0
+    assert not sample.main([f"--checkpoint={run_folder}", "--interactive", "--max_new_tokens=28", "--top_k=1"])
     out, err = capsys.readouterr()
     assert "error: 'z' (U+007A)" in err and err.count("decode: ") == 1 and out.startswith("a")
     assert "note" not in err
@@ -222,13 +223,13 @@ def test_interactive_says_which_character_a_model_lacks_and_goes_on(run_folder, 
         sample.main([f"--checkpoint={run_folder}", "--prompt=z"])
 
 def test_without_a_prompt_a_document_begins_and_past_the_longest_row_there_is_a_note(run_folder, capsys):
-    assert sample.main([f"--checkpoint={run_folder}", "--max_new_tokens=30", "--top_k=1"]) == 0
+    assert not sample.main([f"--checkpoint={run_folder}", "--max_new_tokens=30", "--top_k=1"])
     err = capsys.readouterr().err
     assert "prefill: 1 tokens" in err and "note: 1 tokens and 30 more pass 30, the longest row" in err
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "--checkpoint=None: wanted a run's folder"), (["--checkpoint=nowhere"], "no checkpoint there"), (["--temperature=-1"], "0 or more"),
-    (["--temperature=nan"], "0 or more"), (["--top_p=0"], "more than 0"), (["--top_k=-1"], "0 or more"), (["--num_samples=0"], "at least 1"),
+    ([], "--checkpoint=None: wanted a run's folder"), (["--checkpoint=nowhere"], "no checkpoint there"), (["--temperature=-1"], "0, or at least 1e-6"),
+    (["--temperature=nan"], "0, or at least"), (["--top_p=0"], "more than 0"), (["--top_k=-1"], "0 or more"), (["--num_samples=0"], "at least 1"),
     (["--max_new_tokens=0"], "at least 1"), (["--prompt=a", "--interactive"], "not both"), (["--sead=1"], "--sead=1"),
     (["--prompt=FILE:nowhere.txt"], "--prompt=FILE:nowhere.txt: wanted a file of UTF-8 text"), (["--seed=-1"], "0 or more")])
 def test_wrong_flags_are_one_sentence_with_the_way_out(run_folder, flags, words):
@@ -237,6 +238,14 @@ def test_wrong_flags_are_one_sentence_with_the_way_out(run_folder, flags, words)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 def test_the_bench_prints_both_times_and_their_ratio(run_folder, capsys):
-    assert sample.main([f"--checkpoint={run_folder}", "--bench=20", "--top_k=1"]) == 0
+    assert not sample.main([f"--checkpoint={run_folder}", "--bench=20", "--top_k=1"])
     out, err = capsys.readouterr()
     assert out.count("ms per token") == 2 and "times faster" in out and "a row of 20 tokens" in err
+
+def test_an_interrupted_text_ends_the_command_with_130(run_folder, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "write_texts", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        sample.main([f"--checkpoint={run_folder}", "--max_new_tokens=30", "--top_k=1"])
+    assert capsys.readouterr().err.endswith("interrupted\n")
