@@ -115,6 +115,11 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_definition(temperature, 
     assert np.all(found[expected == 0] == 0)
     assert np.all(np.abs(found - expected) < 4.5 * np.sqrt(expected * (1 - expected) / draws) + 1e-12)
 
+def test_each_row_and_each_position_has_a_draw_of_its_own():
+    rows, draw = jnp.zeros((64, 8)), jax.jit(sample.choose, static_argnums=3)
+    first, again, later = (np.asarray(draw(rows, jax.random.key(0), position, Choice(1.0, 0, 1.0))) for position in (3, 3, 4))
+    assert np.array_equal(first, again) and 0.7 < np.mean(first != later) and len(set(first.tolist())) == 8
+
 def test_of_equally_likely_tokens_the_lower_ids_stay_and_a_tiny_temperature_is_the_likeliest():
     rows, key, choose = jnp.tile(jnp.float32([1, 2, 2, 2])[None], (500, 1)), jax.random.key(0), jax.jit(sample.choose, static_argnums=3)
     assert set(np.asarray(choose(rows, key, 0, Choice(1.0, 2, 1.0))).tolist()) == {1, 2}
@@ -190,7 +195,7 @@ def run_folder(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), "meta": BYTES}))
     return folder
 
-def test_the_command_writes_text_to_stdout_and_the_rest_to_stderr(run_folder, capsys, tmp_path):
+def test_the_command_writes_text_to_stdout_and_the_rest_to_stderr(run_folder, capsys, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("né\n")
     flags = [f"--checkpoint={run_folder}", "--max_new_tokens=9", "--num_samples=2", "--temperature=1", "--top_k=20", "--top_p=0.9"]
     assert not sample.main([*flags, f"--prompt=FILE:{tmp_path}/prompt.txt"])
@@ -200,6 +205,10 @@ def test_the_command_writes_text_to_stdout_and_the_rest_to_stderr(run_folder, ca
     assert "note" not in err
     assert not sample.main([*flags, "--prompt=né\n"]) and capsys.readouterr().out == out
     assert not sample.main([*flags, "--prompt=né\n", "--seed=5"]) and capsys.readouterr().out != out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\nab\n"))
+    assert not sample.main([*flags, "--interactive"])
+    first, second = capsys.readouterr().out.split("--- 1 of 2 ---")[1:]
+    assert first != second  # each prompt has a seed of its own
 
 def test_interactive_reads_prompts_from_a_pipe_up_to_an_empty_line(run_folder, capsys, monkeypatch):
     flags = [f"--checkpoint={run_folder}", "--max_new_tokens=3", "--top_k=1"]  # the likeliest: no seed matters
