@@ -1,17 +1,17 @@
 """Continue a text with a trained model: one forward pass over the prompt, then one token at a time from cached keys and values.
 
-    python -m scripts.sample --checkpoint=logs/RUN --prompt="def main("              logs/RUN: the folder that train.py named at its end
-    python -m scripts.sample --checkpoint=logs/RUN --prompt=FILE:story.txt --num_samples=4 --temperature=0.9 --top_p=0.95 --seed=1
-    python -m scripts.sample --checkpoint=logs/RUN --interactive                     a prompt a line, up to an empty one; also from a pipe
-    python -m scripts.sample --bench                                                 how much sooner a token comes with the cache
+    python -m scripts.sample --checkpoint=logs/RUN --prompt="def main("     (logs/RUN: the folder that train.py named)
+    python -m scripts.sample --checkpoint=logs/RUN --prompt=FILE:story.txt --num_samples=4 --top_p=0.95 --seed=1
+    python -m scripts.sample --checkpoint=logs/RUN --interactive            (a prompt a line, up to an empty one; pipes too)
+    python -m scripts.sample --bench                                        (how much sooner a token comes with the cache)
 
 Text goes to stdout while it is made, all else to stderr. Several samples are made at once, in one batch, and shown one after the
 other: the first as it comes, each next one from where it is by then. A sample ends with its document (the model says BOS) or after
 --max_new_tokens. A seed gives the same texts again, and its first text however many there are.
 Positions have no limit, only the memory of the cache: but where text grows past the rows that the model was trained on (--seq_len
-of the run), blocks without a window meet distances that they never saw, and the text gets worse. Blocks with a window keep that alone.
+of the run), blocks without a window meet distances that they never saw, and the text gets worse.
 """
-import argparse, codecs, collections, dataclasses, functools, itertools, os, sys, time
+import argparse, codecs, collections, dataclasses, functools, os, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,7 +195,8 @@ def write_texts(tokens, prompt, tokenizer, num_samples, write):
 
 def bench(weights, cfg, num_tokens, choice, seed):
     """What a token of a row of num_tokens costs, with the cache and from a forward pass over the whole row, as train.sample has it."""
-    print(f"{count_params(param_specs(cfg), cfg)} parameters, {cfg.compute_dtype}, a row of {num_tokens} tokens; compiling ...", file=sys.stderr)
+    print(f"{count_params(param_specs(cfg), cfg)} parameters, {cfg.compute_dtype}, a row of {num_tokens} tokens; compiling ...",
+          file=sys.stderr)
     tokens = generate(weights, [cfg.bos_id], num_tokens - 1, 1, choice, seed, cfg)
     whole = jax.jit(lambda weights, ids_1T, last: jnp.argmax(next_logits(weights, ids_1T, cfg)[0, last]))
     def timed(work):
@@ -223,7 +224,8 @@ def parse(argv):
     flag("--interactive", action="store_true", help="read prompts from stdin; the n-th has the seed --seed + n - 1")
     flag("--num_samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: %(default)s)")
     flag("--max_new_tokens", type=int, default=256, metavar="N", help="tokens of each at most (default: %(default)s)")
-    flag("--temperature", type=float, default=0.7, metavar="T", help="divides the logits; 0: always the likeliest token (default: %(default)s)")
+    flag("--temperature", type=float, default=0.7, metavar="T",
+         help="divides the logits; 0: always the likeliest token (default: %(default)s)")
     flag("--top_k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens only; 0: from all (default: %(default)s)")
     flag("--top_p", type=float, default=1.0, metavar="P",
          help="of these only from the likeliest few that have probability P together; 1: from all (default: %(default)s)")

@@ -1,8 +1,8 @@
 """Train a grid or a list of settings, several seeds each; one table at the end, the best first.
 
     python -m scripts.sweep lr --muon_lr=0.01,0.02,0.04 --head_lr=0.004,0.008 --seed=0,1 -- --preset=demo --steps=200
-    python -m scripts.sweep lr --list=points.txt --seed=0,1 -- --preset=demo         a line of flags for each setting, # begins a comment
-    ... --table                                     between NAME and --: run nothing, print the table of what is there
+    python -m scripts.sweep lr --list=points.txt --seed=0,1 -- --preset=demo   (a line of flags each, # comments)
+    ... --table     (between NAME and --: run nothing, print the table of what is there)
 
 Before -- every field of train.py's Config may take several values, and every combination runs; after it stand flags that all have.
 Values of a number have commas between them, or the flag is repeated. In a text a comma is part of the value: repeat the flag,
@@ -68,13 +68,15 @@ def table_of(own, rows, common, data_flags=()):
         runs, failed = good[name], len(rows[name]) - len(good[name])
         both = sorted(runs.keys() & best.keys())
         above, error, _ = ablate.paired([runs[seed]["val_loss"] - best[seed]["val_loss"] for seed in both])
-        cells = [*(str(own[name].get(column, "")).replace("|", "\\|") for column in columns), f"{len(runs)}" + (f" ({failed} failed)" if failed else ""),
+        cells = [*(str(own[name].get(column, "")).replace("|", "\\|") for column in columns),
+                 f"{len(runs)}" + (f" ({failed} failed)" if failed else ""),
                  f"{mean[name]:.4f}" if runs else "-",
                  "-" if not both or name == order[0] else f"{above:+.4f}" + (f" ± {error:.4f}" if len(both) > 1 else ""),
                  f"{np.mean([row['cpu_time_s'] for row in runs.values()]):.1f}" if runs else "-",
                  next((str(row["params"]) for row in runs.values()), "-")]
         out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out + ([f"\nThe best: python train.py {shlex.join([*flags_of(common | own[order[0]]), *data_flags])}"] if best else []))
+    winner = shlex.join([*flags_of(common | own[order[0]]), *data_flags])
+    return "\n".join(out + [f"\nThe best: python train.py {winner}"] * bool(best))
 
 def parse(argv):
     """(arguments, flags of fields, flags after --). Raises UsageError."""
@@ -85,7 +87,8 @@ def parse(argv):
     parser.error, flag = fail, parser.add_argument
     flag("name", metavar="NAME", help="of the sweep")
     flag("--list", metavar="FILE", help="settings, a line of flags each")
-    flag("--jobs", type=int, default=2, metavar="N", help="runs at a time, each on its share of the cores; 1 on an accelerator (default: %(default)s)")
+    flag("--jobs", type=int, default=2, metavar="N",
+         help="runs at a time, each on its share of the cores; 1 on an accelerator (default: %(default)s)")
     flag("--data", metavar="DIR", help="folder of the shards *train_*.bin and *val_*.bin (default: the demo's text)")
     flag("--out", metavar="FILE", help="where the lines are (default: logs/sweeps/NAME.jsonl)")
     flag("--table", action="store_true", help="run nothing")
