@@ -154,9 +154,32 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
             process.kill()
             process.wait()
 
+def run_missing(entries, data, args, command=command):
+    """Runs what is not in args.out yet; args as of parse, data as of data_of. Returns ({name: {seed: line}}, whether interrupted)."""
+    interrupted, records = False, read_records(args.out)
+    with tempfile.TemporaryDirectory() as source:
+        source_sha256 = snapshot(Path(source))
+        def lacks(entry, seed):
+            row = records.get(key_of(entry, seed, data[1]))
+            return not row or args.same_source and row["source_sha256"] != source_sha256 or args.retry and "error" in row
+        todo = [(entry, seed) for seed in args.seeds for entry in entries if not args.table and lacks(entry, seed)]
+        if todo:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            print(f"{len(todo)} of {len(entries) * len(args.seeds)} runs to do, {args.jobs} at a time", flush=True)
+            try:
+                run_all(todo, args.out, args.jobs, data, Path(source), source_sha256, command)
+            except KeyboardInterrupt:
+                interrupted = True
+                print(f"interrupted; what had ended is in {args.out}, the same command continues", flush=True)
+    records = read_records(args.out)
+    return {entry.name: {seed: records[key] for seed in args.seeds if (key := key_of(entry, seed, data[1])) in records}
+            for entry in entries}, interrupted
+
 # ---- The table ----
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t by number of pairs, two-sided p = 0.05; then 2.5
+JUDGED = ("Differences are between runs of the same seed: mean ± standard error. helps, hurts: beyond t standard errors, t of Student's "
+          "two-sided p < 0.05 (" + ", ".join(f"n={n}: {t:.2f}" for n, t in T95.items()) + "; from n=7 on 2.5).")
 
 def paired(differences):
     """(mean, standard error or nan, word) of one difference per seed."""
@@ -186,16 +209,14 @@ def table_of(entries, rows, sense):
     return "\n".join(out)
 
 def notes_of(rows):
-    """What the table's reader must know: how it was judged, failures, mixed sources, data or versions."""
+    """What the table's reader must know: failures, mixed sources, data or versions."""
     rows = [row for own in rows.values() for row in own.values()]
-    notes = ["Differences are between runs of the same seed: mean ± standard error. helps, hurts: beyond t standard errors, t of Student's "
-             "two-sided p < 0.05 (" + ", ".join(f"n={n}: {t:.2f}" for n, t in T95.items()) + "; from n=7 on 2.5)."]
-    notes += [f"failed: {row['name']}, seed {row['seed']}: {row['error']}" for row in rows if "error" in row]
+    notes = [f"failed: {row['name']}, seed {row['seed']}: {row['error']}" for row in rows if "error" in row]
     for key, what in (("source_sha256", "sources of train.py (--same_source runs the others again)"), ("data", "data"),
                       ("versions", "versions of Python and packages")):
         if (count := len({json.dumps(row[key]) for row in rows if key in row})) > 1:
             notes.append(f"warning: these runs are of {count} different {what}")
-    return "\n".join(notes)
+    return notes
 
 def curve(own):
     """(tokens, mean validation loss) of each evaluation, over the seeds of one entry; ([], []) without a finished run."""
@@ -258,32 +279,20 @@ def main(argv=None, command=command):
         if unknown := [name for name in wanted if name not in names]:
             raise UsageError(f"--only={args.only}: no entry {unknown[0]} in {args.list}; there are {', '.join(names)}")
         entries = [entry for entry in entries if entry.name in ("base", *wanted)]
-    data, interrupted, records = data_of(args.proxy), False, read_records(args.out)
-    with tempfile.TemporaryDirectory() as source:
-        source_sha256 = snapshot(Path(source))
-        def lacks(entry, seed):
-            row = records.get(key_of(entry, seed, data[1]))
-            return not row or args.same_source and row["source_sha256"] != source_sha256 or args.retry and "error" in row
-        todo = [(entry, seed) for seed in args.seeds for entry in entries if not args.table and lacks(entry, seed)]
-        if todo:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            print(f"{len(todo)} of {len(entries) * len(args.seeds)} runs to do, {args.jobs} at a time", flush=True)
-            try:
-                run_all(todo, args.out, args.jobs, data, Path(source), source_sha256, command)
-            except KeyboardInterrupt:
-                interrupted = True
-                print(f"interrupted; what had ended is in {args.out}, the same command continues", flush=True)
-    records = read_records(args.out)
-    rows = {entry.name: {seed: records[key] for seed in args.seeds if (key := key_of(entry, seed, data[1])) in records} for entry in entries}
-    print(table_of(entries, rows, sense), notes_of(rows), sep="\n\n", flush=True)
+    rows, interrupted = run_missing(entries, data_of(args.proxy), args, command)
+    print(table_of(entries, rows, sense), "\n".join([JUDGED, *notes_of(rows)]), sep="\n\n", flush=True)
     if args.reach:
         print("\n" + reach(args.reach, rows))
     return 130 if interrupted else 0
 
-if __name__ == "__main__":
+def run(main):
+    """main for the shell, where a list can be stopped. Does not return."""
     for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background job would ignore the first
         signal.signal(stop, signal.default_int_handler)
     try:
         sys.exit(main())
     except (UsageError, DataError, OSError) as error:
         sys.exit(print("error:", error, file=sys.stderr) or getattr(error, "exit_code", 2))
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,116 @@
+"""Train a grid or a list of settings, several seeds each; one table at the end, the best first.
+
+    python -m scripts.sweep lr --muon_lr=0.01,0.02,0.04 --head_lr=0.004,0.008 --seed=0,1 -- --preset=demo --steps=200
+    python -m scripts.sweep lr --list=points.txt --seed=0,1 -- --preset=demo   (a line of flags each, # comments)
+    ... --table     (between NAME and --: run nothing, print the table of what is there)
+
+Before -- every field of train.py's Config may take several values, and every combination runs; after it stand flags that all have.
+Values of a number have commas between them, or the flag is repeated. In a text a comma is part of the value: repeat the flag,
+--stage_ends=0.5,1 --stage_ends=0.3,0.6,1 are two values. With --list each of its settings is combined with the grid.
+
+Runs are lines of logs/sweeps/NAME.jsonl, known by settings, seed and data, whichever way these were said: stop a sweep with Ctrl-C,
+give the same command again and it continues; give it more values or seeds and only these are run. (scripts/ablate.py does that.)
+"""
+import argparse, dataclasses, itertools, os, shlex, sys
+from pathlib import Path
+
+import numpy as np
+
+from scripts import ablate
+from train import ROOT, Config, UsageError, errors_as, parse_flags
+
+KINDS = {field.name: field.type for field in dataclasses.fields(Config)}
+
+def read_grid(flags):
+    """{field: its values} of --FIELD=VALUES, in order. Raises UsageError."""
+    grid = {}
+    for flag in flags:
+        name, _, text = flag.removeprefix("--").partition("=")
+        values = text.split(",") if KINDS.get(name, str) is not str else [text]
+        for value in values:
+            grid.setdefault(name, []).append(parse_flags([f"--{name}={value}" if name in KINDS else flag])[name])
+    return {name: [*dict.fromkeys(values)] for name, values in grid.items()}
+
+def read_points(path):
+    """[{field: value}, ...] of a file's lines. Raises UsageError."""
+    with errors_as(UsageError, f"--list={path}: cannot be read"):
+        lines = [shlex.split(line, comments=True) for line in Path(path).read_text().splitlines()]
+    if not any(lines):
+        raise UsageError(f"--list={path}: no settings; wanted a line of flags for each")
+    return [parse_flags(line) for line in lines if line]
+
+def flags_of(setting): return [f"--{name}={setting[name]}" for name in KINDS if name in setting]  # in one order, whatever was said
+
+def settings_of(points, grid, common):
+    """({entry name: what it has of its own}, [ablate.Entry, ...]) of all combinations. Raises UsageError."""
+    grids = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    own = {}
+    for point, values in itertools.product(points, grids):
+        if twice := [*point.keys() & values.keys(), *common.keys() & {*point, *values}]:
+            raise UsageError(f"--{twice[0]}: given twice, of grid, list and flags after --; give it once")
+        own[shlex.join(flags_of(point | values)) or "all alike"] = point | values
+    everything = [common | values for values in own.values()]
+    for name in dict.fromkeys(name for setting in everything for name in setting):
+        if f"--{name}" in ablate.OURS:
+            raise UsageError(f"--{name}: given by the script; seeds are --seed=0,1 before --, a folder of shards is --data=DIR")
+    return own, [ablate.Entry(name, "", flags_of(setting)) for name, setting in zip(own, everything)]
+
+def table_of(own, rows, common, data_flags=()):
+    """Markdown, the least mean loss first. own: {name: {field: value}}, rows: {name: {seed: line}}."""
+    good = {name: {seed: row for seed, row in runs.items() if "error" not in row} for name, runs in rows.items()}
+    mean = {name: float(np.mean([row["val_loss"] for row in runs.values()])) if runs else np.inf for name, runs in good.items()}
+    order, columns = sorted(own, key=mean.get), [*dict.fromkeys(name for setting in own.values() for name in setting)]
+    best = good[order[0]]
+    out = [f"Flags of all: `{shlex.join(flags_of(common))}`", ""] if common else []
+    out += ["| " + " | ".join([*columns, "n", "mean val loss", "above the best, same seeds", "CPU s", "parameters"]) + " |",
+            "|---" * (len(columns) + 5) + "|"]
+    for name in order:
+        runs, failed = good[name], len(rows[name]) - len(good[name])
+        both = sorted(runs.keys() & best.keys())
+        above, error, _ = ablate.paired([runs[seed]["val_loss"] - best[seed]["val_loss"] for seed in both])
+        cells = [*(str(own[name].get(column, "")).replace("|", "\\|") for column in columns),
+                 f"{len(runs)}" + (f" ({failed} failed)" if failed else ""),
+                 f"{mean[name]:.4f}" if runs else "-",
+                 "-" if not both or name == order[0] else f"{above:+.4f}" + (f" ± {error:.4f}" if len(both) > 1 else ""),
+                 f"{np.mean([row['cpu_time_s'] for row in runs.values()]):.1f}" if runs else "-",
+                 next((str(row["params"]) for row in runs.values()), "-")]
+        out.append("| " + " | ".join(cells) + " |")
+    winner = shlex.join([*flags_of(common | own[order[0]]), *data_flags])
+    return "\n".join(out + [f"\nThe best: python train.py {winner}"] * bool(best))
+
+def parse(argv):
+    """(arguments, flags of fields, flags after --). Raises UsageError."""
+    def fail(message):
+        raise UsageError(f"{message} (python -m scripts.sweep --help)")
+    parser = argparse.ArgumentParser(usage="python -m scripts.sweep NAME [--FIELD=VALUE,VALUE ...] [-- FLAGS]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, flag = fail, parser.add_argument
+    flag("name", metavar="NAME", help="of the sweep")
+    flag("--list", metavar="FILE", help="settings, a line of flags each")
+    flag("--jobs", type=int, default=2, metavar="N",
+         help="runs at a time, each on its share of the cores; 1 on an accelerator (default: %(default)s)")
+    flag("--data", metavar="DIR", help="folder of the shards *train_*.bin and *val_*.bin (default: the demo's text)")
+    flag("--out", metavar="FILE", help="where the lines are (default: logs/sweeps/NAME.jsonl)")
+    flag("--table", action="store_true", help="run nothing")
+    flag("--same_source", action="store_true", help="run again what another train.py ran")
+    flag("--retry", action="store_true", help="run again what failed")
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, fields = parser.parse_known_args(argv[:split])
+    if args.jobs < 1 or not args.name or os.sep in args.name:
+        fail(f"{args.name} --jobs={args.jobs}: wanted a name, no path, and at least 1 job")
+    args.out = Path(args.out or ROOT / "logs/sweeps" / f"{args.name}.jsonl")
+    return args, fields, argv[split + 1:]
+
+def main(argv=None, command=ablate.command):
+    """Returns the exit code: 0, or 130 if interrupted. Raises UsageError and DataError before anything runs."""
+    args, fields, rest = parse(sys.argv[1:] if argv is None else argv)
+    grid, common, points = read_grid(fields), parse_flags(rest), read_points(args.list) if args.list else [{}]
+    args.seeds = grid.pop("seed", [0])
+    own, entries = settings_of(points, grid, common)
+    data = ablate.data_of(args.data)
+    rows, interrupted = ablate.run_missing(entries, data, args, command)
+    print(table_of(own, rows, common, data[0]), *ablate.notes_of(rows), sep="\n", flush=True)
+    return 130 if interrupted else 0
+
+if __name__ == "__main__":
+    ablate.run(main)
