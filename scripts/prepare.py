@@ -383,8 +383,10 @@ def parse(argv):
     need(0 <= args.val_tail < 1 and not (args.val_tail and args.val is not None), "val_tail", "a share below 1, without --val")
     args.val, args.separator = 0.01 if args.val is None else args.val, args.separator.replace("\\n", "\n")
     need(0 <= args.val < 1, "val", "a share below 1")
-    with errors_as(UsageError, f"--files={args.files}: wanted a regular expression"):
+    try:
         re.compile(args.files)
+    except re.error as error:
+        fail(f"--files={args.files}: wanted a regular expression ({error})")
     return args
 
 def main(argv=None):
