@@ -52,6 +52,8 @@ def download(url):
         staging = path.with_suffix(f".{os.getpid()}")
         with errors_as(DataError, f"{url}: cannot be fetched"), urllib.request.urlopen(url, timeout=60) as answer, open(staging, "wb") as file:
             shutil.copyfileobj(answer, file)
+            if answer.length:
+                raise OSError(f"it ended {answer.length} bytes early")
         staging.replace(path)
     return Source(url, path.stat().st_size, lambda: path)
 
@@ -66,6 +68,8 @@ def hub_files(repo, args):
     sha, files = listed(args.revision)
     if not files and not args.revision:
         sha, files = listed("refs/convert/parquet")
+    if any("partial-" in name for name, _ in files):
+        print(f"note: of {repo} the Hub has made Parquet files of the first part only", flush=True)
     if not files:
         raise DataError(f"{repo}: no Parquet file there has a path that matches --files={args.files}")
     def fetch(name):
@@ -412,6 +416,7 @@ def main(argv=None):
     describe = lambda **more: put(out / "meta.json", json.dumps(more | {"recipe": recipe}, indent=1).encode())
     if not old:
         describe()  # before a tokenizer is there that another recipe might take for its own
+    print(f"{len(sources)} files, {sum(source.size for source in sources) / 1e6:.1f} MB", flush=True)
     meta = make_tokenizer(args.tokenizer, args.vocab_size, out, sources, args)
     describe(**meta)
     started = time.perf_counter()
