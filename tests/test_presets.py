@@ -1,4 +1,5 @@
-"""scripts/presets: each takes a step on a CPU at reduced width, and fits its chips where the TPU compiler is installed."""
+"""scripts/presets: each takes a step on a CPU at reduced width, and (soak: minutes each) compiles for its chips and fits."""
+import importlib.util
 import json
 import math
 import os
@@ -56,3 +57,11 @@ def test_the_shakespeare_presets_score_the_whole_last_tenth_without_context():
         assert (cfg.val_tokens, cfg.val_seq_len, cfg.val_context) == (1_115_394 - int(1_115_394 * 0.9), window, 0)
     cfg = configure(flags_of("shakespeare_char"))[0]
     assert cfg.steps * int(cfg.batch_tokens) == 1_536_000 and (cfg.num_layers, cfg.model_dim, cfg.num_heads) == (4, 128, 4)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='no TPU compiler: pip install "jax[tpu]"')
+@pytest.mark.parametrize("name, topology", [("gqa", "v6e:2x4"), ("d24", "v6e:2x4"), ("shakespeare_char", "v6e:1x1"), ("shakespeare_free", "v6e:1x1")])
+def test_a_preset_compiles_and_fits(name, topology):
+    done = subprocess.run([sys.executable, "-m", "scripts.dry_run", topology, *flags_of(name), "--stage=0"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "of 31.25 GiB HBM per chip" in done.stdout, done.stderr
