@@ -50,7 +50,8 @@ def download(url):
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         staging = path.with_suffix(f".{os.getpid()}")
-        with errors_as(DataError, f"{url}: cannot be fetched"), urllib.request.urlopen(url, timeout=60) as answer, open(staging, "wb") as file:
+        with (errors_as(DataError, f"{url}: cannot be fetched"), urllib.request.urlopen(url, timeout=60) as answer,
+              open(staging, "wb") as file):
             shutil.copyfileobj(answer, file)
             if answer.length:
                 raise OSError(f"it ended {answer.length} bytes early")
@@ -84,7 +85,8 @@ def find_sources(args):
         if re.match("https?://", given):
             found.append(download(given))
             continue
-        names = [given] if os.path.isfile(given) else sorted(glob.glob(os.path.join(given, "**") if os.path.isdir(given) else given, recursive=True))
+        pattern = os.path.join(given, "**") if os.path.isdir(given) else given
+        names = [given] if os.path.isfile(given) else sorted(glob.glob(pattern, recursive=True))
         if names := [name for name in names if os.path.isfile(name) and (kind_of(name) or name == given)]:
             found += [Source(os.path.basename(name), os.path.getsize(name), lambda name=name: Path(name)) for name in names]
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not os.path.exists(given):
@@ -305,8 +307,8 @@ class Writer:
         now = time.perf_counter()
         if now - self.shown > 2:
             eta = f", eta {(now - self.began) * (1 / share - 1) / 60:.0f} min" if share else ""
-            print(f"{where}, {self.bytes / 1e6:.0f} MB of text, {len(self.counts)} shards, {self.bytes / 1e6 / (now - self.began):.1f} MB/s{eta}",
-                  flush=True)
+            print(f"{where}, {self.bytes / 1e6:.0f} MB of text, {len(self.counts)} shards, "
+                  f"{self.bytes / 1e6 / (now - self.began):.1f} MB/s{eta}", flush=True)
             self.shown = now
 
 def write_shards(sources, meta, args, out):
@@ -361,8 +363,8 @@ def parse(argv):
     number = lambda text: int(float(text))
     flag("sources", nargs="+", metavar="SOURCE", help="file, folder, glob in quotes, URL, or OWNER/NAME of a dataset of the Hub")
     flag("--out", metavar="DIR", help="where train_*.bin, val_*.bin, meta.json and the tokenizer go")
-    flag("--tokenizer", default="gpt2", metavar="KIND", help="bytes; chars, the characters of this text; gpt2; bpe, a vocabulary made from "
-                                                             "this text; or a folder of shards, whose tokenizer is taken (default: %(default)s)")
+    flag("--tokenizer", default="gpt2", metavar="KIND", help="bytes; chars, the characters of this text; gpt2; bpe, a vocabulary made "
+         "from this text; or a folder of shards, whose tokenizer is taken (default: %(default)s)")
     flag("--vocab_size", type=number, default=4096, metavar="N", help="of bpe, the BOS and 256 bytes among them (default: %(default)s)")
     flag("--bpe_mib", type=int, default=100, metavar="N", help="MiB of training text that bpe is made from (default: %(default)s)")
     flag("--gpt2", metavar="DIR", help="folder of GPT-2's encoder.json and vocab.bpe (default: from the Hub)")
@@ -411,7 +413,8 @@ def main(argv=None):
     if old and old.get("recipe") != recipe:
         was = old.get("recipe") or {}
         other = next((name for name in recipe if was.get(name) != recipe[name]), "recipe")
-        raise UsageError(f"{out}: its shards have another {other}: {str(was.get(other))[:100]}, not {str(recipe.get(other))[:100]}; wanted a new folder")
+        raise UsageError(f"{out}: its shards have another {other}: {str(was.get(other))[:100]}, not {str(recipe.get(other))[:100]}; "
+                         "wanted a new folder")
     out.mkdir(parents=True, exist_ok=True)
     describe = lambda **more: put(out / "meta.json", json.dumps(more | {"recipe": recipe}, indent=1).encode())
     if not old:
