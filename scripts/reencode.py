@@ -11,26 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from train import DataError, UsageError, errors_as, open_shards, write_shard
+from scripts.text import BOS, gpt2_bytes, package, texts_of, train_bpe
+from train import DataError, UsageError, open_shards, write_shard
 
-BOS, ALL = "<|endoftext|>", 1 << 40
-
-def gpt2_bytes(folder):
-    """The bytes of each GPT-2 token, by id, from encoder.json. Raises DataError."""
-    with errors_as(DataError, f"{folder}: wanted GPT-2's encoder.json"):
-        ids = json.loads((Path(folder) / "encoder.json").read_text())
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves, the others for 256, 257, ...
-    others = [byte for byte in range(256) if byte not in plain]
-    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    table = {number: bytes(map(byte_of.__getitem__, text)) for text, number in ids.items() if text != BOS}
-    return [table.get(i, b"") for i in range(max(ids.values()) + 1)]
-
-def texts_of(tokens, table, bos):
-    """Yield the documents of a shard. What stands before the first BOS is one; bytes that are no UTF-8, by a cut, become U+FFFD."""
-    edges = [0, *np.flatnonzero(tokens == bos).tolist(), len(tokens)]
-    for first, last in zip(edges, edges[1:]):
-        if last > first:
-            yield b"".join(map(table.__getitem__, tokens[first:last].tolist())).decode(errors="replace")
+ALL = 1 << 40
 
 def parse(argv):
     """Raises UsageError."""
@@ -53,10 +37,7 @@ def parse(argv):
 def main(argv):
     """Writes shards, tokenizer.json and meta.json. Raises UsageError, DataError."""
     args = parse(argv)
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        raise UsageError("reencode needs the package tokenizers: pip install -r scripts/requirements.txt") from None
+    package("tokenizers", "reencode")
     shards = {split: open_shards(f"{args.shards}/*{split}_*.bin") for split in ("val", "train")}
     table, meta, out, start = gpt2_bytes(args.bpe), shards["train"].meta, Path(args.out), time.perf_counter()
     if meta["vocab_size"] != len(table):
@@ -64,11 +45,7 @@ def main(argv):
     if old := sorted(out.glob("*.bin")):
         raise UsageError(f"{out}: holds {old[0].name} already; wanted a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
-    tokenizer.pre_tokenizer, tokenizer.decoder = level(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=args.vocab, special_tokens=[BOS], initial_alphabet=sorted(level.alphabet()), show_progress=False)
-    tokenizer.train_from_iterator(itertools.islice(texts_of(shards["train"].tokens[0], table, meta["bos_id"]), args.sample), trainer)
-    tokenizer.encode_special_tokens = True  # as text where a document holds these very letters
+    tokenizer = train_bpe(itertools.islice(texts_of(shards["train"].tokens[0], table, meta["bos_id"]), args.sample), args.vocab)
     tokenizer.save(str(out / "tokenizer.json"))
     meta = meta | {"tokenizer": "tokenizer.json", "vocab_size": tokenizer.get_vocab_size(), "bos_id": tokenizer.token_to_id(BOS)}
     (out / "meta.json").write_text(json.dumps(meta))

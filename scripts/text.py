@@ -111,7 +111,8 @@ def alphabet_encode(characters):
         try:
             return [*map(ids.__getitem__, text)]
         except KeyError as missing:
-            raise DataError(f"{missing.args[0]!r} (U+{ord(missing.args[0]):04X}) is not one of this model's {len(ids)} characters") from None
+            character = missing.args[0]
+            raise DataError(f"{character!r} (U+{ord(character):04X}) is not one of this model's {len(ids)} characters") from None
     return encode
 
 def bpe_encode(tokenizer):
