@@ -1,25 +1,27 @@
 """How good is a trained model? Validation loss and bits per byte on any shards, and accuracy on sets of questions.
 
-    python -m scripts.evaluate --checkpoint=logs/RUN                        the trainer's own validation loss once more, in bits per byte too
-    python -m scripts.evaluate --checkpoint=logs/RUN --val_files='mine/val_*.bin'      all targets of other shards of the same tokenizer
-    python -m scripts.evaluate --checkpoint=logs/RUN --tasks=evals --fetch  get eleven sets from the Hub into evals/, then score them all
+    python -m scripts.evaluate --checkpoint=logs/RUN     the trainer's own validation loss once more, in bits per byte too
+    python -m scripts.evaluate --checkpoint=logs/RUN --val_files='mine/val_*.bin'     all targets of other shards
+    python -m scripts.evaluate --checkpoint=logs/RUN --tasks=evals --fetch     get eleven sets into evals/, score them all
     python -m scripts.evaluate --checkpoint=logs/RUN --tasks=evals --max_per_task=100 --val_tokens=0     a quick look
 
 A set is DIR/NAME.jsonl, one question per line, every line of a file in the same one of three forms:
-    multiple choice  {"query": "...", "choices": ["...", "..."], "gold": 0}        which choice follows the query; HellaSwag's own
-                     keys ctx, endings, label will do. Right: the greatest mean log-likelihood of a choice's tokens
-    schema           {"context_options": ["...", "..."], "continuation": "...", "gold": 0}    after which context does the continuation
-                     follow best. Right: its greatest mean log-likelihood
-    completion       {"context": "...", "continuation": "..."}       right: each token of the continuation is the likeliest
-A context, without spaces at its end, a delimiter and the continuation are encoded as one text behind a BOS; scored are the tokens from
-where it departs from the context's own encoding. The delimiter is a space, before the answers of ARC, PIQA and BoolQ "\nAnswer: ". Of
-several choices that are best alike each gets its share. --shots=N puts N other questions of the set with their answers before each;
---shots=core as many as CORE does (arXiv:2406.11794: 10, or 0 for COPA, OpenBookQA, LAMBADA, WSC and WinoGrande). What is longer than
---max_len is cut from the left, and counted.
+    multiple choice  {"query": "...", "choices": ["...", "..."], "gold": 0}
+                     right: of all choices, the tokens of this one have the greatest mean log-likelihood after the query.
+                     HellaSwag's own keys ctx, endings, label will do
+    schema           {"context_options": ["...", "..."], "continuation": "...", "gold": 0}
+                     right: the continuation's mean log-likelihood is the greatest after this context
+    completion       {"context": "...", "continuation": "..."}
+                     right: each token of the continuation is the likeliest
+A context without the spaces at its end, a delimiter and the continuation are encoded as one text behind a BOS; scored are
+the tokens from where it departs from the context's own encoding. The delimiter is a space, before the answers of ARC, PIQA
+and BoolQ "\\nAnswer: ". Of several choices that are best alike each gets its share. --shots=N puts N other questions of the
+set with their answers before each; --shots=core as many as CORE does (arXiv:2406.11794): 10, but none for COPA, OpenBookQA,
+LAMBADA, WSC and WinoGrande. What is longer than --max_len is cut from the left, and counted.
 
-Centered accuracy is (accuracy - chance) / (1 - chance), chance one by the number of choices, 0 for a completion; the mean over the sets
-is in the manner of CORE, but of these sets, not of its 22, and CORE centers BoolQ at 0.62. Results are lines of --out, by default
-RUN/evaluate.jsonl; what is there for these weights, data and flags is not computed again.
+Centered accuracy is (accuracy - chance) / (1 - chance), chance one by the number of choices, 0 for a completion. The mean
+over the sets is in the manner of CORE, but of these sets and not of its 22; CORE centers BoolQ at 0.62, the share of "yes".
+Results are lines of --out, by default RUN/evaluate.jsonl; what is there for these weights, data and flags is kept.
 Exit codes: 0, 2 usage, 3 data, 4 checkpoint, 5 a loss that is not finite, 130 interrupted.
 """
 import argparse, contextlib, dataclasses, hashlib, json, math, os, random, sys, time
@@ -41,7 +43,7 @@ SCORING = 1  # to be raised when a change of this file moves a score: older line
 FORMS = {"multiple choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
          "completion": ("context", "continuation")}
 HELLASWAG = {"ctx": "query", "endings": "choices", "label": "gold"}
-ANSWER = ("arc_easy", "arc_challenge", "piqa", "boolq")                                  # "\nAnswer: " comes before these sets' answers
+ANSWER = ("arc_easy", "arc_challenge", "piqa", "boolq")  # sets whose answers follow "\nAnswer: "
 CORE_SHOTS = dict.fromkeys((*ANSWER, "hellaswag", "hellaswag_val", "commonsense_qa"), 10)  # 0 for the others
 
 class Task(NamedTuple):
@@ -95,19 +97,20 @@ def read_tasks(folder, names):
     """Every Task of a folder, or the named ones. Raises UsageError and DataError."""
     found = {path.stem: path for path in sorted(Path(folder).glob("*.jsonl"))}
     if not found or (unknown := sorted({*names} - {*found})):
-        raise UsageError(f"--tasks={folder}: no {unknown[0] if found else '*'}.jsonl there" + (f", only {', '.join(found)}" if found else
-                         "; --fetch gets them from the Hub"))
+        raise UsageError(f"--tasks={folder}: no {unknown[0] if found else '*'}.jsonl there"
+                         + (f", only {', '.join(found)}" if found else "; --fetch gets them from the Hub"))
     return [read_task(found[name]) for name in names or found]
 
 def prompts(task, i, shots):
-    """[(before, after), ...] of question i: the text before, other questions of the set with their answers first, has no spaces at
-    its end, and after is what is scored."""
-    delimiter, random_order = "\nAnswer: " if task.name in ANSWER else " ", random.Random(f"{task.name} {i}")
-    others = [j for j in random_order.sample(range(len(task.questions)), min(shots + 1, len(task.questions))) if j != i][:shots]
-    solved = [task.questions[j][0][task.questions[j][1]] for j in others]
+    """[(before, after), ...] of question i: the text before, other questions of the set with their answers first, has no
+    spaces at its end, and after is what is scored."""
+    delimiter, count = "\nAnswer: " if task.name in ANSWER else " ", len(task.questions)
+    others = random.Random(f"{task.name} {i}").sample(range(count), min(shots + 1, count))
+    solved = [task.questions[j][0][task.questions[j][1]] for j in [j for j in others if j != i][:shots]]
     shown = "".join(f"{context.rstrip()}{delimiter}{after.strip()}\n\n" for context, after in solved)
     before = [shown + context.rstrip() + delimiter for context, _ in task.questions[i][0]]
-    return [(b.rstrip(" "), b[len(b.rstrip(" ")):] + after.strip()) for b, (_, after) in zip(before, task.questions[i][0])]
+    return [(text.rstrip(" "), text[len(text.rstrip(" ")):] + after.strip()) 
+            for text, (_, after) in zip(before, task.questions[i][0])]
 
 def encode_pair(before, after, tokenizer, max_len):
     """(ids from BOS on, place of the first that is scored, whether it was cut to BOS and the last max_len ids)."""
@@ -120,8 +123,8 @@ def encode_pair(before, after, tokenizer, max_len):
 # ---- Log-likelihoods ----
 
 def make_scorer(mesh, cfg):
-    """(params, tokens uint16 [B, T + 1], first [B]) -> (summed log-likelihood of the targets from place `first` of the row on, how many of
-    them are not the likeliest), each [B]. Logits are made where they are scored only."""
+    """(params, tokens uint16 [B, T + 1], first [B]) -> (summed log-likelihood of the tokens from place `first` of the row on,
+    how many of them are not the likeliest), each [B]. Only what is scored gets logits."""
     cfg, size = dataclasses.replace(cfg, attention="xla"), 256
     def score_on_device(params, tokens_BT1, first_B):
         weights = train.unstack(train.gather(params, train.param_specs(cfg), mesh.size, cfg))
@@ -131,7 +134,8 @@ def make_scorer(mesh, cfg):
         scored_N = ((there_BT > 0) & (jnp.arange(1, length + 1)[None] >= first_B[:, None])).ravel()
         place_N = jnp.nonzero(scored_N, size=len(scored_N) + size, fill_value=0)[0]
         def block(i, totals):
-            at_N, here_N = jax.lax.dynamic_slice(place_N, [i * size], [size]), i * size + jnp.arange(size) < scored_N.sum()
+            at_N = jax.lax.dynamic_slice(place_N, [i * size], [size])
+            here_N = i * size + jnp.arange(size) < scored_N.sum()
             logits_NV, target_N = train.softcapped_logits(x_ND[at_N], weights["head"], cfg), target_BT.ravel()[at_N]
             likelihood_N = jax.nn.log_softmax(logits_NV)[jnp.arange(size), target_N]
             missed_N = jnp.argmax(logits_NV, axis=1) != target_N
@@ -150,10 +154,12 @@ def batches(rows, max_len, batch_tokens, num_devices):
     """Yield (places of rows, tokens uint16 [B, T + 1], first [B]): rows (ids, first) of about one length, B the same for a T."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     for shorter, length in zip([0, *lengths(max_len)], lengths(max_len)):
-        inside, size = [i for i in order if shorter < len(rows[i][0]) - 1 <= length], max(1, batch_tokens // length) * num_devices
+        inside = [i for i in order if shorter < len(rows[i][0]) - 1 <= length]
+        size = max(1, batch_tokens // length) * num_devices
         for start in range(0, len(inside), size):
             chosen = inside[start:start + size]
-            tokens, first = np.full((size, length + 1), train.NO_TOKEN, np.uint16), np.zeros(size, np.int32)
+            tokens = np.full((size, length + 1), train.NO_TOKEN, np.uint16)
+            first = np.zeros(size, np.int32)
             for place, i in enumerate(chosen):
                 tokens[place, :len(rows[i][0])], first[place] = rows[i]
             yield chosen, tokens, first
@@ -170,35 +176,40 @@ def log_likelihoods(rows, score, max_len, batch_tokens, num_devices, tick=lambda
     return sums, missed
 
 def judge(task, chosen, options, tokenizer, score, tick=lambda share: None):
-    """Scores the questions of a task at the places `chosen`: a dict of numbers for --out. options: shots, max_len, batch_tokens,
-    num_devices."""
+    """Scores the questions of a task at the places `chosen`: a dict of numbers for --out. options: shots, max_len,
+    batch_tokens, num_devices."""
     shots, max_len, *shape = options
     coded = [encode_pair(*pair, tokenizer, max_len) for i in chosen for pair in prompts(task, i, shots)]
     rows = [(ids, first) for ids, first, _ in coded]
     sums, missed = log_likelihoods(rows, score, max_len, *shape, tick)
     means, right, nats, at = sums / [len(ids) - first for ids, first in rows], [], [], 0
     for pairs, gold in (task.questions[i] for i in chosen):
-        own, is_best = means[at:at + len(pairs)], means[at:at + len(pairs)] == means[at:at + len(pairs)].max()
+        own = means[at:at + len(pairs)]
+        is_best = own == own.max()
         right.append(float(missed[at] == 0) if task.form == "completion" else is_best[gold] / is_best.sum())
         nats.append(-own[gold])
         at += len(pairs)
     chance = 0.0 if task.form == "completion" else float(np.mean([1 / len(task.questions[i][0]) for i in chosen]))
     accuracy = float(np.mean(right))
-    return {"form": task.form, "n": len(chosen), "accuracy": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / len(chosen)),
-            "chance": chance, "centered": (accuracy - chance) / (1 - chance), "nats_per_token": float(np.mean(nats)),
+    return {"form": task.form, "n": len(chosen), "accuracy": accuracy, "chance": chance,
+            "stderr": math.sqrt(accuracy * (1 - accuracy) / len(chosen)),
+            "centered": (accuracy - chance) / (1 - chance), "nats_per_token": float(np.mean(nats)),
             "cut": sum(cut for *_, cut in coded), "rows": len(rows), "tokens": sum(len(ids) - 1 for ids, _ in rows)}
 
 # ---- Validation ----
 
 def open_validation(trained, args):
-    """(Config of the evaluation, [(path, tokens, targets), ...], SHA-256 of the scored tokens). By default what the run itself scores;
-    of --val_files all targets, of the first shards the first --val_tokens. Raises DataError."""
+    """(Config of the evaluation, [(path, tokens, targets), ...], SHA-256 of the scored tokens). By default what the run itself
+    scores; of --val_files all targets, or the first --val_tokens. Raises DataError."""
     cfg = trained.cfg
-    shards = train.open_shards(args.val_files or cfg.val_files or train.embedded_corpus()[1])
+    pattern = args.val_files or cfg.val_files or train.embedded_corpus()[1]
+    if not train.find_shards(pattern):
+        raise DataError(f"no shards match {pattern}; give others with --val_files, or --val_tokens=0 with --tasks")
+    shards = train.open_shards(pattern)
     if shards.meta != trained.meta:
         raise DataError(f"{shards.paths[0]}: made with {shards.meta}, but the model with {trained.meta}")
-    left = args.val_tokens or (sum(len(tokens) - 1 for tokens in shards.tokens) if args.val_files else cfg.val_tokens)
-    asked, parts, digest = left, [], hashlib.sha256()
+    asked = args.val_tokens or (sum(len(tokens) - 1 for tokens in shards.tokens) if args.val_files else cfg.val_tokens)
+    left, parts, digest = asked, [], hashlib.sha256()
     for path, tokens in zip(shards.paths, shards.tokens):
         if count := min(left, len(tokens) - 1):
             if (largest := int(tokens[:count + 1].max())) >= trained.cfg.vocab_size:
@@ -210,8 +221,8 @@ def open_validation(trained, args):
     return dataclasses.replace(cfg, val_tokens=max(count for *_, count in parts)), parts, digest.hexdigest()
 
 def validate(parts, params, mesh, cfg, token_bytes, tick=lambda share: None):
-    """{"val_loss", "val_tokens", "bits_per_byte", "bytes"}: mean nats of the targets by the trainer's evaluation step, a micro-step at a
-    time, and bits per byte of the text that they are; None without token_bytes. Raises NonFiniteLoss."""
+    """{"val_loss", "val_tokens", "bits_per_byte", "bytes"}: mean nats of the targets by the trainer's evaluation step, a
+    micro-step at a time, and bits per byte of the text that they are, None without token_bytes. Raises NonFiniteLoss."""
     step, stage = train.make_eval_step(train.Model(), mesh, cfg), train.val_stage(cfg)
     size = train.batch_shape(stage, mesh.size, cfg)[1]
     stage, nats, total, num_bytes = stage._replace(batch_tokens=size * stage.seq_len), 0.0, 0, 0
@@ -246,18 +257,19 @@ class Results:
     def __init__(self, path, weights, shared):
         self.path, self.weights, self.shared, self.lines = path, weights, shared, {}
         with errors_as(UsageError, f"--out={path}: cannot be read"):
-            text = path.read_text() if path.exists() else ""
-        for line in text.splitlines():
+            there = path.read_text() if path.exists() else ""
+        for line in there.splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 self.lines[json.loads(line)["key"]] = json.loads(line)
-        self.cut = text[-1:] not in ("", "\n")
+        self.cut = there[-1:] not in ("", "\n")
     def get(self, name, *what):
         """(the line that is there for these weights and this, or None, the key to add it by)."""
         key = hashlib.sha256(json.dumps([SCORING, self.weights, name, *what]).encode()).hexdigest()[:16]
         return self.lines.get(key), key
     def add(self, key, name, numbers):
-        line = {"key": key, "name": name} | self.shared | {k: round(v, 6) if isinstance(v, float) else v for k, v in numbers.items()}
-        with errors_as(UsageError, f"--out={self.path}: cannot be written"), open(self.path, "a", encoding="utf-8") as file:
+        line = {"key": key, "name": name} | self.shared
+        line |= {name: round(x, 6) if isinstance(x, float) else x for name, x in numbers.items()}
+        with errors_as(UsageError, f"--out={self.path}: cannot be written"), open(self.path, "a") as file:
             file.write("\n" * self.cut + json.dumps(line) + "\n")
         self.lines[key], self.cut = line, False
         return line
@@ -282,8 +294,9 @@ def table_of(lines):
     """Markdown of the sets' lines."""
     out = ["| set | form | questions | accuracy | chance | centered | cut |", "|---|---|---|---|---|---|---|"]
     for x in lines:
-        out.append(f"| {x['name']} | {x['form']}" + f", {x['shots']} shots" * bool(x["shots"]) + f" | {x['n']} | {x['accuracy']:.3f} ± "
-                   f"{x['stderr']:.3f} | {x['chance']:.3f} | {x['centered']:+.3f} | {x['cut']} of {x['rows']} |")
+        shots = f", {x['shots']} shots" if x["shots"] else ""
+        out.append(f"| {x['name']} | {x['form']}{shots} | {x['n']} | {x['accuracy']:.3f} ± {x['stderr']:.3f} | {x['chance']:.3f} "
+                   f"| {x['centered']:+.3f} | {x['cut']} of {x['rows']} |")
     mean = sum(x["centered"] for x in lines) / len(lines)
     return "\n".join([*out, f"| **mean** of {len(lines)} | | | | | **{mean:+.4f}** | |"]), mean
 
@@ -296,14 +309,14 @@ def parse(argv):
     parser = argparse.ArgumentParser(usage="python -m scripts.evaluate --checkpoint=RUN|PATH [--FLAG=VALUE ...]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, flag = fail, parser.add_argument
-    flag("--checkpoint", required=True, metavar="RUN|PATH", help="a run's folder (its last checkpoint), or one of its ckpt/step-NNNNNN")
+    flag("--checkpoint", required=True, metavar="RUN|PATH", help="a run's folder, or its ckpt/step-NNNNNN")
     flag("--val_files", metavar="GLOB", help="validation shards (default: the run's own)")
-    flag("--val_tokens", type=int, metavar="N", help="targets to score (default: as many as the run; of --val_files all); 0: no validation")
-    flag("--tokenizer", metavar="FOLDER", help="where the tokenizer's files are (default: the folder of the run's training shards)")
+    flag("--val_tokens", type=int, metavar="N", help="targets to score (default: the run's number, of --val_files all); 0: none")
+    flag("--tokenizer", metavar="FOLDER", help="with the tokenizer's files (default: that of the run's training shards)")
     flag("--tasks", metavar="DIR", help="a folder of sets of questions, NAME.jsonl (default: validation only)")
     flag("--only", default="", metavar="A,B", help="only these sets")
     flag("--fetch", action="store_true", help="first get the sets that DIR lacks from the Hub: " + ", ".join(eval_sets.SETS))
-    flag("--max_per_task", type=int, default=0, metavar="N", help="of each set at most N questions, the same ones each time (default: all)")
+    flag("--max_per_task", type=int, default=0, metavar="N", help="of each set N questions, always the same ones (default: all)")
     flag("--shots", default="0", metavar="N|core", help="solved questions before each (default: %(default)s)")
     flag("--max_len", type=int, default=0, metavar="T", help="tokens of a row at most (default: the run's val_seq_len)")
     flag("--batch_tokens", type=int, default=0, metavar="N", help="of a batch, on each device (default: 4096 on a CPU, else 65536)")
@@ -320,6 +333,46 @@ def parse(argv):
         fail("--val_tokens=0 without --tasks leaves nothing to do")
     return args
 
+def report_validation(trained, params, mesh, tokenizer, lacking, results, args):
+    """Prints loss and bits per byte, computed or from --out. Returns them."""
+    cfg, parts, digest = open_validation(trained, args)
+    line, key = results.get("validation", digest, sum(count for *_, count in parts), tokenizer is not None)
+    known, start = " (was there)" if line else "", time.perf_counter()
+    if not line:
+        numbers = validate(parts, params, mesh, cfg, tokenizer and tokenizer.token_bytes, Progress([1]).of("validation", 1))
+        line = results.add(key, "validation", numbers | {"seconds": time.perf_counter() - start})
+    bits = f"{line['bits_per_byte']:.6f} bits per byte" if tokenizer else f"no bits per byte ({lacking})"
+    print(f"validation: {line['val_loss']:.6f} nats per token, {bits}, of {line['val_tokens']} targets in {line['seconds']:.1f} s"
+          + known + "".join(f"; {said}" for said in [of_the_run(trained, digest)] if said), flush=True)
+    return {name: line[name] for name in ("val_loss", "bits_per_byte", "val_tokens")}
+
+def report_tasks(tasks, trained, params, mesh, tokenizer, results, args):
+    """Prints a line per set that is not in --out, which gets it, and the table of all. Returns accuracies and their mean."""
+    max_len, lines, todo = args.max_len or trained.cfg.val_seq_len, [], []
+    batch_tokens = args.batch_tokens or (4096 if jax.default_backend() == "cpu" else 65536)
+    for place, task in enumerate(tasks):
+        count = len(task.questions)
+        chosen = sorted(random.Random(task.name).sample(range(count), min(args.max_per_task or count, count)))
+        shots = CORE_SHOTS.get(task.name, 0) if args.shots == "core" else int(args.shots)
+        line, key = results.get(task.name, task.sha256, len(chosen), shots, max_len)
+        lines.append(line)
+        if not line:
+            work = sum(len(context) + len(after) for i in chosen for context, after in task.questions[i][0])
+            todo.append((place, task, chosen, shots, key, work * (1 + shots)))
+    print(f"{len(todo)} of {len(tasks)} sets to do; results are in {results.path}", flush=True)
+    scorer, progress = make_scorer(mesh, trained.cfg), Progress([work for *_, work in todo])
+    for place, task, chosen, shots, key, work in todo:
+        start, options = time.perf_counter(), (shots, max_len, batch_tokens, mesh.size)
+        score = lambda tokens, first: scorer(params, tokens, first)
+        numbers = judge(task, chosen, options, tokenizer, score, progress.of(task.name, work))
+        seconds = time.perf_counter() - start
+        lines[place] = line = results.add(key, task.name, numbers | {"shots": shots, "seconds": seconds})
+        print(f"{task.name}: accuracy {line['accuracy']:.3f} of {line['n']}, {line['tokens'] / seconds:.0f} tokens/s, "
+              f"{seconds:.1f} s", flush=True)
+    table, mean = table_of(lines)
+    print(f"\n{table}\n")
+    return {"mean_centered": round(mean, 6), "sets": {line["name"]: line["accuracy"] for line in lines}}
+
 def main(argv=None):
     """Returns the summary that is printed last. Raises UsageError, DataError, CheckpointError and NonFiniteLoss."""
     args = parse(sys.argv[1:] if argv is None else argv)
@@ -331,53 +384,25 @@ def main(argv=None):
     trained = open_checkpoint(args.checkpoint)
     if trained.cfg.compute_dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")
-    mesh = train.make_mesh()
-    params = jax.device_put(trained.params, train.state_shardings(train.Model(), mesh, trained.cfg).params)
-    run, weights = trained.folder.parent.parent, json.loads((trained.folder / "manifest.json").read_text())["sha256"]["params.safetensors"]
-    print(f"{trained.folder}, on {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
-    results = Results(Path(args.out) if args.out else run / "evaluate.jsonl", weights, {"run": run.name, "step": trained.step})
     tokenizer, lacking = None, ""
     try:
-        tokenizer = text.open_tokenizer(trained.meta, Path(args.tokenizer) if args.tokenizer else text.folder_of_run(trained.cfg))
+        folder = Path(args.tokenizer) if args.tokenizer else text.folder_of_run(trained.cfg)
+        tokenizer = text.open_tokenizer(trained.meta, folder)
     except (UsageError, DataError) as error:
         if tasks or args.tokenizer:
             raise
         lacking = str(error)
+    mesh = train.make_mesh()
+    params = jax.device_put(trained.params, train.state_shardings(train.Model(), mesh, trained.cfg).params)
+    print(f"{trained.folder}, on {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
+    run, manifest = trained.folder.parent.parent, json.loads((trained.folder / "manifest.json").read_text())
+    results = Results(Path(args.out) if args.out else run / "evaluate.jsonl", manifest["sha256"]["params.safetensors"],
+                      {"run": run.name, "step": trained.step})
     summary = {"checkpoint": str(trained.folder), "step": trained.step}
     if args.val_tokens != 0:
-        cfg, parts, digest = open_validation(trained, args)
-        line, key = results.get("validation", digest, sum(count for *_, count in parts), tokenizer is not None)
-        known, start = " (was there)" if line else "", time.perf_counter()
-        line = line or results.add(key, "validation", validate(
-            parts, params, mesh, cfg, tokenizer and tokenizer.token_bytes, Progress([1]).of("validation", 1))
-            | {"seconds": time.perf_counter() - start})
-        own = of_the_run(trained, digest)
-        print(f"validation: {line['val_loss']:.6f} nats per token, " + (f"{line['bits_per_byte']:.6f} bits per byte" if tokenizer else
-              f"no bits per byte ({lacking})") + f", of {line['val_tokens']} targets in {line['seconds']:.1f} s{known}"
-              + (f"; {own}" if own else ""), flush=True)
-        summary |= {key: line[key] for key in ("val_loss", "bits_per_byte", "val_tokens")}
-    max_len, lines, todo = args.max_len or trained.cfg.val_seq_len, [], []
-    batch_tokens = args.batch_tokens or (4096 if jax.default_backend() == "cpu" else 65536)
-    for task in tasks:
-        places = range(len(task.questions))
-        chosen = sorted(random.Random(task.name).sample(places, args.max_per_task)) if 0 < args.max_per_task < len(places) else [*places]
-        shots = CORE_SHOTS.get(task.name, 0) if args.shots == "core" else int(args.shots)
-        line, key = results.get(task.name, task.sha256, len(chosen), shots, max_len)
-        work = sum(len(context) + len(after) for i in chosen for context, after in task.questions[i][0]) * (1 + shots)
-        lines, todo = [*lines, line], [*todo, *([(len(lines), task, chosen, shots, key, work)] if not line else [])]
+        summary |= report_validation(trained, params, mesh, tokenizer, lacking, results, args)
     if tasks:
-        print(f"{len(todo)} of {len(tasks)} sets to do; results are in {results.path}", flush=True)
-    scorer, progress = make_scorer(mesh, trained.cfg), Progress([work for *_, work in todo])
-    for place, task, chosen, shots, key, work in todo:
-        start, options = time.perf_counter(), (shots, max_len, batch_tokens, mesh.size)
-        numbers = judge(task, chosen, options, tokenizer, lambda *batch: scorer(params, *batch), progress.of(task.name, work))
-        seconds = time.perf_counter() - start
-        lines[place] = line = results.add(key, task.name, numbers | {"shots": shots, "seconds": seconds})
-        print(f"{task.name}: accuracy {line['accuracy']:.3f} of {line['n']}, {line['tokens'] / seconds:.0f} tokens/s, {seconds:.1f} s", flush=True)
-    if tasks:
-        table, mean = table_of(lines)
-        print("\n" + table + "\n")
-        summary |= {"mean_centered": round(mean, 6), "sets": {line["name"]: line["accuracy"] for line in lines}}
+        summary |= report_tasks(tasks, trained, params, mesh, tokenizer, results, args)
     print(json.dumps(summary), flush=True)
     return summary
 

@@ -49,15 +49,16 @@ if [ -n "$smoke" ]; then
     export JAX_PLATFORMS=cpu
     flags=(--preset=tiny ${flags[@]+"${flags[@]}"}) record=$out/record/cpu topology=v6e:1x1
 fi
-"$python" -c 'import jax, einops, safetensors, huggingface_hub' || die 2 "a package is missing: $python -m pip install -r requirements.txt"
+needed="$python -m pip install -r"
+"$python" -c 'import jax, einops, safetensors, huggingface_hub' || die 2 "a package is missing: $needed requirements.txt"
 companions=sys
 [ "$seeds" = 1 ] || skips record || companions+=,scipy
 skips report || companions+=,matplotlib
-"$python" -c "import $companions" || die 2 "a package is missing, needed at the end: $python -m pip install -r scripts/requirements.txt"
+"$python" -c "import $companions" || die 2 "a package is missing, needed at the end: $needed scripts/requirements.txt"
 
 # what was done is known by train.py and the flags
-key=$("$python" -c 'import hashlib, sys; print(hashlib.sha256(open("train.py", "rb").read() + repr(sys.argv[1:]).encode()).hexdigest()[:12])' \
-    ${flags[@]+"${flags[@]}"})
+hash='import hashlib, sys; print(hashlib.sha256(open("train.py", "rb").read() + repr(sys.argv[1:]).encode()).hexdigest()[:12])'
+key=$("$python" -c "$hash" ${flags[@]+"${flags[@]}"})
 state=$out/$key
 mkdir -p "$state"
 
@@ -85,7 +86,8 @@ for ((seed = 0; seed < seeds; seed++)); do
         for ((again = 0, code = 75; code == 75 && again < 100; again++)); do  # 75: preempted
             [ $again = 0 ] || echo "seed $seed: preempted, on from the last checkpoint"
             code=0
-            "$python" train.py ${flags[@]+"${flags[@]}"} --seed=$seed --log_dir="$state/seed$seed" --save_every=250 --resume=auto || code=$?
+            "$python" train.py ${flags[@]+"${flags[@]}"} --seed=$seed --log_dir="$state/seed$seed" \
+                --save_every=250 --resume=auto || code=$?
         done
         [ $code = 0 ] || die $code "seed $seed ended with exit code $code; the same command goes on from its last checkpoint"
         run=$(for folder in "$state/seed$seed"/*/; do echo "${folder%/}"; done | tail -n 1)

@@ -17,7 +17,7 @@ import safetensors.numpy
 import train
 from scripts import eval_sets, evaluate, text
 from scripts.checkpoint import open_checkpoint
-from shards import make_folder, shard_bytes, documents
+from shards import documents, make_folder, shard_bytes
 from train import DataError, UsageError
 
 BYTES = text.open_tokenizer(text.BYTES, ".")
@@ -30,6 +30,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with contextlib.redirect_stdout(io.StringIO()):
         yield train.main(["--preset=tiny", "--steps=2", "--val_tokens=1000", "--num_layers=2", "--skips=0>1", "--late_inputs=0>1", "--backout=0",
+                          "--stage_ends=1", "--batch_tokens=512", "--seq_len=32", "--window_short=16", "--window_long=24", "--stage_lr=1",
                           f"--log_dir={folder / 'logs'}", *make_folder(folder / "data", "bytes")])
     jax.config.update("jax_disable_most_optimizations", False)
 
@@ -99,11 +100,12 @@ def test_of_other_shards_all_targets_are_scored_each_in_its_own_shard(random_run
     for i, tokens in enumerate(data):
         (tmp_path / f"data/other_{i}.bin").write_bytes(shard_bytes(tokens))
     found = evaluate.main([f"--checkpoint={random_run}", f"--out={tmp_path / 'out'}", f"--val_files={tmp_path}/data/other_*.bin"])
-    trained, nats = open_checkpoint(random_run), []
+    trained, nats, oracle = open_checkpoint(random_run), [], jax.jit(train.next_logits, static_argnums=2)
     for tokens in data:
         for begin in range(0, len(tokens) - 1, 32):  # a row scores 32 targets, after the 32 tokens before them
             row = np.r_[np.full(max(0, 32 - begin), 256), tokens[max(0, begin - 32):begin + 33]]  # nothing is read as BOS
-            logits_TV = train.next_logits(trained.weights(), np.int32(row[None, :-1]), trained.cfg)[0]
+            inputs = np.pad(row[:-1], (0, 65 - len(row)))  # what comes after, nothing sees
+            logits_TV = oracle(trained.weights(), np.int32(inputs[None]), trained.cfg)[0]
             nats += (-np.asarray(jax.nn.log_softmax(logits_TV))[np.arange(len(row) - 1), row[1:]])[32:].tolist()
     assert found["val_tokens"] == len(nats) == sum(map(len, data)) - 2
     assert found["val_loss"] == pytest.approx(np.mean(nats), abs=1e-5)
@@ -118,7 +120,7 @@ def test_without_the_tokenizers_files_there_is_the_loss_and_the_reason(run, tmp_
     other = changed(run, tmp_path / "run", lambda tensors: None)
     strange(other / "config.json")
     flags = make_folder(tmp_path / "data", "mine.json")
-    found = evaluate.main([f"--checkpoint={other}", flags[1].replace("=", "=", 1)])
+    found = evaluate.main([f"--checkpoint={other}", flags[1]])
     assert found["bits_per_byte"] is None and found["val_loss"] > 0
     assert "no bits per byte" in (said := capsys.readouterr().out) and "mine.json" in said
     with pytest.raises(DataError, match="mine.json"):
@@ -129,29 +131,34 @@ def test_shards_of_another_tokenizer_or_too_few_tokens_are_one_sentence(run, tmp
     make_folder(tmp_path / "data", "test")
     with pytest.raises(DataError, match="made with .*'test'.* but the model with"):
         evaluate.main([f"--checkpoint={run}", f"--val_files={tmp_path}/data/val_*.bin"])
+    with pytest.raises(DataError, match="no shards match /nowhere/.*--val_tokens=0 with --tasks"):
+        evaluate.main([f"--checkpoint={run}", "--val_files=/nowhere/*.bin"])
     with pytest.raises(DataError, match="too short for 9999999 targets; 2[0-9]* fit"):
         evaluate.main([f"--checkpoint={run}", "--val_tokens=9999999"])
 
 
 # ---- Log-likelihoods ----
 
-@pytest.mark.parametrize("batch_tokens", [1, 200])
-def test_log_likelihoods_are_those_of_next_logits_however_rows_are_batched_and_padded(random_run, batch_tokens):
-    trained, rng = open_checkpoint(random_run), np.random.default_rng(1)
-    rows = [([256, *rng.integers(0, 256, n).tolist()], first) for n, first in ((3, 1), (31, 20), (32, 32), (33, 5), (70, 69), (90, 1))]
+def test_log_likelihoods_are_those_of_next_logits_however_rows_are_batched_and_padded(random_run):
+    trained, rng, oracle = open_checkpoint(random_run), np.random.default_rng(1), jax.jit(train.next_logits, static_argnums=2)
+    rows = [([256, *rng.integers(0, 256, n).tolist()], first) for n, first in ((3, 1), (32, 20), (32, 32), (90, 1), (90, 88))]
+    expected = []
+    for ids, first in rows:
+        logits_TV = np.asarray(oracle(trained.weights(), np.int32([ids[:-1]]), trained.cfg))[0, first - 1:]
+        of_targets = np.asarray(jax.nn.log_softmax(logits_TV))[np.arange(len(ids) - first), ids[first:]]
+        expected.append((of_targets.sum(), (logits_TV.argmax(axis=1) != ids[first:]).sum()))
     mesh = train.make_mesh()
     params = jax.device_put(trained.params, train.state_shardings(train.Model(), mesh, trained.cfg).params)
     score, lengths = evaluate.make_scorer(mesh, trained.cfg), set()
     def scored(tokens, first):
         lengths.add(tokens.shape)
         return score(params, tokens, first)
-    sums, missed = evaluate.log_likelihoods(rows, scored, 100, batch_tokens, mesh.size)
-    assert {width - 1 for _, width in lengths} <= {32, 64, 100}
-    for (ids, first), total, wrong in zip(rows, sums, missed):
-        logits_TV = np.asarray(train.next_logits(trained.weights(), np.int32([ids[:-1]]), trained.cfg))[0, first - 1:]
-        of_targets = np.asarray(jax.nn.log_softmax(logits_TV))[np.arange(len(ids) - first), ids[first:]]
-        assert total == pytest.approx(of_targets.sum(), abs=2e-4)
-        assert wrong == (logits_TV.argmax(axis=1) != ids[first:]).sum()
+    for batch_tokens, shapes in ((1, {(8, 33), (8, 101)}), (200, {(48, 33), (16, 101)})):
+        lengths.clear()
+        sums, missed = evaluate.log_likelihoods(rows, scored, 100, batch_tokens, mesh.size)
+        assert lengths == shapes
+        np.testing.assert_allclose(sums, [total for total, _ in expected], atol=2e-4)
+        assert missed.tolist() == [wrong for _, wrong in expected]
 
 
 def test_weights_that_prefer_what_is_right_score_1_in_every_form_and_the_others_less(run, tmp_path):
@@ -177,6 +184,23 @@ def test_random_weights_score_chance_and_equals_share(random_run, run, tmp_path,
     flat = changed(run, tmp_path / "run", lambda tensors: tensors.update(head=0 * tensors["head"]))
     found = evaluate.main([f"--checkpoint={flat}", tasks, "--val_tokens=0", "--max_per_task=50"])
     assert found["sets"]["guesses"] == 0.25 and found["mean_centered"] == 0
+
+
+def test_a_choice_is_judged_by_the_mean_of_its_tokens_and_a_completion_by_every_token():
+    def score(tokens, first):  # a token of a long word costs half a nat, of a short one a whole; z is never the likeliest
+        texts = [bytes(row[row < 256].astype(np.uint8)) for row in tokens]
+        lengths = [len(text) + 1 - at for text, at in zip(texts, first)]
+        return np.array([-n * (0.5 if n > 4 else 1.0) for n in lengths]), np.array([text.count(b"z") for text in texts])
+    pairs = [("q:", "no"), ("q:", "certainly")]
+    options = (0, 100, 64, 1)
+    found = evaluate.judge(task("mine", (pairs, 1), (pairs, 0), (pairs, 1)), [0, 1, 2], options, BYTES, score)
+    assert found["accuracy"] == pytest.approx(2 / 3) and found["centered"] == pytest.approx(1 / 3) and found["chance"] == 0.5
+    assert found["nats_per_token"] == pytest.approx((0.5 + 1.0 + 0.5) / 3) and found["n"] == 3 and found["cut"] == 0
+    assert found["tokens"] == 3 * (len("q: no") + len("q: certainly")) and found["stderr"] == pytest.approx(math.sqrt(2 / 27))
+    words = evaluate.Task("mine", "completion", [([("a", "b")], 0), ([("a", "z")], 0)], "")
+    assert evaluate.judge(words, [0, 1], options, BYTES, score)["accuracy"] == 0.5
+    with pytest.raises(train.NonFiniteLoss):
+        evaluate.judge(words, [0, 1], options, BYTES, lambda tokens, first: (np.full(len(first), np.nan), first))
 
 
 # ---- Prompts ----
@@ -241,7 +265,7 @@ def test_wrong_flags_are_one_sentence(flags, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_second_invocation_scores_only_what_is_not_there(random_run, tmp_path, monkeypatch, capsys):
+def test_a_second_invocation_scores_only_what_is_not_there(random_run, run, tmp_path, monkeypatch, capsys):
     rows = [{"query": f"{i}", "choices": ["yes", "no"], "gold": i % 2} for i in range(30)]
     tasks = lines_of(tmp_path / "sets", one=rows, two=rows[:7])
     argv, judged, real = [f"--checkpoint={random_run}", tasks, f"--out={tmp_path / 'out'}", "--max_per_task=20"], [], evaluate.judge
@@ -252,12 +276,13 @@ def test_a_second_invocation_scores_only_what_is_not_there(random_run, tmp_path,
     assert evaluate.main(argv) == first and len(judged) == 2 and "0 of 2 sets to do" in capsys.readouterr().out
     evaluate.main([*argv, "--max_per_task=25"])
     assert judged[2:] == [("one", 25)]
-    evaluate.main([*argv, "--only=two", "--max_len=40"])
-    assert judged[3:] == [("two", 7)]
+    for i, flags in enumerate((["--max_len=40"], ["--shots=1"], [f"--checkpoint={run}"])):
+        evaluate.main([*argv, "--val_tokens=0", "--only=two", *flags])
+        assert judged[3 + i:] == [("two", 7)]
     lines_of(tmp_path / "sets", two=rows[:6])
     (tmp_path / "out").write_text((tmp_path / "out").read_text() + '{"key": "cut sho')
     evaluate.main(argv)
-    assert judged[4:] == [("two", 6)]
+    assert judged[6:] == [("two", 6)]
     assert all(json.loads(line) for line in (tmp_path / "out").read_text().splitlines() if "cut sho" not in line)
     with pytest.raises(UsageError, match="no three.jsonl there, only one, two"):
         evaluate.main([*argv, "--only=three"])
