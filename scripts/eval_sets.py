@@ -1,7 +1,8 @@
 """The sets of questions that scripts/evaluate.py scores, from the Hugging Face Hub into its three forms (`--fetch`).
 
-Read are the Parquet files that the Hub itself makes of every dataset, at its revision refs/convert/parquet; texts are put as the
-evaluation sets of CORE have them. The datasets' own terms hold.
+Read are the Parquet files that the Hub itself makes of a dataset, at its revision refs/convert/parquet; texts are put as
+CORE's sets have them. The datasets' own terms hold. Not yet run against the Hub, only against a stand-in: names of datasets
+and columns are as their cards give them, and a set that is not to be had is told of.
 """
 import json, os
 from pathlib import Path

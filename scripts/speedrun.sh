@@ -15,8 +15,9 @@ The whole speedrun in one command: shards, dry run, training, evaluation, record
     --skip=A,B        leave out steps: shards, dry_run, evaluate, record, report
     -- FLAGS          flags of train.py for every run, as --preset=demo --steps=540
 
-The same command again continues: what was done with this train.py and these flags is not done again; a run that was cut goes on from
-its last checkpoint. (A record wants runs in one go: the verifier rejects a resumed one.) PYTHON names another interpreter.
+The same command again continues: what was done with this train.py and these flags is not done again; a run that was cut
+goes on from its last checkpoint. (A record wants runs in one go: the verifier rejects a resumed one.) PYTHON names another
+interpreter. The chain has been run with --smoke; nobody has run it on a TPU yet.
 Exit codes: 0; 1 where the verifier rejects the record; otherwise that of the step that failed.
 HELP
 }
