@@ -110,6 +110,9 @@ def test_of_other_shards_all_targets_are_scored_each_in_its_own_shard(random_run
     assert found["val_tokens"] == len(nats) == sum(map(len, data)) - 2
     assert found["val_loss"] == pytest.approx(np.mean(nats), abs=1e-5)
     assert "other tokens than the run itself scored" in capsys.readouterr().out
+    flags = [f"--val_files={tmp_path}/data/other_*.bin", f"--val_tokens={len(data[0]) + 9}"]  # ten of the second shard
+    found = evaluate.main([f"--checkpoint={random_run}", f"--out={tmp_path / 'out'}", *flags])
+    assert found["val_loss"] == pytest.approx(np.mean(nats[:len(data[0]) + 9]), abs=1e-5)
 
 
 def test_without_the_tokenizers_files_there_is_the_loss_and_the_reason(run, tmp_path, capsys):
@@ -279,11 +282,11 @@ def test_a_second_invocation_scores_only_what_is_not_there(random_run, run, tmp_
     for i, flags in enumerate((["--max_len=40"], ["--shots=1"], [f"--checkpoint={run}"])):
         evaluate.main([*argv, "--val_tokens=0", "--only=two", *flags])
         assert judged[3 + i:] == [("two", 7)]
-    lines_of(tmp_path / "sets", two=rows[:6])
+    lines_of(tmp_path / "sets", two=rows[1:8])
     (tmp_path / "out").write_text((tmp_path / "out").read_text() + '{"key": "cut sho')
     evaluate.main(argv)
-    assert judged[6:] == [("two", 6)]
-    assert all(json.loads(line) for line in (tmp_path / "out").read_text().splitlines() if "cut sho" not in line)
+    assert judged[6:] == [("two", 7)]
+    assert [json.loads(line)["name"] for line in (tmp_path / "out").read_text().splitlines()[-1:]] == ["two"]
     with pytest.raises(UsageError, match="no three.jsonl there, only one, two"):
         evaluate.main([*argv, "--only=three"])
 
