@@ -1,0 +1,154 @@
+"""scripts/speedrun.sh: the chain of a fake that trains nothing, what a second invocation leaves out, and one real smoke run."""
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from train import ROOT
+
+FAKE = '''#!{python}
+import json, os, pathlib, sys
+argv, here = sys.argv[1:], pathlib.Path({here!r})
+if argv[0] == "-c":
+    if argv[1].startswith("import jax,"):
+        sys.exit(0)
+    if argv[1].startswith("import sys"):  # and packages of companions
+        sys.exit(int(os.environ.get("LACKING", "0")))
+    os.execv({python!r}, [{python!r}, *argv])
+with open(here / "calls.txt", "a") as file:
+    file.write(" ".join(argv) + "\\n")
+name = argv[1] if argv[0] == "-m" else argv[0]
+codes = here / (name + ".codes")  # of the next calls, one each
+code, *rest = codes.read_text().split() if codes.exists() and codes.read_text().strip() else ["0"]
+codes.write_text(" ".join(rest))
+flags = dict(flag[2:].split("=", 1) for flag in argv if "=" in flag)
+if name == "train.py":
+    run = pathlib.Path(flags["log_dir"]) / "20260101T000000Z-abc"
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "log.txt").write_text("final: 1\\n====\\ndevices: 8 x fake\\nfinal: step:3 val_loss:3.2 of seed " + flags["seed"] + "\\n")
+if name == "scripts.dry_run":
+    pathlib.Path(flags["json"]).write_text("{{}}")
+sys.exit(int(code))
+'''
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """run(*flags, **environment) -> (exit code, what it said, the calls that it made); codes(name, ...): exit codes of the next calls."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("train.py", "scripts/speedrun.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    fake = tmp_path / "fake"
+    fake.write_text(FAKE.format(python=sys.executable, here=str(tmp_path)))
+    fake.chmod(0o755)
+    def run(*flags, **environment):
+        (tmp_path / "calls.txt").write_text("")
+        done = subprocess.run(["bash", "scripts/speedrun.sh", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                              env=os.environ | {"PYTHON": str(fake)} | environment)
+        return done.returncode, done.stdout + done.stderr, (tmp_path / "calls.txt").read_text().splitlines()
+    run.codes = lambda name, *codes: (tmp_path / f"{name}.codes").write_text(" ".join(map(str, codes)))
+    run.folder = tmp_path
+    return run
+
+
+def names(calls):
+    return [call.removeprefix("-m ").split()[0] for call in calls]
+
+
+def test_every_step_is_taken_once_in_order_and_a_second_invocation_trains_nothing(chain):
+    code, said, calls = chain("--seeds=2", "--name=Idea", "--tasks=evals", "--skip=dry_run", "--", "--steps=7", "--softcap=1,2")
+    assert code == 0, said
+    assert names(calls) == ["cached_fineweb10B.py", "train.py", "train.py", "scripts.evaluate", "scripts.evaluate", "scripts.verify_record",
+                            "scripts.report"]
+    assert calls[2].startswith("train.py --steps=7 --softcap=1,2 --seed=1 --log_dir=logs/speedrun/") and "--resume=auto" in calls[2]
+    assert calls[3].endswith("--tasks=evals --fetch") and "/seed0/2026" in calls[3]
+    record = chain.folder / calls[5].split()[2]
+    assert record.parent == chain.folder / "records/v6e-8" and record.name.endswith("_Idea")
+    assert (record / "seed1.txt").read_text().endswith("of seed 1\n")
+    assert "| 0 | step:3 val_loss:3.2 of seed 0 |" in (record / "README.md").read_text()
+    (record / "README.md").write_text("mine")
+    code, said, again = chain("--seeds=2", "--name=Idea", "--tasks=evals", "--skip=dry_run", "--", "--steps=7", "--softcap=1,2")
+    assert code == 0 and names(again) == [name for name in names(calls) if name != "train.py"]
+    assert (record / "README.md").read_text() == "mine"
+    _, _, more = chain("--seeds=3", "--name=Idea", "--skip=dry_run,evaluate,report", "--", "--steps=7", "--softcap=1,2")
+    assert names(more) == ["cached_fineweb10B.py", "train.py", "scripts.verify_record"] and "--seed=2" in more[1]
+    _, _, other = chain("--skip=dry_run,shards", "--", "--steps=8")
+    assert names(other) == ["train.py", "scripts.evaluate", "scripts.report"]
+    (chain.folder / "train.py").write_text("another program")
+    assert "train.py" in names(chain("--skip=dry_run", "--", "--steps=8")[2])
+
+
+def test_a_preempted_run_is_started_again_and_a_failed_one_ends_the_chain_with_its_code(chain):
+    chain.codes("train.py", 75, 75, 0)
+    code, said, calls = chain("--skip=dry_run")
+    assert code == 0 and names(calls).count("train.py") == 3 and said.count("preempted, on from the last checkpoint") == 2
+    chain.codes("train.py", 5)
+    code, said, calls = chain("--skip=dry_run", "--", "--steps=3")
+    assert code == 5 and "seed 0 ended with exit code 5" in said and names(calls)[-1] == "train.py"
+    chain.codes("scripts.evaluate", 4)
+    assert chain("--skip=dry_run", "--", "--steps=3")[0] == 4
+    assert names(chain("--skip=dry_run", "--", "--steps=3")[2]) == ["cached_fineweb10B.py", "scripts.evaluate", "scripts.report"]
+
+
+def test_a_rejected_record_is_reported_and_ends_with_1(chain):
+    chain.codes("scripts.verify_record", 1)
+    code, said, calls = chain("--seeds=2", "--skip=dry_run")
+    assert code == 1 and names(calls)[-1] == "scripts.report"
+    code, said, _ = chain("--seeds=2", "--skip=dry_run", "--", "--steps=4")
+    assert code == 2 and "_Speedrun is there already: give another --name" in said
+
+
+def test_the_dry_run_is_made_where_there_is_a_tpu_compiler_and_once(chain):
+    (chain.folder / "libtpu.py").write_text("")
+    first, second = (names(chain("--topology=v5e:2x4", PYTHONPATH=str(chain.folder))[2]) for _ in range(2))
+    assert "scripts.dry_run" in first and "scripts.dry_run" not in second
+    chain.codes("scripts.dry_run", 2)
+    code, _, calls = chain("--", "--steps=2", PYTHONPATH=str(chain.folder))
+    assert code == 2 and names(calls)[-1] == "scripts.dry_run"
+    assert "scripts.dry_run" in names(chain("--", "--steps=2", PYTHONPATH=str(chain.folder))[2])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--seed=3"], "--seed=3: there is no such flag; flags of train.py come after --"), (["--seeds=0"], "a whole number"),
+    (["--name=a/b"], "as a folder is named"), (["--skip=report,train"], "no step train")])
+def test_wrong_flags_are_one_sentence_with_exit_code_2(chain, flags, words):
+    code, said, calls = chain(*flags)
+    assert code == 2 and said.startswith("error: ") and words in said and said.count("\n") == 1 and not calls
+
+
+def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(chain):
+    code, said, calls = chain("--seeds=2", LACKING="1")
+    assert code == 2 and "pip install -r scripts/requirements.txt" in said and not calls
+    assert "the whole speedrun" in chain("--help")[1].lower()
+
+
+def smoke(folder, *flags):
+    if not importlib.util.find_spec("matplotlib"):
+        flags = ("--skip=dry_run,report", *flags)
+    return subprocess.run(["bash", "scripts/speedrun.sh", "--smoke", f"--out={folder}", "--skip=dry_run", *flags], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300, env=os.environ | {"PYTHON": sys.executable, "JAX_NUM_CPU_DEVICES": "1"})
+
+
+def test_a_smoke_run_goes_through_the_real_chain(tmp_path):
+    done = smoke(tmp_path, "--seeds=1", "--", "--steps=2", "--stage_ends=1", "--num_layers=2", "--skips=0>1", "--late_inputs=0>1", "--backout=0",
+                 "--batch_tokens=512", "--seq_len=32", "--window_short=16", "--window_long=24", "--stage_lr=1", "--mtp=", "--val_every=0")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    run = next(tmp_path.glob("*/seed0/*/"))
+    final = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    assert json.loads((run / "evaluate.jsonl").read_text())["val_loss"] == pytest.approx(final, abs=2e-6)
+    assert done.stdout.rstrip().endswith(f"done: {run}")
+    if importlib.util.find_spec("matplotlib"):
+        assert next(tmp_path.glob("*/report.html")).stat().st_size > 5000
+
+
+@pytest.mark.soak
+def test_a_whole_smoke_run_is_a_record_that_is_rejected_for_its_targets_alone(tmp_path):
+    for again in range(2):
+        done = smoke(tmp_path)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+        assert done.stdout.count("\nrejected:") == done.stdout.count("2048 validation targets, the track scores") == 2
+        assert done.stdout.count("compiling") == (0 if again else 2)
