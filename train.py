@@ -1481,6 +1481,15 @@ def validate(cfg):
     need(0 <= min(scales) and max(scales) * cfg.head_dim <= 60, "attn_scale",
          f"at most {60 / cfg.head_dim * cfg.score_scale / max(scales, key=abs):.4g}: exp must not overflow")
 
+def set_up_jax(cfg):
+    """Compiled programs go into this user's cache, and a float32 model is computed in float32."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
+        jax.config.update("jax_compilation_cache_max_size", 4 << 30)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if cfg.compute_dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "float32")  # accelerators would round operands otherwise
+
 def configure(argv):
     """Flags -> (Config, why this preset); sets JAX up. Raises UsageError, DataError."""
     given = parse_flags(argv)
@@ -1488,15 +1497,10 @@ def configure(argv):
         jax.config.update("jax_num_cpu_devices", given["cpu_devices"])  # before anything asks for a device
     if given.get("multihost"):
         join_hosts(given["multihost"])
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
-        jax.config.update("jax_compilation_cache_max_size", 4 << 30)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     preset, why = choose_preset(given)
     cfg = choose_attention(Config(**PRESETS[preset] | given | {"preset": preset}), jax.default_backend())
     validate(cfg)
-    if cfg.compute_dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "float32")  # accelerators would round operands otherwise
+    set_up_jax(cfg)
     return cfg, why
 
 # ---- main ------------------------------------------------------------------------------------------------------------

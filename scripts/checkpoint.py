@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax
 
-from train import (CheckpointError, Config, UsageError, choose_attention, errors_as, gather, init_params, load_tensors, make_mesh,
-                   param_specs, read_manifest, state_shardings, unstack, validate, Model)
+from train import (CheckpointError, Config, Model, UsageError, choose_attention, errors_as, gather, init_params, load_tensors, make_mesh,
+                   param_specs, read_manifest, set_up_jax, state_shardings, unstack, validate)
 
 class Trained(NamedTuple):
     """cfg: the run's, its attention chosen for this machine. meta: tokenizer, vocab_size, bos_id of its shards. params: float32 by
@@ -46,6 +46,7 @@ def open_checkpoint(path, device=None):
     with errors_as(CheckpointError, f"{folder.parent.parent / 'config.json'}: wanted config and meta of the run"):
         meta = json.loads((folder.parent.parent / "config.json").read_text())["meta"]
         meta = {"tokenizer": str(meta["tokenizer"]), "vocab_size": int(meta["vocab_size"]), "bos_id": int(meta["bos_id"])}
+    set_up_jax(cfg)
     mesh = make_mesh([device or jax.devices()[0]])
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), param_specs(cfg), cfg))
     wanted = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

@@ -24,7 +24,7 @@ over the sets is in the manner of CORE, but of these sets and not of its 22; COR
 Results are lines of --out, by default RUN/evaluate.jsonl; what is there for these weights, data and flags is kept.
 Exit codes: 0, 2 usage, 3 data, 4 checkpoint, 5 a loss that is not finite, 130 interrupted.
 """
-import argparse, contextlib, dataclasses, hashlib, json, math, os, random, sys, time
+import argparse, contextlib, dataclasses, hashlib, json, math, random, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -379,11 +379,7 @@ def main(argv=None):
     if args.fetch:
         eval_sets.fetch(Path(args.tasks))
     tasks = read_tasks(args.tasks, [*filter(None, args.only.split(","))]) if args.tasks else []
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(train.cache_dir() / "jax"))
     trained = open_checkpoint(args.checkpoint)
-    if trained.cfg.compute_dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "float32")
     tokenizer, lacking = None, ""
     try:
         folder = Path(args.tokenizer) if args.tokenizer else text.folder_of_run(trained.cfg)

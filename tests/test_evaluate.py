@@ -44,7 +44,8 @@ def changed(run, folder, change):
     safetensors.numpy.save_file(tensors, checkpoint / "params.safetensors")
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["sha256"]["params.safetensors"] = train.file_sha256(checkpoint / "params.safetensors")
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    manifest.pop("manifest_sha256")
+    (checkpoint / "manifest.json").write_text(train.manifest_text(manifest))
     return folder
 
 

@@ -191,7 +191,7 @@ def run_folder(tmp_path_factory):
     folder, mesh = tmp_path_factory.mktemp("run"), make_mesh(jax.devices()[:1])
     cfg = dataclasses.replace(SMALL, vocab_size=257, bos_id=256, train_files=f"{folder}/train_*.bin", preset="tiny", batch_tokens="60", seq_len="30", val_seq_len=30, val_context=10)
     params = numpy_gpt.random_weights(cfg, jax.tree.map(lambda spec: shape_of(spec, cfg), param_specs(cfg)))
-    save_checkpoint(State(jnp.int32(7), jax.tree.map(jnp.asarray, params), {}), folder, mesh, cfg, {})
+    save_checkpoint(State(jnp.int32(7), jax.tree.map(jnp.asarray, params), {}), folder, mesh, cfg, {"seconds": [0.0, 0.0], "reached": None, "row": None}, {})
     (folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), "meta": BYTES}))
     return folder
 
