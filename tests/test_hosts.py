@@ -332,8 +332,8 @@ def test_a_bug_on_one_host_ends_the_other_too(where, hosts):
 
 @pytest.mark.soak
 def test_a_save_that_outlasts_the_heartbeat_is_waited_for(hosts):
-    slow = "manifest_text = train.manifest_text\ntrain.manifest_text = lambda *x: (time.sleep(12), manifest_text(*x))[1]\n"
-    run = hosts.start(patch=SLOWLY + slow + "train.HEARTBEAT_S = 5\n")
+    slow = "manifest_text = train.manifest_text\ntrain.manifest_text = lambda *x: (time.sleep(25), manifest_text(*x))[1]\n"
+    run = hosts.start(patch=SLOWLY + slow + "train.HEARTBEAT_S = 10\n")
     run[0].says("step:3/")
     run[1].signal(signal.SIGTERM)
     stopped(hosts, run)
