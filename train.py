@@ -20,7 +20,7 @@ One letter, one axis, in array names, einsum strings and the weight table alike:
 Every device runs the same program on its own rows. Weights and optimizer state live split over the devices; a step
 gathers compute copies once, accumulates gradients locally, and reduces each gradient element once.
 """
-import argparse, bisect, collections, contextlib, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os
+import argparse, bisect, collections, contextlib, ctypes, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os
 import platform, re, shlex, shutil, signal, sys, sysconfig, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1282,6 +1282,8 @@ class Run:
         return self.total + (0 if self.since is None else np.array([time.perf_counter(), time.process_time()]) - self.since)
     def put(self, name, text, mode="a"):
         """Write to a file of the run's folder. Where the disk refuses, training goes on; the end of the run says so."""
+        if not self.writes:
+            return
         try:
             with open(self.folder / name, mode, encoding="utf-8") as file:
                 size = file.tell()
@@ -1327,9 +1329,8 @@ class Run:
         self.metrics(row)
         self.marked, self.steps, self.waited = row["train_time_s"], 0, 0.0
     def metrics(self, row):
-        if self.writes:
-            self.rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-            self.put("metrics.jsonl", json.dumps(self.rows[-1]) + "\n")
+        self.rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+        self.put("metrics.jsonl", json.dumps(self.rows[-1]) + "\n")
     def save(self, state, mesh, row):
         """A checkpoint off the clock. Returns whether it was written; where not, training goes on and tries again at the next."""
         start, progress = time.perf_counter(), {"seconds": self.seconds().tolist(), "reached": self.reached, "row": row}
@@ -1361,6 +1362,8 @@ class Stop:
             os._exit(128 + number if self.asked else Preempted.exit_code)
         self.asked = True
         os.write(2, f"\n{name}: saves a checkpoint after this step and ends; again: ends at once\n".encode())
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
     def at(self, done):
         """Whether to stop after this step. Several processes agree on it: JAX's preemption service hears their SIGTERM."""
         return multihost_utils.reached_preemption_sync_point(done) if jax.distributed.is_initialized() else self.asked
@@ -1588,6 +1591,7 @@ def train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg):
                 run.write(row)
             saved = saves and run.save(state, mesh, row)
             if stopping and not last:
+                saved = multihost_utils.broadcast_one_to_all(bool(saved))  # no host leaves before the first has written
                 raise Preempted(f"stopped after step {done}, which {'is saved' if saved else 'COULD NOT BE SAVED'}; "
                                 f"go on with the same command and --resume={run.folder}, or auto")
             run.start()
@@ -1605,8 +1609,7 @@ def report(state, row, run, meta, model, cfg):
              + (f" target:{cfg.target_loss:g} {target}" if cfg.target_loss else ""))
     run.metrics({key: row[key] for key in ("step", "tokens", "train_time_s", "cpu_time_s", "val_loss")}
                 | ({"target_reached_step": run.reached["step"]} if run.reached else {}))
-    if run.writes:
-        run.put("loss.svg", loss_svg(run.rows, cfg), "w")
+    run.put("loss.svg", loss_svg(run.rows, cfg), "w")
     if meta["tokenizer"] == "bytes" and jax.process_count() == 1:
         whole = jax.device_put(jax.tree.map(np.asarray, state.params), jax.devices()[0])
         weights = unstack(gather(whole, model.specs(cfg), 1, cfg))
@@ -1640,45 +1643,62 @@ def join_hosts(where):
         address, count, index = (None, None, None) if where == "auto" else (part(x) for part, x in zip((str, int, int), where.split(","), strict=True))
         if where != "auto" and not (":" in address and 0 <= index < count):
             raise ValueError("an INDEX from 0 to COUNT - 1 of a process at HOST:PORT")
-    def give_up():
-        os.write(2, f"error: --multihost={where}: after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each\n".encode())
+    def give_up(number=0):
+        why = f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
+        why = "another host of this run is gone, see its output; start all of them again with --resume=auto" if number else why
+        os.write(2, f"error: --multihost={where}: {why}\n".encode())
         os._exit(Preempted.exit_code)
-    timer = threading.Timer(INIT_TIMEOUT_S, give_up)  # JAX itself would abort the process
+    join_hosts.aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(give_up)  # JAX aborts, on a thread of its own, where a host is gone
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), join_hosts.aborted)
+    timer = threading.Timer(INIT_TIMEOUT_S, give_up)
     timer.daemon = True
     timer.start()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service hears it from here on
+    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python hears nothing while JAX waits
     try:
         jax.distributed.initialize(address, count, index, initialization_timeout=2 * INIT_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_S)
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, heard)
 
-def compare_hosts(facts):
-    """Raises UsageError on every host where one has other facts than the first: code, config, data, versions, checkpoint."""
+def compare_hosts(facts, folder=""):
+    """Host 0's folder. Raises UsageError on every host where one has an error, or other facts: code, config, data, versions, checkpoint."""
     text = np.zeros(1 << 16, np.uint8)
-    said = json.dumps(facts).encode()
+    said = json.dumps([facts, str(folder)]).encode()
     text[:len(said)] = np.frombuffer(said, np.uint8)
-    ours, *others = (json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(text))
-    for i, theirs in enumerate(others, 1):
+    hosts = [json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(text)]
+    ours, folder = hosts[0]
+    for i, (theirs, _) in enumerate(hosts):
+        if "error" in theirs:
+            raise UsageError(f"host {i} cannot begin: {theirs['error']}")
+    for i, (theirs, _) in enumerate(hosts):
         for name in sorted(ours | theirs):
             if ours.get(name) != theirs.get(name):
                 raise UsageError(f"host {i} has {name}={theirs.get(name)}, but host 0 {name}={ours.get(name)}: hosts must be alike")
+    return Path(folder)
 
 def main(argv=None, model=None, stop=None):
     """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop. stop: what hears
     signals, by default nothing. Returns the run's folder. Raises UsageError, DataError and CheckpointError before compiling,
     NonFiniteLoss, and Preempted once a checkpoint is written."""
     source, argv, model, stop = Path(__file__).read_text(), sys.argv[1:] if argv is None else argv, model or Model(), stop or Stop()
-    cfg, why = configure(argv)
-    print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
-    train, val, note, cfg = open_data(cfg)
-    facts = facts_of(source, train, val)
-    checkpoint, manifest = find_checkpoint(cfg, facts["data"])
+    try:
+        cfg, why = configure(argv)
+        print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
+        train, val, note, cfg = open_data(cfg)
+        facts = facts_of(source, train, val)
+        checkpoint, manifest = find_checkpoint(cfg, facts["data"])
+    except Exception as error:
+        if jax.distributed.is_initialized():
+            with contextlib.suppress(UsageError):
+                compare_hosts({"error": str(error)})  # the others say it too
+        raise
     folder = Path(cfg.log_dir) / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
     mesh, specs, folder = make_mesh(), model.specs(cfg), checkpoint.parent.parent if checkpoint else folder
     with runtime_errors(cfg):
         if jax.distributed.is_initialized():
             flags = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items() if name != "multihost"}
-            compare_hosts(facts | flags | {"checkpoint at step": manifest["step"]})
+            folder = compare_hosts(facts | flags | {"checkpoint": checkpoint and "/".join(checkpoint.parts[-3:])}, folder)
         if manifest["step"] == cfg.steps and (folder / "log.txt").read_bytes().splitlines()[-1].startswith(b"sha256:"):
             print(f"{checkpoint} is that run's last step, nothing is left to train")
             return folder
@@ -1686,8 +1706,7 @@ def main(argv=None, model=None, stop=None):
         print("compiling; the next time it is cached ...", flush=True)
         programs, notes = compile_all(model, mesh, cfg)
         describe(run, source, why, argv, train, val, [note, f"parameters: {count_params(specs, cfg)}", *notes], cfg)
-        if run.writes:
-            run.put("config.json", json.dumps({"config": dataclasses.asdict(cfg), "meta": val.meta}, indent=1), "w")
+        run.put("config.json", json.dumps({"config": dataclasses.asdict(cfg), "meta": val.meta}, indent=1), "w")
         warm_up(programs, mesh, cfg)
         state = programs["init"]()
         if checkpoint:
@@ -1705,11 +1724,16 @@ def command(run=None):
     """main() for the shell: for what a user can mend, one sentence and an exit code instead of a traceback."""
     try:
         (run or main)()
-    except (UsageError, DataError, CheckpointError, NonFiniteLoss, Preempted) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if jax.distributed.is_initialized():
-            os._exit(error.exit_code)  # JAX would wait for hosts that wait for this one
-        return error.exit_code
+    except Exception as error:
+        joined, code = jax.distributed.is_initialized(), getattr(error, "exit_code", 1)
+        if not joined and not hasattr(error, "exit_code"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True) if hasattr(error, "exit_code") else sys.excepthook(*sys.exc_info())
+        if joined:  # JAX would wait for hosts that wait for this one
+            sys.stdout.flush()
+            time.sleep(3 * (jax.process_index() == 0))  # the others say theirs first: without host 0 they end at once
+            os._exit(code)
+        return code
 
 if __name__ == "__main__":
     sys.exit(command(lambda: main(stop=Stop().listen())))
