@@ -27,7 +27,7 @@ def make_run(folder, seed=0, upto=30, loss=lambda step: 4 - step / 20, second=0.
     for name in ("train_000000.bin", "val_000000.bin"):
         (folder.parent / name).write_bytes(shard_bytes(np.arange(4000) % 256))
     shards = [train.open_shards(str(folder.parent / f"{kind}_*.bin")) for kind in ("train", "val")]
-    run = train.Run(folder, Model().specs(cfg), cfg, {})
+    run = train.Run(folder, Model().specs(cfg), cfg, train.FRESH, {})
     train.describe(run, (ROOT / "train.py").read_text(), "asked for", ["--preset=tiny"], *shards, ["parameters: 7"], cfg)
     (folder / "config.json").write_text(json.dumps({"config": vars(cfg), "meta": {}}))
     table = train.stages(cfg)
