@@ -1165,7 +1165,7 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress, facts):
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(f"{final}: {error}") from error
     for old in [path for path in sorted(final.parent.glob("step-*")) if path.name <= final.name][:-2]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(f".writing-{old.name}")), ignore_errors=True)  # half of one never bears its name
     return final
 
 def read_text(path):
