@@ -1281,15 +1281,17 @@ class Run:
     def seconds(self):  # of training so far: [wall, cpu]
         return self.total + (0 if self.since is None else np.array([time.perf_counter(), time.process_time()]) - self.since)
     def put(self, name, text, mode="a"):
-        """Write to a file of the run's folder. Where the disk refuses, training goes on; the end of the run says so."""
+        """Write to a file of the run's folder, a whole one atomically. Where the disk refuses, training goes on; the end of the run says so."""
+        path = self.folder / (name if mode == "a" else f".writing-{name}")
         try:
-            with open(self.folder / name, mode, encoding="utf-8") as file:
+            with open(path, mode, encoding="utf-8") as file:
                 size = file.tell()
                 file.write(text)
+            path.replace(self.folder / name)
         except OSError as error:
             self.warn(f"{self.folder / name} could not be written ({error})")
             with contextlib.suppress(OSError, NameError):
-                os.truncate(self.folder / name, size)  # no half a line
+                os.truncate(path, size)  # no half a line
     def warn(self, text):
         self.unwritten = text
         print(f"warning: {text}; training goes on", file=sys.stderr, flush=True)
