@@ -1581,7 +1581,7 @@ def train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg):
             if evaluates or due(cfg.log_every, done):
                 run.write(row)
             saved = saves and run.save(state, mesh, row)
-            if stopping and not last:
+            if stopping or saved and stop.asked:
                 raise Preempted(f"stopped after step {done}, which {'is saved' if saved else 'COULD NOT BE SAVED'}; "
                                 f"go on with the same command and --resume={run.folder}, or auto")
             run.start()
