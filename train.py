@@ -1673,7 +1673,7 @@ def main(argv=None, model=None, stop=None):
         if jax.distributed.is_initialized():
             flags = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items() if name != "multihost"}
             compare_hosts(facts | flags | {"checkpoint at step": manifest["step"]})
-        if manifest["step"] == cfg.steps and (folder / "log.txt").read_bytes().splitlines()[-1].startswith(b"sha256:"):
+        if manifest["step"] == cfg.steps and any(log.read_bytes()[-73:].startswith(b"\nsha256:") for log in folder.glob("log.txt")):
             print(f"{checkpoint} is that run's last step, nothing is left to train")
             return folder
         run = Run(folder, specs, cfg, manifest, facts)
