@@ -3,6 +3,7 @@
 The model is a table of bigrams, so that a run takes a second; all else is the trainer's own. Processes are forked from a
 server that has imported train and started no backend (multiprocessing's forkserver).
 """
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -204,7 +205,7 @@ def ended(process, seconds=120):
 
 
 def struck(process, number):
-    if process.is_alive():
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.kill(process.pid, number)
 
 
