@@ -62,6 +62,7 @@ def live(argv, output, strikes, cache):
     for name, value in {"compilation_cache_dir": cache, "persistent_cache_min_compile_time_secs": 0,
                         "persistent_cache_min_entry_size_bytes": -1, "disable_most_optimizations": True}.items():
         jax.config.update(f"jax_{name}", value)
+    train.sample = lambda *_: [104, 105]  # drawing takes twice as long as all the rest
     for point, count, numbers in strikes:
         POINTS[point](count, numbers)
     code = train.command(lambda: train.main(argv, BIGRAM, train.Stop().listen()))
