@@ -1165,7 +1165,7 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress, facts):
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(f"{final}: {error}") from error
     for old in [path for path in sorted(final.parent.glob("step-*")) if path.name <= final.name][:-2]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(f".writing-{old.name}")), ignore_errors=True)  # half of one never bears its name
     return final
 
 def read_text(path):
@@ -1281,17 +1281,19 @@ class Run:
     def seconds(self):  # of training so far: [wall, cpu]
         return self.total + (0 if self.since is None else np.array([time.perf_counter(), time.process_time()]) - self.since)
     def put(self, name, text, mode="a"):
-        """Write to a file of the run's folder. Where the disk refuses, training goes on; the end of the run says so."""
+        """Write to a file of the run's folder, a whole one atomically. Where the disk refuses, training goes on; the end of the run says so."""
         if not self.writes:
             return
+        path = self.folder / (name if mode == "a" else f".writing-{name}")
         try:
-            with open(self.folder / name, mode, encoding="utf-8") as file:
+            with open(path, mode, encoding="utf-8") as file:
                 size = file.tell()
                 file.write(text)
+            path.replace(self.folder / name)
         except OSError as error:
             self.warn(f"{self.folder / name} could not be written ({error})")
             with contextlib.suppress(OSError, NameError):
-                os.truncate(self.folder / name, size)  # no half a line
+                os.truncate(path, size)  # no half a line
     def warn(self, text):
         self.unwritten = text
         print(f"warning: {text}; training goes on", file=sys.stderr, flush=True)
@@ -1590,7 +1592,7 @@ def train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg):
             if evaluates or due(cfg.log_every, done):
                 run.write(row)
             saved = saves and run.save(state, mesh, row)
-            if stopping and not last:
+            if stopping or saved and stop.asked and not jax.distributed.is_initialized():
                 saved = multihost_utils.broadcast_one_to_all(bool(saved))  # no host leaves before the first has written
                 raise Preempted(f"stopped after step {done}, which {'is saved' if saved else 'COULD NOT BE SAVED'}; "
                                 f"go on with the same command and --resume={run.folder}, or auto")
@@ -1699,7 +1701,7 @@ def main(argv=None, model=None, stop=None):
         if jax.distributed.is_initialized():
             flags = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items() if name != "multihost"}
             folder = compare_hosts(facts | flags | {"checkpoint": checkpoint and "/".join(checkpoint.parts[-3:])}, folder)
-        if manifest["step"] == cfg.steps and (folder / "log.txt").read_bytes().splitlines()[-1].startswith(b"sha256:"):
+        if manifest["step"] == cfg.steps and any(log.read_bytes()[-73:].startswith(b"\nsha256:") for log in folder.glob("log.txt")):
             print(f"{checkpoint} is that run's last step, nothing is left to train")
             return folder
         run = Run(folder, specs, cfg, manifest, facts)
