@@ -52,8 +52,12 @@ def errors_as(kind, what):
     """An error within is raised as `kind`, with `what` before it; one with an exit code passes as it is."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, safetensors.SafetensorError) as error:
         raise error if hasattr(error, "exit_code") else kind(f"{what} ({error!r})") from error
+
+def plain(text):
+    """Text that may hold what others wrote, for the terminal: one line without control characters, not too long."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))[:1000]
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -798,14 +802,26 @@ def write_file(path, blob):
         staging.write_bytes(blob)
         staging.replace(path)
 
+def regular(path):
+    """The path of what is a file: a pipe or a device might be read for ever. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    return path
+
+def read_text(path):
+    """The text of a small file. Raises ValueError over a mebibyte, which nothing of ours reaches."""
+    if regular(path).stat().st_size > 1 << 20:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes")
+    return path.read_text()
+
 def file_sha256(path):
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def open_shard(path):
     """Memory-mapped tokens of a shard. Raises DataError for anything but a whole, well-formed one."""
     with errors_as(DataError, f"{path}: cannot be read"):
-        header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
+        header, size = np.fromfile(regular(path), "<i4", 256).tolist(), os.path.getsize(path)
     count = header[2] if len(header) == 256 else 0
     if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or count <= 0 or size != HEADER_BYTES + 2 * count:
         raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, {count} tokens; wanted {HEADER_BYTES} + 2 per token, "
@@ -823,7 +839,7 @@ def open_shards(pattern):
     with ThreadPoolExecutor() as pool, errors_as(DataError, f"{pattern}: cannot be read"):
         hashes = tuple(pool.map(file_sha256, paths))
     with errors_as(DataError, f"{file}: wanted tokenizer, vocab_size and bos_id"):
-        meta = json.loads(file.read_text()) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
+        meta = json.loads(read_text(file)) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
         return Shards(paths, tokens, {k: kind(meta[k]) for k, kind in zip(("tokenizer", "vocab_size", "bos_id"), (str, int, int))}, hashes)
 
 def plan_stream(shards, cfg):
@@ -1248,7 +1264,7 @@ def find_checkpoint(cfg, data=None):
             return folder, read_manifest(folder, cfg, data)
         except CheckpointError as error:
             if not (auto and isinstance(error, OtherConfig)):
-                print(f"--resume={cfg.resume}: passing over {error}")
+                print(plain(f"--resume={cfg.resume}: passing over {error}"))
                 problem = error
     if problem or cfg.resume and not auto:
         raise problem or CheckpointError(f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN")
@@ -1700,7 +1716,7 @@ def command(run=None):
     try:
         (run or main)()
     except (UsageError, DataError, CheckpointError, NonFiniteLoss, Preempted) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(plain(f"error: {error}"), file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():
             os._exit(error.exit_code)  # JAX would wait for hosts that wait for this one
         return error.exit_code
