@@ -1184,18 +1184,20 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress, facts):
         shutil.rmtree(old.rename(old.with_name(f".writing-{old.name}")), ignore_errors=True)  # half of one never bears its name
     return final
 
-def read_text(path):
-    """The text of a small file. Raises ValueError over a mebibyte, which nothing of ours reaches."""
-    if path.stat().st_size > 1 << 20:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes")
-    return path.read_text()
+def open_manifest(folder):
+    """A checkpoint's manifest, if it is as it was written. Raises CheckpointError."""
+    with errors_as(CheckpointError, f"{folder}: not a whole checkpoint; delete it"):
+        manifest = json.loads(text := read_text(folder / "manifest.json"))
+        if manifest.pop("manifest_sha256") is None or manifest_text(manifest) != text:
+            raise CheckpointError(f"{folder / 'manifest.json'}: damaged, its SHA-256 is not the one it ends with; delete {folder}")
+        return manifest
 
 def config_of(folder):
-    """The config that a checkpoint's run was started with, from the run's config.json or, where that is no more, the manifest."""
-    for path in (folder.parent.parent / "config.json", folder / "manifest.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return dict(json.loads(read_text(path))["config"])
-    raise CheckpointError(f"{folder}: not a whole checkpoint, no manifest.json can be read; delete it")
+    """The config that a checkpoint's run was started with, from its manifest or, where that is damaged, the run's config.json."""
+    with contextlib.suppress(CheckpointError):
+        return dict(open_manifest(folder)["config"])
+    with errors_as(CheckpointError, f"{folder}: not a whole checkpoint, neither manifest nor config.json can be read; delete it"):
+        return dict(json.loads(read_text(folder.parent.parent / "config.json"))["config"])
 
 def differing(folder, cfg):
     """[(field, value there, value here)] of the fields that make a checkpoint another run's."""
@@ -1208,11 +1210,8 @@ def read_manifest(folder, cfg, data=None):
     for name, there, here in differing(folder, cfg):
         raise OtherConfig(f"{folder}: saved with --{name}={there}, but this run has {here}; use the same, or start anew without --resume")
     numbers = lambda row: row and {str(key): x if type(x) is int else float(x) for key, x in row.items()}
+    manifest = open_manifest(folder)
     with errors_as(CheckpointError, f"{folder}: not a whole checkpoint; delete it"):
-        text = read_text(folder / "manifest.json")
-        manifest = json.loads(text)
-        if manifest.pop("manifest_sha256") is None or manifest_text(manifest) != text:
-            raise CheckpointError(f"{folder / 'manifest.json'}: damaged, its SHA-256 is not the one it ends with; delete {folder}")
         step, progress, facts = int(manifest["step"]), dict(manifest["progress"]), dict(manifest["versions"])
         seconds, reached, row = [float(x) for x in progress["seconds"]], progress["reached"], progress["row"]
         if f"step-{step:06d}" != folder.name or not 0 < step <= cfg.steps or len(seconds) != 2:
