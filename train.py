@@ -1282,41 +1282,45 @@ class Run:
         self.total, self.reached, self.row = np.array(manifest["progress"]["seconds"]), *map(manifest["progress"].get, ("reached", "row"))
         self.since, self.created, self.passing, self.facts = None, time.perf_counter(), False, facts
         self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
-        self.rows, self.unwritten = [], None  # metrics; the last thing that the disk refused
+        self.rows, self.unwritten = [], {}  # metrics; what the disk refused: {file: text}
         if self.writes:
             with errors_as(UsageError, f"--log_dir={cfg.log_dir}: no folder can be made there"):
                 folder.mkdir(parents=True, exist_ok=True)
             if (folder / "metrics.jsonl").exists():  # what was measured after the checkpoint is measured again
                 for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
-                    with contextlib.suppress(ValueError, TypeError, KeyError):
-                        self.rows += [row for row in [dict(json.loads(line))] if row["step"] <= manifest["step"] and "stage" in row]
+                    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                        row = dict(json.loads(line))
+                        numbers = {type(x) for x in row.values()} <= {int, float} and {"stage", "train_loss", "train_time_s"} <= row.keys()
+                        self.rows += [row] if numbers and row["step"] <= manifest["step"] else []
                 self.put("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows), "w")
     def start(self): self.since = np.array([time.perf_counter(), time.process_time()])
     def stop(self): self.total, self.since = self.seconds(), None
     def seconds(self):  # of training so far: [wall, cpu]
         return self.total + (0 if self.since is None else np.array([time.perf_counter(), time.process_time()]) - self.since)
     def put(self, name, text, mode="a"):
-        """Write to a file of the run's folder, a whole one atomically. Where the disk refuses, training goes on; the end of the run says so."""
-        path = self.folder / (name if mode == "a" else f".writing-{name}")
+        """Write to a file of the run's folder, a whole one atomically. Where the disk refuses, training goes on, and the next text tries again."""
+        before, mode = self.unwritten.pop(name, ("", mode))
+        path, text = self.folder / (name if mode == "a" else f".writing-{name}"), before + text
         try:
             with open(path, mode, encoding="utf-8") as file:
                 size = file.tell()
                 file.write(text)
             path.replace(self.folder / name)
         except OSError as error:
-            self.warn(f"{self.folder / name} could not be written ({error})")
+            self.warn(name, f"{self.folder / name} could not be written ({error})", text, mode)
             with contextlib.suppress(OSError, NameError):
                 os.truncate(path, size)  # no half a line
-    def warn(self, text):
-        self.unwritten = text
-        print(f"warning: {text}; training goes on", file=sys.stderr, flush=True)
+    def warn(self, name, problem, *unwritten):
+        self.unwritten[name] = unwritten
+        print(plain(f"warning: {problem}; training goes on"), file=sys.stderr, flush=True)
     def line(self, text, passing=False):
         """To log.txt and the console; on a terminal the next line takes the place of a passing one."""
         if self.writes:
             self.put("log.txt", text + "\n")
             passing = passing and sys.stdout.isatty()
             text = text[:shutil.get_terminal_size().columns - 1] if passing else text
-            print(("\r\x1b[K" if self.passing else "") + text, end="" if passing else "\n", flush=True)
+            with contextlib.suppress(OSError):  # the console may be a file on the same full disk, or closed
+                print(("\r\x1b[K" if self.passing else "") + text, end="" if passing else "\n", flush=True)
             self.passing = passing
     def settle(self, step, loss):
         """Wait for the loss of a dispatched step; its metrics. Raises NonFiniteLoss."""
@@ -1353,13 +1357,15 @@ class Run:
         try:
             folder = save_checkpoint(state, self.folder, mesh, self.cfg, progress, self.facts)
         except OSError as error:
-            return self.warn(f"no checkpoint of step {row['step']} ({error}); the one before stands")
+            return self.warn("the last checkpoint", f"no checkpoint of step {row['step']} ({error}); the one before stands")
+        self.unwritten.pop("the last checkpoint", None)
         self.line(f"saved: {folder.name} in {time.perf_counter() - start:.1f}s")
         return True
     def seal(self):
         """The log's last line: SHA-256 of all bytes above it. Raises CheckpointError if anything could not be written."""
         if self.unwritten:
-            raise CheckpointError(f"{self.unwritten}; the run ended without it. Make room, then run the same with --resume={self.folder}")
+            raise CheckpointError(f"{', '.join(self.unwritten)} of {self.folder} could not be written. Make room, then run the same "
+                                  f"with --resume={self.folder}")
         if self.writes:
             self.put("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}\n")
 
