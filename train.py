@@ -1434,6 +1434,9 @@ def parse_flags(argv):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
         fail(f"{unknown[0]}: there is no such flag; the nearest is --{near}")
+    for name, value in vars(given).items():
+        if type(value) is not fields[name].type or fields[name].type is float and not math.isfinite(value):
+            fail(f"--{name}={value}: wanted a finite {fields[name].type.__name__}")
     return vars(given)
 
 def choose_preset(given):
@@ -1504,6 +1507,8 @@ def configure(argv):
     """Flags -> (Config, why this preset); sets JAX up. Raises UsageError, DataError."""
     given = parse_flags(argv)
     if given.get("cpu_devices"):
+        if not 0 < given["cpu_devices"] <= 1024:
+            raise UsageError(f"--cpu_devices={given['cpu_devices']}: wanted 0 to 1024")
         jax.config.update("jax_num_cpu_devices", given["cpu_devices"])  # before anything asks for a device
     if given.get("multihost"):
         join_hosts(given["multihost"])
