@@ -1643,9 +1643,12 @@ def runtime_errors(cfg):
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            shorter = [f"--{name}={getattr(cfg, name) // 2}" for name in ("micro_tokens", "head_block", "attn_block")]
-            raise UsageError(f"out of memory. Turn {shorter[0]} (rows of --seq_len={cfg.seq_len} must fit), {shorter[1]}, and "
-                             f"{shorter[2] if jax.device_count() == 1 or cfg.fsdp else '--fsdp=1'}: the update stays the same "
+            n, half = jax.device_count(), lambda x: x // 2 if x % 2 == 0 else x
+            row, shapes = max(stage.seq_len for stage in stages(cfg)), [batch_shape(stage, n, cfg) for stage in stages(cfg)]
+            micro = max(1, max(rows // n * (width - 1) for _, rows, width in shapes) // 2 // row) * row
+            third = "--fsdp=1" if n > 1 and not cfg.fsdp else f"--attn_block={half(math.gcd(cfg.attn_block, row))}"
+            raise UsageError(f"out of memory. Turn --micro_tokens={micro} (rows of --seq_len={cfg.seq_len} must fit), "
+                             f"--head_block={half(math.gcd(cfg.head_block, micro))}, and {third}: the update stays the same "
                              f"({str(error).splitlines()[0][:200]})") from error
         if jax.distributed.is_initialized():
             raise Preempted(f"another host of this run is gone, see its output; start all of them again with --resume=auto "
