@@ -1363,11 +1363,11 @@ class Run:
         return True
     def seal(self):
         """The log's last line: SHA-256 of all bytes above it. Raises CheckpointError if anything could not be written."""
+        if self.writes and not self.unwritten:
+            self.put("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}\n")
         if self.unwritten:
             raise CheckpointError(f"{', '.join(self.unwritten)} of {self.folder} could not be written. Make room, then run the same "
                                   f"with --resume={self.folder}")
-        if self.writes:
-            self.put("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}\n")
 
 class Stop:
     """What a signal asks of the loop. SIGTERM or SIGINT (Ctrl-C) between the first step and the last: a checkpoint of the present
