@@ -52,8 +52,12 @@ def errors_as(kind, what):
     """An error within is raised as `kind`, with `what` before it; one with an exit code passes as it is."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, safetensors.SafetensorError) as error:
         raise error if hasattr(error, "exit_code") else kind(f"{what} ({error!r})") from error
+
+def plain(text):
+    """Text that may hold what others wrote, for the terminal: one line without control characters, not too long."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))[:1000]
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -798,14 +802,26 @@ def write_file(path, blob):
         staging.write_bytes(blob)
         staging.replace(path)
 
+def regular(path):
+    """The path of what is a file: a pipe or a device might be read for ever. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    return path
+
+def read_text(path):
+    """The text of a small file. Raises ValueError over a mebibyte, which nothing of ours reaches."""
+    if regular(path).stat().st_size > 1 << 20:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes")
+    return path.read_text()
+
 def file_sha256(path):
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def open_shard(path):
     """Memory-mapped tokens of a shard. Raises DataError for anything but a whole, well-formed one."""
     with errors_as(DataError, f"{path}: cannot be read"):
-        header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
+        header, size = np.fromfile(regular(path), "<i4", 256).tolist(), os.path.getsize(path)
     count = header[2] if len(header) == 256 else 0
     if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or count <= 0 or size != HEADER_BYTES + 2 * count:
         raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, {count} tokens; wanted {HEADER_BYTES} + 2 per token, "
@@ -823,7 +839,7 @@ def open_shards(pattern):
     with ThreadPoolExecutor() as pool, errors_as(DataError, f"{pattern}: cannot be read"):
         hashes = tuple(pool.map(file_sha256, paths))
     with errors_as(DataError, f"{file}: wanted tokenizer, vocab_size and bos_id"):
-        meta = json.loads(file.read_text()) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
+        meta = json.loads(read_text(file)) if file.exists() else {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
         return Shards(paths, tokens, {k: kind(meta[k]) for k, kind in zip(("tokenizer", "vocab_size", "bos_id"), (str, int, int))}, hashes)
 
 def plan_stream(shards, cfg):
@@ -1168,18 +1184,20 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress, facts):
         shutil.rmtree(old.rename(old.with_name(f".writing-{old.name}")), ignore_errors=True)  # half of one never bears its name
     return final
 
-def read_text(path):
-    """The text of a small file. Raises ValueError over a mebibyte, which nothing of ours reaches."""
-    if path.stat().st_size > 1 << 20:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes")
-    return path.read_text()
+def open_manifest(folder):
+    """A checkpoint's manifest, if it is as it was written. Raises CheckpointError."""
+    with errors_as(CheckpointError, f"{folder}: not a whole checkpoint; delete it"):
+        manifest = json.loads(text := read_text(folder / "manifest.json"))
+        if manifest.pop("manifest_sha256") is None or manifest_text(manifest) != text:
+            raise CheckpointError(f"{folder / 'manifest.json'}: damaged, its SHA-256 is not the one it ends with; delete {folder}")
+        return manifest
 
 def config_of(folder):
-    """The config that a checkpoint's run was started with, from the run's config.json or, where that is no more, the manifest."""
-    for path in (folder.parent.parent / "config.json", folder / "manifest.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return dict(json.loads(read_text(path))["config"])
-    raise CheckpointError(f"{folder}: not a whole checkpoint, no manifest.json can be read; delete it")
+    """The config that a checkpoint's run was started with, from its manifest or, where that is damaged, the run's config.json."""
+    with contextlib.suppress(CheckpointError):
+        return dict(open_manifest(folder)["config"])
+    with errors_as(CheckpointError, f"{folder}: not a whole checkpoint, neither manifest nor config.json can be read; delete it"):
+        return dict(json.loads(read_text(folder.parent.parent / "config.json"))["config"])
 
 def differing(folder, cfg):
     """[(field, value there, value here)] of the fields that make a checkpoint another run's."""
@@ -1192,11 +1210,8 @@ def read_manifest(folder, cfg, data=None):
     for name, there, here in differing(folder, cfg):
         raise OtherConfig(f"{folder}: saved with --{name}={there}, but this run has {here}; use the same, or start anew without --resume")
     numbers = lambda row: row and {str(key): x if type(x) is int else float(x) for key, x in row.items()}
+    manifest = open_manifest(folder)
     with errors_as(CheckpointError, f"{folder}: not a whole checkpoint; delete it"):
-        text = read_text(folder / "manifest.json")
-        manifest = json.loads(text)
-        if manifest.pop("manifest_sha256") is None or manifest_text(manifest) != text:
-            raise CheckpointError(f"{folder / 'manifest.json'}: damaged, its SHA-256 is not the one it ends with; delete {folder}")
         step, progress, facts = int(manifest["step"]), dict(manifest["progress"]), dict(manifest["versions"])
         seconds, reached, row = [float(x) for x in progress["seconds"]], progress["reached"], progress["row"]
         if f"step-{step:06d}" != folder.name or not 0 < step <= cfg.steps or len(seconds) != 2:
@@ -1248,7 +1263,7 @@ def find_checkpoint(cfg, data=None):
             return folder, read_manifest(folder, cfg, data)
         except CheckpointError as error:
             if not (auto and isinstance(error, OtherConfig)):
-                print(f"--resume={cfg.resume}: passing over {error}")
+                print(plain(f"--resume={cfg.resume}: passing over {error}"))
                 problem = error
     if problem or cfg.resume and not auto:
         raise problem or CheckpointError(f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN")
@@ -1267,43 +1282,47 @@ class Run:
         self.total, self.reached, self.row = np.array(manifest["progress"]["seconds"]), *map(manifest["progress"].get, ("reached", "row"))
         self.since, self.created, self.passing, self.facts = None, time.perf_counter(), False, facts
         self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
-        self.rows, self.unwritten = [], None  # metrics; the last thing that the disk refused
+        self.rows, self.unwritten = [], {}  # metrics; what the disk refused: {file: text}
         if self.writes:
             with errors_as(UsageError, f"--log_dir={cfg.log_dir}: no folder can be made there"):
                 folder.mkdir(parents=True, exist_ok=True)
             if (folder / "metrics.jsonl").exists():  # what was measured after the checkpoint is measured again
                 for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
-                    with contextlib.suppress(ValueError, TypeError, KeyError):
-                        self.rows += [row for row in [dict(json.loads(line))] if row["step"] <= manifest["step"] and "stage" in row]
+                    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                        row = dict(json.loads(line))
+                        numbers = {type(x) for x in row.values()} <= {int, float} and {"stage", "train_loss", "train_time_s"} <= row.keys()
+                        self.rows += [row] if numbers and row["step"] <= manifest["step"] else []
                 self.put("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows), "w")
     def start(self): self.since = np.array([time.perf_counter(), time.process_time()])
     def stop(self): self.total, self.since = self.seconds(), None
     def seconds(self):  # of training so far: [wall, cpu]
         return self.total + (0 if self.since is None else np.array([time.perf_counter(), time.process_time()]) - self.since)
     def put(self, name, text, mode="a"):
-        """Write to a file of the run's folder, a whole one atomically. Where the disk refuses, training goes on; the end of the run says so."""
+        """Write to a file of the run's folder, a whole one atomically. Where the disk refuses, training goes on, and the next text tries again."""
         if not self.writes:
             return
-        path = self.folder / (name if mode == "a" else f".writing-{name}")
+        before, mode = self.unwritten.pop(name, ("", mode))
+        path, text = self.folder / (name if mode == "a" else f".writing-{name}"), before + text
         try:
             with open(path, mode, encoding="utf-8") as file:
                 size = file.tell()
                 file.write(text)
             path.replace(self.folder / name)
         except OSError as error:
-            self.warn(f"{self.folder / name} could not be written ({error})")
+            self.warn(name, f"{self.folder / name} could not be written ({error})", text, mode)
             with contextlib.suppress(OSError, NameError):
                 os.truncate(path, size)  # no half a line
-    def warn(self, text):
-        self.unwritten = text
-        print(f"warning: {text}; training goes on", file=sys.stderr, flush=True)
+    def warn(self, name, problem, *unwritten):
+        self.unwritten[name] = unwritten
+        print(plain(f"warning: {problem}; training goes on"), file=sys.stderr, flush=True)
     def line(self, text, passing=False):
         """To log.txt and the console; on a terminal the next line takes the place of a passing one."""
         if self.writes:
             self.put("log.txt", text + "\n")
             passing = passing and sys.stdout.isatty()
             text = text[:shutil.get_terminal_size().columns - 1] if passing else text
-            print(("\r\x1b[K" if self.passing else "") + text, end="" if passing else "\n", flush=True)
+            with contextlib.suppress(OSError):  # the console may be a file on the same full disk, or closed
+                print(("\r\x1b[K" if self.passing else "") + text, end="" if passing else "\n", flush=True)
             self.passing = passing
     def settle(self, step, loss):
         """Wait for the loss of a dispatched step; its metrics. Raises NonFiniteLoss."""
@@ -1339,15 +1358,17 @@ class Run:
         try:
             folder = save_checkpoint(state, self.folder, mesh, self.cfg, progress, self.facts)
         except OSError as error:
-            return self.warn(f"no checkpoint of step {row['step']} ({error}); the one before stands")
+            return self.warn("the last checkpoint", f"no checkpoint of step {row['step']} ({error}); the one before stands")
+        self.unwritten.pop("the last checkpoint", None)
         self.line(f"saved: {folder.name} in {time.perf_counter() - start:.1f}s")
         return True
     def seal(self):
         """The log's last line: SHA-256 of all bytes above it. Raises CheckpointError if anything could not be written."""
-        if self.unwritten:
-            raise CheckpointError(f"{self.unwritten}; the run ended without it. Make room, then run the same with --resume={self.folder}")
-        if self.writes:
+        if self.writes and not self.unwritten:
             self.put("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}\n")
+        if self.unwritten:
+            raise CheckpointError(f"{', '.join(self.unwritten)} of {self.folder} could not be written. Make room, then run the same "
+                                  f"with --resume={self.folder}")
 
 class Stop:
     """What a signal asks of the loop. SIGTERM or SIGINT (Ctrl-C) between the first step and the last: a checkpoint of the present
@@ -1416,6 +1437,9 @@ def parse_flags(argv):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
         fail(f"{unknown[0]}: there is no such flag; the nearest is --{near}")
+    for name, value in vars(given).items():
+        if type(value) is not fields[name].type or fields[name].type is float and not math.isfinite(value):
+            fail(f"--{name}={value}: wanted a finite {fields[name].type.__name__}")
     return vars(given)
 
 def choose_preset(given):
@@ -1499,6 +1523,8 @@ def configure(argv):
     """Flags -> (Config, why this preset); sets JAX up. Raises UsageError, DataError."""
     given = parse_flags(argv)
     if given.get("cpu_devices"):
+        if not 0 < given["cpu_devices"] <= 1024:
+            raise UsageError(f"--cpu_devices={given['cpu_devices']}: wanted 0 to 1024")
         jax.config.update("jax_num_cpu_devices", given["cpu_devices"])  # before anything asks for a device
     if given.get("multihost"):
         join_hosts(given["multihost"])
@@ -1628,9 +1654,12 @@ def runtime_errors(cfg):
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            shorter = [f"--{name}={getattr(cfg, name) // 2}" for name in ("micro_tokens", "head_block", "attn_block")]
-            raise UsageError(f"out of memory. Turn {shorter[0]} (rows of --seq_len={cfg.seq_len} must fit), {shorter[1]}, and "
-                             f"{shorter[2] if jax.device_count() == 1 or cfg.fsdp else '--fsdp=1'}: the update stays the same "
+            n, half = jax.device_count(), lambda x: x // 2 if x % 2 == 0 else x
+            row, shapes = max(stage.seq_len for stage in stages(cfg)), [batch_shape(stage, n, cfg) for stage in stages(cfg)]
+            micro = max(1, max(rows // n * (width - 1) for _, rows, width in shapes) // 2 // row) * row
+            third = "--fsdp=1" if n > 1 and not cfg.fsdp else f"--attn_block={half(math.gcd(cfg.attn_block, row))}"
+            raise UsageError(f"out of memory. Turn --micro_tokens={micro} (rows of --seq_len={cfg.seq_len} must fit), "
+                             f"--head_block={half(math.gcd(cfg.head_block, micro))}, and {third}: the update stays the same "
                              f"({str(error).splitlines()[0][:200]})") from error
         if jax.distributed.is_initialized():
             raise Preempted(f"another host of this run is gone, see its output; start all of them again with --resume=auto "
@@ -1730,7 +1759,7 @@ def command(run=None):
         joined, code = jax.distributed.is_initialized(), getattr(error, "exit_code", 1)
         if not joined and not hasattr(error, "exit_code"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True) if hasattr(error, "exit_code") else sys.excepthook(*sys.exc_info())
+        print(plain(f"error: {error}"), file=sys.stderr, flush=True) if hasattr(error, "exit_code") else sys.excepthook(*sys.exc_info())
         if joined:  # JAX would wait for hosts that wait for this one
             sys.stdout.flush()
             time.sleep(3 * (jax.process_index() == 0))  # the others say theirs first: without host 0 they end at once

@@ -584,8 +584,9 @@ def test_auto_takes_the_newest_run_of_this_config_and_is_not_misled_by_what_else
     newer, other = folder.with_name("20991231T000000Z-000000"), folder.with_name("20991231T000001Z-000000")
     shutil.copytree(folder, newer)
     shutil.copytree(folder, other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"config": config["config"] | {"seed": 1}}))
+    for path in (other / "ckpt").glob("*/manifest.json"):
+        manifest = {key: value for key, value in json.loads(path.read_text()).items() if key != "manifest_sha256"}
+        path.write_text(train.manifest_text(manifest | {"config": manifest["config"] | {"seed": 1}}))
     folder.with_name("zz.txt").write_text("a file")
     (folder.parent / "zzz").mkdir()
     (folder.parent / "zzz" / "config.json").write_text("no json")
