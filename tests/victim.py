@@ -74,7 +74,6 @@ def live(argv, output, strikes, cache):
 
 def hit(numbers):
     for number in numbers:
-        os.write(1, f"struck by {number} at {time.time()}\n".encode())
         os.kill(os.getpid(), number)
         time.sleep(0.02)  # a Python handler runs between two bytecodes
 
@@ -188,10 +187,6 @@ def runs_of(logs):
 
 def steps_written(folder):
     return [int(step) for step in re.findall(rf"^step:(\d+)/\d+ ", (folder / "log.txt").read_text(), re.MULTILINE)]
-
-
-def strikes_of(output):
-    return [float(at) for at in re.findall(r"^struck by \d+ at (\S+)$", Path(output).read_text(), re.MULTILINE)]
 
 
 def metrics_of(folder):
