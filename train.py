@@ -1202,8 +1202,7 @@ def config_of(folder):
 def differing(folder, cfg):
     """[(field, value there, value here)] of the fields that make a checkpoint another run's."""
     saved, mine = config_of(folder), dataclasses.asdict(cfg)
-    return [(k, saved.get(k), mine.get(k)) for k in sorted(mine | saved)
-            if k not in MAY_DIFFER and mine.get(k) != saved.get(k)]
+    return [(k, saved.get(k), mine.get(k)) for k in sorted(mine | saved) if k not in MAY_DIFFER and mine.get(k) != saved.get(k)]
 
 def read_manifest(folder, cfg, data=None):
     """The manifest of a checkpoint of this config, and of these data, whose files have the hashes it names. Raises CheckpointError."""
@@ -1370,27 +1369,6 @@ class Run:
             raise CheckpointError(f"{', '.join(self.unwritten)} of {self.folder} could not be written. Make room, then run the same "
                                   f"with --resume={self.folder}")
 
-class Stop:
-    """What a signal asks of the loop. SIGTERM or SIGINT (Ctrl-C) between the first step and the last: a checkpoint of the present
-    step, then exit 75. Before and after there is nothing to save: exit at once, as at the second signal anywhere."""
-    asked = looping = False
-    def listen(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.hear)
-        return self
-    def hear(self, number, frame):
-        name = signal.Signals(number).name
-        if self.asked or not self.looping:
-            os.write(2, f"\n{name}: ends at once\n".encode())
-            os._exit(128 + number if self.asked else Preempted.exit_code)
-        self.asked = True
-        os.write(2, f"\n{name}: saves a checkpoint after this step and ends; again: ends at once\n".encode())
-        if jax.distributed.is_initialized():
-            os.kill(os.getpid(), signal.SIGTERM)
-    def at(self, done):
-        """Whether to stop after this step. Several processes agree on it: JAX's preemption service hears their SIGTERM."""
-        return multihost_utils.reached_preemption_sync_point(done) if jax.distributed.is_initialized() else self.asked
-
 def loss_svg(rows, cfg):
     """A picture of metrics rows against steps: training loss (line), validation loss (dots), target, stages."""
     train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
@@ -1413,6 +1391,90 @@ def loss_svg(rows, cfg):
         text(410, 18, f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {seconds:.1f} s of training"),
         text(410, 402, f"step; dots: validation, line: training batch, nats per token; dashes: target {cfg.target_loss:g}"),
         "</svg>"])
+
+# ---- Signals, hosts, memory ------------------------------------------------------------------------------------------
+class Stop:
+    """What a signal asks of the loop. SIGTERM or SIGINT (Ctrl-C) between the first step and the last: a checkpoint of the present
+    step, then exit 75. Before and after there is nothing to save: exit at once, as at the second signal anywhere. Several processes
+    stop after the same step: JAX's preemption service hears their SIGTERM, and Ctrl-C is turned into one."""
+    asked = looping = False
+    def listen(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.hear)
+        return self
+    def hear(self, number, frame):
+        name = signal.Signals(number).name
+        if self.asked or not self.looping:
+            os.write(2, f"\n{name}: ends at once\n".encode())
+            os._exit(128 + number if self.asked else Preempted.exit_code)
+        self.asked = True
+        os.write(2, f"\n{name}: saves a checkpoint after this step and ends; again: ends at once\n".encode())
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
+    def at(self, done):
+        """Whether to stop after this step."""
+        return multihost_utils.reached_preemption_sync_point(done) if jax.distributed.is_initialized() else self.asked
+
+INIT_TIMEOUT_S, HEARTBEAT_S = 120, 30  # how long hosts wait for one that does not come, and for one that says nothing any more
+
+def join_hosts(where):
+    """jax.distributed, before anything asks for a device. Raises UsageError for what is no `multihost`, Preempted where hosts are missing."""
+    with errors_as(UsageError, f"--multihost={where}: wanted auto, or HOST:PORT,COUNT,INDEX"):
+        address, count, index = (None, None, None) if where == "auto" else (part(x) for part, x in zip((str, int, int), where.split(","), strict=True))
+        if where != "auto" and not (":" in address and 0 <= index < count):
+            raise ValueError("an INDEX from 0 to COUNT - 1 of a process at HOST:PORT")
+    def give_up(number=0):
+        why = f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
+        why = "another host of this run is gone, see its output; start all of them again with --resume=auto" if number else why
+        os.write(2, f"error: --multihost={where}: {why}\n".encode())
+        os._exit(Preempted.exit_code)
+    join_hosts.aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(give_up)  # JAX aborts, on a thread of its own, where a host is gone
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), join_hosts.aborted)
+    timer = threading.Timer(INIT_TIMEOUT_S, give_up)
+    timer.daemon = True
+    timer.start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service hears it from here on
+    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python hears nothing while JAX waits
+    try:
+        jax.distributed.initialize(address, count, index, initialization_timeout=2 * INIT_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_S)
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, heard)
+
+def compare_hosts(facts, folder=""):
+    """Host 0's folder. Raises UsageError on every host where one has an error, or other facts: code, config, data, versions, checkpoint."""
+    text = np.zeros(1 << 16, np.uint8)
+    said = json.dumps([facts, str(folder)]).encode()
+    text[:len(said)] = np.frombuffer(said, np.uint8)
+    hosts = [json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(text)]
+    ours, folder = hosts[0]
+    for i, (theirs, _) in enumerate(hosts):
+        if "error" in theirs:
+            raise UsageError(f"host {i} cannot begin: {theirs['error']}")
+    for i, (theirs, _) in enumerate(hosts):
+        for name in sorted(ours | theirs):
+            if ours.get(name) != theirs.get(name):
+                raise UsageError(f"host {i} has {name}={theirs.get(name)}, but host 0 {name}={ours.get(name)}: hosts must be alike")
+    return Path(folder)
+
+@contextlib.contextmanager
+def runtime_errors(cfg):
+    """What the runtime raises, as a sentence: memory that does not suffice, another host that is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            n, half = jax.device_count(), lambda x: x // 2 if x % 2 == 0 else x
+            row, shapes = max(stage.seq_len for stage in stages(cfg)), [batch_shape(stage, n, cfg) for stage in stages(cfg)]
+            micro = max(1, max(rows // n * (width - 1) for _, rows, width in shapes) // 2 // row) * row
+            third = "--fsdp=1" if n > 1 and not cfg.fsdp else f"--attn_block={half(math.gcd(cfg.attn_block, row))}"
+            raise UsageError(f"out of memory. Turn --micro_tokens={micro} (rows of --seq_len={cfg.seq_len} must fit), "
+                             f"--head_block={half(math.gcd(cfg.head_block, micro))}, and {third}: the update stays the same "
+                             f"({str(error).splitlines()[0][:200]})") from error
+        if jax.distributed.is_initialized():
+            raise Preempted(f"another host of this run is gone, see its output; start all of them again with --resume=auto "
+                            f"({str(error).splitlines()[0][:200]})") from error
+        raise
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def parse_flags(argv):
@@ -1646,67 +1708,6 @@ def report(state, row, run, meta, model, cfg):
             run.line(f"sample: {prompt}{bytes(i for i in ids if i < 256).decode(errors='replace')}")
     run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
     run.line("next: look at loss.svg; `python train.py --seed=1`, another run; `python train.py --help`, every number there is")
-
-@contextlib.contextmanager
-def runtime_errors(cfg):
-    """What the runtime raises, as a sentence: memory that does not suffice, another host that is gone."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            n, half = jax.device_count(), lambda x: x // 2 if x % 2 == 0 else x
-            row, shapes = max(stage.seq_len for stage in stages(cfg)), [batch_shape(stage, n, cfg) for stage in stages(cfg)]
-            micro = max(1, max(rows // n * (width - 1) for _, rows, width in shapes) // 2 // row) * row
-            third = "--fsdp=1" if n > 1 and not cfg.fsdp else f"--attn_block={half(math.gcd(cfg.attn_block, row))}"
-            raise UsageError(f"out of memory. Turn --micro_tokens={micro} (rows of --seq_len={cfg.seq_len} must fit), "
-                             f"--head_block={half(math.gcd(cfg.head_block, micro))}, and {third}: the update stays the same "
-                             f"({str(error).splitlines()[0][:200]})") from error
-        if jax.distributed.is_initialized():
-            raise Preempted(f"another host of this run is gone, see its output; start all of them again with --resume=auto "
-                            f"({str(error).splitlines()[0][:200]})") from error
-        raise
-
-INIT_TIMEOUT_S, HEARTBEAT_S = 120, 30  # how long hosts wait for one that does not come, and for one that says nothing any more
-
-def join_hosts(where):
-    """jax.distributed, before anything asks for a device. Raises UsageError for what is no `multihost`, Preempted where hosts are missing."""
-    with errors_as(UsageError, f"--multihost={where}: wanted auto, or HOST:PORT,COUNT,INDEX"):
-        address, count, index = (None, None, None) if where == "auto" else (part(x) for part, x in zip((str, int, int), where.split(","), strict=True))
-        if where != "auto" and not (":" in address and 0 <= index < count):
-            raise ValueError("an INDEX from 0 to COUNT - 1 of a process at HOST:PORT")
-    def give_up(number=0):
-        why = f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
-        why = "another host of this run is gone, see its output; start all of them again with --resume=auto" if number else why
-        os.write(2, f"error: --multihost={where}: {why}\n".encode())
-        os._exit(Preempted.exit_code)
-    join_hosts.aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(give_up)  # JAX aborts, on a thread of its own, where a host is gone
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), join_hosts.aborted)
-    timer = threading.Timer(INIT_TIMEOUT_S, give_up)
-    timer.daemon = True
-    timer.start()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service hears it from here on
-    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python hears nothing while JAX waits
-    try:
-        jax.distributed.initialize(address, count, index, initialization_timeout=2 * INIT_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_S)
-    finally:
-        timer.cancel()
-        signal.signal(signal.SIGINT, heard)
-
-def compare_hosts(facts, folder=""):
-    """Host 0's folder. Raises UsageError on every host where one has an error, or other facts: code, config, data, versions, checkpoint."""
-    text = np.zeros(1 << 16, np.uint8)
-    said = json.dumps([facts, str(folder)]).encode()
-    text[:len(said)] = np.frombuffer(said, np.uint8)
-    hosts = [json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(text)]
-    ours, folder = hosts[0]
-    for i, (theirs, _) in enumerate(hosts):
-        if "error" in theirs:
-            raise UsageError(f"host {i} cannot begin: {theirs['error']}")
-    for i, (theirs, _) in enumerate(hosts):
-        for name in sorted(ours | theirs):
-            if ours.get(name) != theirs.get(name):
-                raise UsageError(f"host {i} has {name}={theirs.get(name)}, but host 0 {name}={ours.get(name)}: hosts must be alike")
-    return Path(folder)
 
 def main(argv=None, model=None, stop=None):
     """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop. stop: what hears
