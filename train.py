@@ -239,11 +239,10 @@ _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backwar
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 # Every weight is one row: axes, first value, optimizer group. Shapes, sharding, routing, the parameter count and the
 # checkpoint's names are read off this table. Stacked over the layers that have them; a matrix is the last two axes.
-AXIS_SIZE = {
-    "L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)),
-    "J": lambda cfg: len(layer_pairs(cfg.skips)), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
-    "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim, "V": lambda cfg: cfg.padded_vocab,
-    "H": lambda cfg: cfg.num_heads, "E": lambda cfg: cfg.gate_dims, "1": lambda cfg: 1}
+AXIS_SIZE = {"L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)),
+             "J": lambda cfg: len(layer_pairs(cfg.skips)), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
+             "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim, "1": lambda cfg: 1,
+             "H": lambda cfg: cfg.num_heads, "E": lambda cfg: cfg.gate_dims, "V": lambda cfg: cfg.padded_vocab}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -496,13 +495,8 @@ def next_logits(weights, tokens_BT, cfg):
 # goes by tiles of 256 queries, the width of the matrix unit, each against the one span of keys that its window can reach.
 TILE, LN2 = 256, math.log(2)
 
-class Band(NamedTuple):
+class Band(collections.namedtuple("Band", "length window block scale num_heads")):
     """The shape of the work. spans[d]: (first key, first query) of each tile of a block with d blocks before it in reach."""
-    length: int
-    window: int
-    block: int
-    scale: float  # of q.k
-    num_heads: int
     spans = property(lambda self: [
         [(max(0, query - self.window) // 128 * 128, query) for query in range(d * self.block, (d + 1) * self.block, TILE)]
         for d in range(min(-(-self.window // self.block) + 1, self.length // self.block))])
@@ -784,11 +778,8 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 NO_TOKEN = 0xFFFF  # stands where a row holds no token: read as BOS, never scored
 POOL = 64          # documents the packer chooses from
 
-class Shards(NamedTuple):
-    paths: list
-    tokens: list  # uint16, memory-mapped
-    meta: dict    # tokenizer, vocab_size, bos_id
-    sha256: tuple = ()  # of each file
+# tokens: of each file, uint16, memory-mapped. meta: {tokenizer, vocab_size, bos_id}
+Shards = collections.namedtuple("Shards", "paths tokens meta sha256", defaults=((),))
 
 def write_shard(path, tokens):
     """Write uint16 tokens as a shard."""
