@@ -185,7 +185,6 @@ SPEEDRUN_SHARDS = 8  # training shards that hold the speedrun's tokens and the d
 
 # Steps first..last-1 share a compiled program: batch, windows, documents' length grow. windows: one per block, 0: no limit
 Stage = collections.namedtuple("Stage", "index first last batch_tokens seq_len max_doc_len windows lr")
-
 def stages(cfg):
     """The stage table. Raises UsageError where a list has neither one value nor one per stage."""
     ends = [round(float(end) * cfg.steps) for end in cfg.stage_ends.split(",")]
@@ -221,7 +220,6 @@ def split_axis(spec, cfg, num_devices):
     return next((axes.index(a) - len(axes) for a in SPLIT_AXES if a in axes and AXIS_SIZE[a](cfg) % num_devices == 0), None)
 
 product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 operands, float32 sums
-
 def matmul(spec, x, w, out_dtype=None):
     """einsum(spec, x, w): operands in w's dtype, sums in float32, the result in out_dtype (default: x's). Gradients likewise,
     where autodiff would multiply in float32. A letter of one operand must occur in the other or in the result."""
@@ -232,7 +230,6 @@ def _matmul_backward(spec, operands, g):
     g = g.astype(w.dtype)
     dx, dw = product(f"{out_axes},{w_axes}->{x_axes}", g, w), product(f"{x_axes},{out_axes}->{w_axes}", x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
-
 _matmul = jax.custom_vjp(lambda spec, x, w: product(spec, x, w), nondiff_argnums=(0,))
 _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backward)
 
@@ -301,7 +298,6 @@ def unstack(weights):
     """Stacked weights -> lists of per-layer dicts: their gradients are then stacked once, not summed L times."""
     split = lambda stack: [jax.tree.map(lambda w: w[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))]
     return {name: split(part) if name in STACKED else part for name, part in weights.items()}
-
 def restack(weights):
     stack = lambda layers: jax.tree.map(lambda *w: jnp.stack(w), *layers)
     return {name: stack(part) if name in STACKED else part for name, part in weights.items()}
@@ -331,8 +327,7 @@ def rotate(x_BTHK, table):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
 
 def attention_xla(q_BTN, k_BTN, v_BTN, first_BT, table, window, cfg):
-    """Attention of projected queries over the keys first_BT (document and window) .. their own, by blocks of attn_block queries
-    over the keys within their reach."""
+    """Attention of projected queries over the keys first_BT .. their own, by blocks of attn_block queries over keys in reach."""
     num_tokens, (*table, scale) = q_BTN.shape[1], table
     block = cfg.attn_block if cfg.attn_block and num_tokens % cfg.attn_block == 0 else num_tokens
     q_BTHK, k_BSGK, v_BSGK = (rearrange(z, "B T (H K) -> B T H K", K=cfg.head_dim) for z in (q_BTN, k_BTN, v_BTN))
@@ -467,7 +462,6 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
     # x goes in both ways round: XLA's CPU would widen to float32 a bf16 matmul that sums over the first axis
     (loss, dhead_DV), dx_AND = jax.lax.scan(block, (f32(0), jnp.zeros(head_VD.shape[::-1], f32)), (x_AND, x_AND.mT, weight_AN1))
     return loss, (dx_AND.reshape(x_ND.shape).astype(x_ND.dtype), dhead_DV.T.astype(head_VD.dtype))
-
 log_partition = jax.custom_vjp(lambda *arguments: _log_partition_forward(*arguments)[0], nondiff_argnums=(3,))
 log_partition.defvjp(_log_partition_forward, lambda cfg, saved, g: (*((g * grad).astype(grad.dtype) for grad in saved), None))
 
@@ -614,7 +608,6 @@ def _banded_backward(band, saved, dy_BTN):
                                  (narrow, narrow, (128, f32), wide, wide), band)
     of_group = lambda g_BTN: rearrange(g_BTN, "B T (G R K) -> B T G R K", G=k_BTN.shape[2] // head_dim, K=head_dim)
     return None, dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
-
 banded = jax.custom_vjp(lambda *arguments: _banded_forward(*arguments)[0], nondiff_argnums=(6,))
 banded.defvjp(_banded_forward, _banded_backward)
 
@@ -637,8 +630,7 @@ def muon_momentum(step, cfg):
 
 def loss_shares(step, stage, cfg):
     """Weights of the second and later next tokens in the loss: the last falls to 0 over stage 0, the one before over the next."""
-    shares = [float(share) for share in cfg.mtp.split(",") if share]
-    shares = shares[:max(0, len(shares) - stage.index)]
+    shares = [float(share) for share in cfg.mtp.split(",") if share][:-stage.index or None]
     return [*shares[:-1], shares[-1] * ramp(step, [stage.first, stage.last], [1.0, 0.0])] if shares else []
 
 def stage_at(step, table): return next(stage for stage in table if step < stage.last)
@@ -648,7 +640,6 @@ def tokens_before(step, table):  # training tokens of the steps before this one
 # ---- Optimizers ------------------------------------------------------------------------------------------------------
 # How one group of weights is updated. kind: "muon" or "adam"; wd: cautious decay per lr^2, or plain per lr
 Rule = collections.namedtuple("Rule", "kind lr wd beta1 beta2 eps plain", defaults=(0.0, 0.0, 0.0, 0.0, False))
-
 def optimizer_rules(cfg):
     adam = functools.partial(Rule, "adam", eps=cfg.adam_eps)
     if cfg.optimizer == "adamw":
@@ -679,7 +670,6 @@ POLAR_EXPRESS = (  # arXiv:2505.16932, as in modded-nanogpt record 38: five quin
     (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-
 def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
     """Semi-orthogonal matrix near each g[..., M, N]; leading axes are batched, the scale of g cancels.
     Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon): an odd polynomial of the matrix drives its singular
@@ -709,8 +699,7 @@ def orthogonalize_spread(matrices, axes, num_devices, cfg):
             batch = jax.lax.optimization_barrier(batch)  # XLA on CPUs miscompiles slices of one concatenated here
             batch = jax.lax.all_to_all(batch, "data", split_axis=0, concat_axis=2, tiled=True)
         batch = orthogonalize(batch, cfg.ns_steps, cfg.compute_dtype)
-        if split:
-            batch = jax.lax.all_to_all(batch, "data", split_axis=2, concat_axis=0, tiled=True)
+        batch = jax.lax.all_to_all(batch, "data", split_axis=2, concat_axis=0, tiled=True) if split else batch
         for i, u in members:
             count = u.size // math.prod(shape)
             result, batch = batch[:count].reshape(u.shape).astype(f32), batch[count:]
@@ -804,7 +793,6 @@ def read_text(path):
     if regular(path).stat().st_size > 1 << 20:
         raise ValueError(f"{path} has {path.stat().st_size} bytes")
     return path.read_text()
-
 def file_sha256(path):
     with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -818,7 +806,6 @@ def open_shard(path):
         raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, {count} tokens; wanted {HEADER_BYTES} + 2 per token, "
                         f"beginning with [{SHARD_MAGIC}, {SHARD_VERSION}]. Fetch it again: python cached_fineweb10B.py")
     return np.asarray(np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES))  # a slice of a memmap costs 1 us, of its array 0.1
-
 def find_shards(pattern): return [Path(p) for p in sorted(glob.glob(pattern) or pattern and glob.glob(str(ROOT / pattern)))]
 
 def open_shards(pattern):
@@ -876,7 +863,6 @@ def plan_packed(shards, cfg):
                     row.append(document[:min(length, room)])
                     room -= len(row[-1])
             yield rows, read
-
 def plan(shards, cfg): return (plan_packed if stages(cfg)[0].max_doc_len else plan_stream)(shards, cfg)
 
 def plan_val(shards, cfg):
@@ -934,10 +920,9 @@ def embedded_corpus():
     root, parts = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         *folders, base = name.split("/")
-        if (NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata") or (root / name).stat().st_size > 200_000):
-            continue
-        split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
-        parts[split] += [np.array([256], np.uint16), np.frombuffer((root / name).read_bytes(), np.uint8)]
+        if not (NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata") or (root / name).stat().st_size > 200_000):
+            split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
+            parts[split] += [np.array([256], np.uint16), np.frombuffer((root / name).read_bytes(), np.uint8)]
     if (count := sum(map(len, parts.values())) // 2) < 300:
         raise DataError(f"{root}: {count} Python files, the demo's corpus wants 300. Use a Python with its whole standard "
                         "library, or pass --train_files and --val_files")
@@ -950,8 +935,7 @@ def embedded_corpus():
     return str(folder / "train_*.bin"), str(folder / "val_*.bin")
 
 def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
-    """Continue one prompt (token ids) by num_tokens ids on one device, each from a whole forward pass: a picture of the training,
-    not a way to serve."""
+    """The prompt's (ids) next num_tokens ids, on one device, each from a whole forward pass: a picture of the training."""
     ids = jnp.zeros(len(prompt) + num_tokens, jnp.int32).at[:len(prompt)].set(jnp.array(prompt))
     @jax.jit
     def step(weights, ids, i):
@@ -1108,9 +1092,8 @@ def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
     of each query head and key that causality and window leave visible; document borders are not counted."""
     matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", *SCALARS))
-    windows = [window for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
-    reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in windows]
-    keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
+    windows = [window or stage.seq_len for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
+    keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in (min(window + 1, stage.seq_len) for window in windows))
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
 
 PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not here, MFU is shown as "-"
