@@ -209,11 +209,10 @@ def layer_windows(short, long, cfg):
     return tuple(long if layer in layer_list(cfg.long_layers) else short for layer in range(cfg.num_layers))
 
 # ---- Mesh and precision ----------------------------------------------------------------------------------------------
-SPLIT_AXES = ("F", "HK", "GK", "V", "D")  # a weight is split over the devices along the first of these that divides
-
 def make_mesh(devices=None):
     return jax.make_mesh((len(devices or jax.devices()),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
+SPLIT_AXES = ("F", "HK", "GK", "V", "D")  # a weight is split over the devices along the first of these that divides
 def split_axis(spec, cfg, num_devices):
     """The axis, from the end, along which a weight and its optimizer state are split, or None: a copy on each device."""
     axes = spec.axes.split()
@@ -356,7 +355,6 @@ def attention_band(q_BTN, k_BTN, v_BTN, first_BT, table, window, cfg):
     length, (*table, scale) = q_BTN.shape[1], table
     band = Band(length, min(window or length, length), math.gcd(length, 1024), scale, cfg.num_heads)
     return banded(first_BT, *(z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table)), band)
-
 ATTENTION = {"auto": attention_xla, "xla": attention_xla, "band": attention_band}  # auto: where nothing was chosen
 
 def offset_keys(k_BSN, starts_BS, cfg):
@@ -488,7 +486,6 @@ def next_logits(weights, tokens_BT, cfg):
 # Grid: row, head, block of queries in order; the keys and values that later blocks can reach stay in fast memory. A block
 # goes by tiles of 256 queries, the width of the matrix unit, each against the one span of keys that its window can reach.
 TILE, LN2 = 256, math.log(2)
-
 class Band(collections.namedtuple("Band", "length window block scale num_heads")):
     """The shape of the work. spans[d]: (first key, first query) of each tile of a block with d blocks before it in reach."""
     spans = property(lambda self: [
@@ -763,17 +760,16 @@ class Model(NamedTuple):
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 # A shard is 256 little-endian int32 (magic, version, token count, zeros), then that many uint16 token ids.
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+SHARD_BEGIN, HEADER_BYTES = [20240520, 1], 1024
 NO_TOKEN = 0xFFFF  # stands where a row holds no token: read as BOS, never scored
 POOL = 64          # documents the packer chooses from
-
 # tokens: of each file, uint16, memory-mapped. meta: {tokenizer, vocab_size, bos_id}
 Shards = collections.namedtuple("Shards", "paths tokens meta sha256", defaults=((),))
 
 def write_shard(path, tokens):
     """Write uint16 tokens as a shard."""
-    blob = np.array([SHARD_MAGIC, SHARD_VERSION, len(tokens)] + [0] * 253, "<i4").tobytes() + np.asarray(tokens, "<u2").tobytes()
-    write_file(path, blob)
+    header = np.array([*SHARD_BEGIN, len(tokens)] + [0] * 253, "<i4")
+    write_file(path, header.tobytes() + np.asarray(tokens, "<u2").tobytes())
 
 def write_file(path, blob):
     """Atomically; a file that holds these bytes already is left alone."""
@@ -802,9 +798,9 @@ def open_shard(path):
     with errors_as(DataError, f"{path}: cannot be read"):
         header, size = np.fromfile(regular(path), "<i4", 256).tolist(), os.path.getsize(path)
     count = header[2] if len(header) == 256 else 0
-    if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or count <= 0 or size != HEADER_BYTES + 2 * count:
+    if header[:2] != SHARD_BEGIN or count <= 0 or size != HEADER_BYTES + 2 * count:
         raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, {count} tokens; wanted {HEADER_BYTES} + 2 per token, "
-                        f"beginning with [{SHARD_MAGIC}, {SHARD_VERSION}]. Fetch it again: python cached_fineweb10B.py")
+                        f"beginning with {SHARD_BEGIN}. Fetch it again: python cached_fineweb10B.py")
     return np.asarray(np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES))  # a slice of a memmap costs 1 us, of its array 0.1
 def find_shards(pattern): return [Path(p) for p in sorted(glob.glob(pattern) or pattern and glob.glob(str(ROOT / pattern)))]
 
@@ -872,8 +868,7 @@ def plan_val(shards, cfg):
     return [[nothing[:max(-start, 0)], tokens[max(start, 0):start + cfg.val_seq_len + 1]] for start in starts]
 
 def batch_shape(stage, num_devices, cfg):
-    """(A, B, T + 1): micro-steps, rows of each over all devices, tokens of each. Where there are more places than rows,
-    some stay empty: any batch runs on any number of devices."""
+    """(A, B, T + 1): micro-steps, rows of each over all devices, tokens of each. Places that no row is left for stay empty."""
     per_device = -(-stage.batch_tokens // stage.seq_len // num_devices)
     limit = cfg.micro_tokens or (1 << 16 if stage.index < 0 else stage.batch_tokens)
     num_micro = -(-per_device // max(1, limit // stage.seq_len))
@@ -904,9 +899,6 @@ def train_batches(shards, first_step, mesh, cfg, depth=2):
         yield from (future.result() for future in futures)
 
 # ---- Demo corpus and sampler -----------------------------------------------------------------------------------------
-NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3",
-              "distutils", "turtledemo", "ensurepip", "__pycache__"}
-
 def cache_dir():
     """This user's own cache folder: what lies there is trusted, compiled programs among it."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speedrun-jax"
@@ -914,6 +906,8 @@ def cache_dir():
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
 
+NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3",
+              "distutils", "turtledemo", "ensurepip", "__pycache__"}
 def embedded_corpus():
     """The interpreter's own standard library as byte shards (BOS 256), in the cache. Returns globs (train, val); val are
     the files whose relative path's SHA-256 begins with a byte below 13, about 5 %. DataError under 300 files."""
@@ -1056,10 +1050,6 @@ def make_init(model, mesh, cfg):
         return State(jnp.int32(0), params, jax.tree.map(slots, specs))
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
-# By platform, stated in the log. Gradients and weights travel by the SparseCores (predicted: 1.5 ms of 67 less)
-COMPILER_OPTIONS = {"tpu": {"xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"} | {
-    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}}
-
 def list_programs(model, mesh, cfg):
     """{"init", each stage's index, "eval": (name, jitted function, argument shapes)}."""
     init, rows = make_init(model, mesh, cfg), NamedSharding(mesh, P(None, "data"))
@@ -1076,6 +1066,9 @@ def memory_of(program):
     use = program.memory_analysis()
     return use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
 
+# By platform, stated in the log. Gradients and weights travel by the SparseCores (predicted: 1.5 ms of 67 less)
+COMPILER_OPTIONS = {"tpu": {"xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"} | {
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}}
 def compile_all(model, mesh, cfg):
     """({"init", each stage's index, "eval": compiled program}, a line about each), compiled in parallel."""
     listed, options = list_programs(model, mesh, cfg), COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
@@ -1095,7 +1088,6 @@ def flops_per_token(stage, specs, cfg):
     windows = [window or stage.seq_len for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
     keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in (min(window + 1, stage.seq_len) for window in windows))
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
-
 PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not here, MFU is shown as "-"
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
     "A100": 312e12, "H100": 989e12, "H200": 989e12}
