@@ -253,8 +253,7 @@ def uniform(std): return lambda key, shape: 3 ** 0.5 * std * jax.random.uniform(
 def constant(value): return lambda key, shape: jnp.full(shape, value, f32)
 
 def param_specs(cfg):
-    """The weight table. A zero w_down lets every block start as its attention alone (modded-nanogpt, October 2024; record 64 for
-    w_out that are not zero), and a gate starts half open."""
+    """The weight table. w_down of zeros (modded-nanogpt, October 2024), not w_out (record 64): blocks start as attention alone."""
     matrix, table = uniform(0.5 * cfg.model_dim ** -0.5), normal(cfg.embed_std)
     rows = {
         "embed": Spec("V D", table, "embed"),
@@ -668,10 +667,9 @@ POLAR_EXPRESS = (  # arXiv:2505.16932, as in modded-nanogpt record 38: five quin
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
-    """Semi-orthogonal matrix near each g[..., M, N]; leading axes are batched, the scale of g cancels.
-    Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon): an odd polynomial of the matrix drives its singular
-    values towards 1. After five steps those above 0.102 % of the Frobenius norm land in [0.858, 1.142]; in bfloat16, those
-    above 0.2 % in about [0.81, 1.14]."""
+    """Semi-orthogonal matrix near each g[..., M, N]; leading axes are batched, the scale of g cancels. Newton-Schulz (Jordan
+    et al. 2024, kellerjordan.github.io/posts/muon): odd polynomials drive the singular values towards 1. Five steps take those
+    above 0.102 % of the Frobenius norm into [0.858, 1.142]; in bfloat16, those above 0.2 % into about [0.81, 1.14]."""
     wide = g_MN.shape[-2] <= g_MN.shape[-1]
     x = g_MN if wide else g_MN.mT
     x = (x / (1.02 * jnp.linalg.norm(x.astype(f32), axis=(-2, -1), keepdims=True) + 1e-6)).astype(dtype)
@@ -682,9 +680,8 @@ def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
     return x if wide else x.mT
 
 def orthogonalize_spread(matrices, axes, num_devices, cfg):
-    """Orthogonalize stacked matrices [..., M, N] held split along `axes`, each device its share. Those of one shape form a
-    batch, padded to a multiple of the devices; an all-to-all trades a slice of every matrix for every slice of some, and
-    back: 1/num_devices of the bytes of gathering them."""
+    """Orthogonalize stacked matrices [..., M, N], each device its share along `axes`. Those of one shape form a padded batch; an
+    all-to-all trades a slice of every matrix for every slice of some, and back: 1/num_devices of the bytes of gathering them."""
     batches, results = {}, [None] * len(matrices)
     for i, (u, axis) in enumerate(zip(matrices, axes)):
         turned = u.mT if axis == -2 else u
@@ -789,6 +786,7 @@ def read_text(path):
     if regular(path).stat().st_size > 1 << 20:
         raise ValueError(f"{path} has {path.stat().st_size} bytes")
     return path.read_text()
+
 def file_sha256(path):
     with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -868,7 +866,7 @@ def plan_val(shards, cfg):
     return [[nothing[:max(-start, 0)], tokens[max(start, 0):start + cfg.val_seq_len + 1]] for start in starts]
 
 def batch_shape(stage, num_devices, cfg):
-    """(A, B, T + 1): micro-steps, rows of each over all devices, tokens of each. Places that no row is left for stay empty."""
+    """(A, B, T + 1): micro-steps, their rows on all devices, tokens. Spare places stay empty: any number of devices will do."""
     per_device = -(-stage.batch_tokens // stage.seq_len // num_devices)
     limit = cfg.micro_tokens or (1 << 16 if stage.index < 0 else stage.batch_tokens)
     num_micro = -(-per_device // max(1, limit // stage.seq_len))
@@ -891,12 +889,11 @@ def train_batches(shards, first_step, mesh, cfg, depth=2):
     planned, table = itertools.islice(plan(shards, cfg), first_step, None), stages(cfg)
     make = lambda step: to_devices(next(planned)[0], stage_at(step, table), mesh, cfg)
     with ThreadPoolExecutor(1) as pool:
-        futures = []
-        for step in range(first_step, cfg.steps):
-            futures.append(pool.submit(make, step))
-            if len(futures) > depth:
-                yield futures.pop(0).result()
-        yield from (future.result() for future in futures)
+        futures = (pool.submit(make, step) for step in range(first_step, cfg.steps))  # each once it is asked for
+        ahead = collections.deque(itertools.islice(futures, depth))
+        while ahead:
+            ahead.extend(itertools.islice(futures, 1))
+            yield ahead.popleft().result()
 
 # ---- Demo corpus and sampler -----------------------------------------------------------------------------------------
 def cache_dir():
