@@ -346,8 +346,7 @@ def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
     """softmax(q k) v over the visible keys; N is R heads of T queries. Scores of normed q and k need no maximum."""
     visible_B1NS = jnp.tile(visible_BTS, (1, q_BGNK.shape[2] // visible_BTS.shape[1], 1))[:, None]
     exp_BGNS = jnp.where(visible_B1NS, jnp.exp(matmul("BGNK,BGSK->BGNS", q_BGNK, k_BGSK, f32)), 0)
-    y_BGNK = matmul("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) / jnp.sum(exp_BGNS, axis=-1, keepdims=True)
-    return y_BGNK.astype(v_BGSK.dtype)
+    return (matmul("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) / jnp.sum(exp_BGNS, axis=-1, keepdims=True)).astype(v_BGSK.dtype)
 
 def attention_band(q_BTN, k_BTN, v_BTN, first_BT, table, window, cfg):
     """The same by the kernels below, for rows of a multiple of 256 tokens; the table in compute_dtype."""
@@ -818,7 +817,7 @@ def plan_stream(shards, cfg):
     """Yield (rows, tokens read) of steps 0, 1, ... from the plain stream: each token once per epoch, in order or, with
     cfg.shuffle, by blocks of the longest row in random order. A row is a list of uint16 views, T + 1 tokens in all."""
     block = max(stage.seq_len for stage in stages(cfg))
-    blocks = [(tokens, start) for tokens in shards.tokens for start in range(0, len(tokens) - block, block)]
+    blocks = [tokens[start:start + block + 1] for tokens in shards.tokens for start in range(0, len(tokens) - block, block)]
     order, position = np.arange(len(blocks)), 0
     for stage in stages(cfg):
         position += -position % stage.seq_len  # rows never cross a block
@@ -830,8 +829,7 @@ def plan_stream(shards, cfg):
                     return
                 if within == 0 and cfg.shuffle:
                     order = np.random.default_rng([cfg.seed, epoch]).permutation(len(blocks))
-                tokens, start = blocks[order[within // block]]
-                rows.append([tokens[start + within % block:][:stage.seq_len + 1]])
+                rows.append([blocks[order[within // block]][within % block:][:stage.seq_len + 1]])
                 position += stage.seq_len
             yield rows, position
 
@@ -1070,13 +1068,13 @@ def compile_all(model, mesh, cfg):
     """({"init", each stage's index, "eval": compiled program}, a line about each), compiled in parallel."""
     listed, options = list_programs(model, mesh, cfg), COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
     options = options | ({"xla_gpu_deterministic_ops": True} if cfg.deterministic else {})
-    def build(entry):
-        (name, function, arguments), start = entry, time.perf_counter()
+    def build(name, function, arguments):
+        start = time.perf_counter()
         program = function.lower(*arguments).compile(compiler_options=options)
         return program, f"compiled: {name} in {time.perf_counter() - start:.1f}s, {memory_of(program) / 2**30:.2f} GiB per device"
     with ThreadPoolExecutor() as pool:
-        built = dict(zip(listed, pool.map(build, listed.values())))
-    return {key: program for key, (program, _) in built.items()}, [note for _, note in built.values()]
+        programs, notes = zip(*pool.map(build, *zip(*listed.values())))
+    return dict(zip(listed, programs)), [*notes]
 
 def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
