@@ -667,8 +667,8 @@ POLAR_EXPRESS = (  # arXiv:2505.16932, as in modded-nanogpt record 38: five quin
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
     """Semi-orthogonal matrix near each g[..., M, N]; leading axes are batched, the scale of g cancels. Newton-Schulz (Jordan
-    et al. 2024, kellerjordan.github.io/posts/muon): odd polynomials drive the singular values towards 1. Five steps take those
-    above 0.102 % of the Frobenius norm into [0.858, 1.142]; in bfloat16, those above 0.2 % into about [0.81, 1.14]."""
+    et al. 2024, kellerjordan.github.io/posts/muon): odd polynomials drive the singular values towards 1. After five steps
+    those above 0.102 % of the Frobenius norm land in [0.858, 1.142]; in bfloat16, those above 0.2 % in about [0.81, 1.14]."""
     wide = g_MN.shape[-2] <= g_MN.shape[-1]
     x = g_MN if wide else g_MN.mT
     x = (x / (1.02 * jnp.linalg.norm(x.astype(f32), axis=(-2, -1), keepdims=True) + 1e-6)).astype(dtype)
