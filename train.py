@@ -185,7 +185,6 @@ SPEEDRUN_SHARDS = 8  # training shards that hold the speedrun's tokens and the d
 
 # Steps first..last-1 share a compiled program: batch, windows, documents' length grow. windows: one per block, 0: no limit
 Stage = collections.namedtuple("Stage", "index first last batch_tokens seq_len max_doc_len windows lr")
-
 def stages(cfg):
     """The stage table. Raises UsageError where a list has neither one value nor one per stage."""
     ends = [round(float(end) * cfg.steps) for end in cfg.stage_ends.split(",")]
@@ -210,18 +209,16 @@ def layer_windows(short, long, cfg):
     return tuple(long if layer in layer_list(cfg.long_layers) else short for layer in range(cfg.num_layers))
 
 # ---- Mesh and precision ----------------------------------------------------------------------------------------------
-SPLIT_AXES = ("F", "HK", "GK", "V", "D")  # a weight is split over the devices along the first of these that divides
-
 def make_mesh(devices=None):
     return jax.make_mesh((len(devices or jax.devices()),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
+SPLIT_AXES = ("F", "HK", "GK", "V", "D")  # a weight is split over the devices along the first of these that divides
 def split_axis(spec, cfg, num_devices):
     """The axis, from the end, along which a weight and its optimizer state are split, or None: a copy on each device."""
     axes = spec.axes.split()
     return next((axes.index(a) - len(axes) for a in SPLIT_AXES if a in axes and AXIS_SIZE[a](cfg) % num_devices == 0), None)
 
 product = functools.partial(jnp.einsum, preferred_element_type=f32)  # bf16 operands, float32 sums
-
 def matmul(spec, x, w, out_dtype=None):
     """einsum(spec, x, w): operands in w's dtype, sums in float32, the result in out_dtype (default: x's). Gradients likewise,
     where autodiff would multiply in float32. A letter of one operand must occur in the other or in the result."""
@@ -232,18 +229,16 @@ def _matmul_backward(spec, operands, g):
     g = g.astype(w.dtype)
     dx, dw = product(f"{out_axes},{w_axes}->{x_axes}", g, w), product(f"{x_axes},{out_axes}->{w_axes}", x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
-
 _matmul = jax.custom_vjp(lambda spec, x, w: product(spec, x, w), nondiff_argnums=(0,))
 _matmul.defvjp(lambda spec, x, w: (product(spec, x, w), (x, w)), _matmul_backward)
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 # Every weight is one row: axes, first value, optimizer group. Shapes, sharding, routing, the parameter count and the
 # checkpoint's names are read off this table. Stacked over the layers that have them; a matrix is the last two axes.
-AXIS_SIZE = {
-    "L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)),
-    "J": lambda cfg: len(layer_pairs(cfg.skips)), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
-    "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim, "V": lambda cfg: cfg.padded_vocab,
-    "H": lambda cfg: cfg.num_heads, "E": lambda cfg: cfg.gate_dims, "1": lambda cfg: 1}
+AXIS_SIZE = {"L": lambda cfg: cfg.num_layers, "I": lambda cfg: cfg.num_layers - len(layer_list(cfg.mlp_only)),
+             "J": lambda cfg: len(layer_pairs(cfg.skips)), "D": lambda cfg: cfg.model_dim, "F": lambda cfg: cfg.mlp_dim,
+             "HK": lambda cfg: cfg.num_heads * cfg.head_dim, "GK": lambda cfg: cfg.kv_heads * cfg.head_dim, "1": lambda cfg: 1,
+             "H": lambda cfg: cfg.num_heads, "E": lambda cfg: cfg.gate_dims, "V": lambda cfg: cfg.padded_vocab}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -258,8 +253,7 @@ def uniform(std): return lambda key, shape: 3 ** 0.5 * std * jax.random.uniform(
 def constant(value): return lambda key, shape: jnp.full(shape, value, f32)
 
 def param_specs(cfg):
-    """The weight table. A zero w_down lets every block start as its attention alone (modded-nanogpt, October 2024; record 64 for
-    w_out that are not zero), and a gate starts half open."""
+    """The weight table. w_down of zeros (modded-nanogpt, October 2024), not w_out (record 64): blocks start as attention alone."""
     matrix, table = uniform(0.5 * cfg.model_dim ** -0.5), normal(cfg.embed_std)
     rows = {
         "embed": Spec("V D", table, "embed"),
@@ -302,7 +296,6 @@ def unstack(weights):
     """Stacked weights -> lists of per-layer dicts: their gradients are then stacked once, not summed L times."""
     split = lambda stack: [jax.tree.map(lambda w: w[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))]
     return {name: split(part) if name in STACKED else part for name, part in weights.items()}
-
 def restack(weights):
     stack = lambda layers: jax.tree.map(lambda *w: jnp.stack(w), *layers)
     return {name: stack(part) if name in STACKED else part for name, part in weights.items()}
@@ -332,8 +325,7 @@ def rotate(x_BTHK, table):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
 
 def attention_xla(q_BTN, k_BTN, v_BTN, first_BT, table, window, cfg):
-    """Attention of projected queries over the keys first_BT (document and window) .. their own, by blocks of attn_block queries
-    over the keys within their reach."""
+    """Attention of projected queries over the keys first_BT .. their own, by blocks of attn_block queries over keys in reach."""
     num_tokens, (*table, scale) = q_BTN.shape[1], table
     block = cfg.attn_block if cfg.attn_block and num_tokens % cfg.attn_block == 0 else num_tokens
     q_BTHK, k_BSGK, v_BSGK = (rearrange(z, "B T (H K) -> B T H K", K=cfg.head_dim) for z in (q_BTN, k_BTN, v_BTN))
@@ -354,15 +346,13 @@ def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
     """softmax(q k) v over the visible keys; N is R heads of T queries. Scores of normed q and k need no maximum."""
     visible_B1NS = jnp.tile(visible_BTS, (1, q_BGNK.shape[2] // visible_BTS.shape[1], 1))[:, None]
     exp_BGNS = jnp.where(visible_B1NS, jnp.exp(matmul("BGNK,BGSK->BGNS", q_BGNK, k_BGSK, f32)), 0)
-    y_BGNK = matmul("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) / jnp.sum(exp_BGNS, axis=-1, keepdims=True)
-    return y_BGNK.astype(v_BGSK.dtype)
+    return (matmul("BGNS,BGSK->BGNK", exp_BGNS, v_BGSK) / jnp.sum(exp_BGNS, axis=-1, keepdims=True)).astype(v_BGSK.dtype)
 
 def attention_band(q_BTN, k_BTN, v_BTN, first_BT, table, window, cfg):
     """The same by the kernels below, for rows of a multiple of 256 tokens; the table in compute_dtype."""
     length, (*table, scale) = q_BTN.shape[1], table
     band = Band(length, min(window or length, length), math.gcd(length, 1024), scale, cfg.num_heads)
     return banded(first_BT, *(z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table)), band)
-
 ATTENTION = {"auto": attention_xla, "xla": attention_xla, "band": attention_band}  # auto: where nothing was chosen
 
 def offset_keys(k_BSN, starts_BS, cfg):
@@ -468,7 +458,6 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
     # x goes in both ways round: XLA's CPU would widen to float32 a bf16 matmul that sums over the first axis
     (loss, dhead_DV), dx_AND = jax.lax.scan(block, (f32(0), jnp.zeros(head_VD.shape[::-1], f32)), (x_AND, x_AND.mT, weight_AN1))
     return loss, (dx_AND.reshape(x_ND.shape).astype(x_ND.dtype), dhead_DV.T.astype(head_VD.dtype))
-
 log_partition = jax.custom_vjp(lambda *arguments: _log_partition_forward(*arguments)[0], nondiff_argnums=(3,))
 log_partition.defvjp(_log_partition_forward, lambda cfg, saved, g: (*((g * grad).astype(grad.dtype) for grad in saved), None))
 
@@ -495,14 +484,8 @@ def next_logits(weights, tokens_BT, cfg):
 # Grid: row, head, block of queries in order; the keys and values that later blocks can reach stay in fast memory. A block
 # goes by tiles of 256 queries, the width of the matrix unit, each against the one span of keys that its window can reach.
 TILE, LN2 = 256, math.log(2)
-
-class Band(NamedTuple):
+class Band(collections.namedtuple("Band", "length window block scale num_heads")):
     """The shape of the work. spans[d]: (first key, first query) of each tile of a block with d blocks before it in reach."""
-    length: int
-    window: int
-    block: int
-    scale: float  # of q.k
-    num_heads: int
     spans = property(lambda self: [
         [(max(0, query - self.window) // 128 * 128, query) for query in range(d * self.block, (d + 1) * self.block, TILE)]
         for d in range(min(-(-self.window // self.block) + 1, self.length // self.block))])
@@ -620,7 +603,6 @@ def _banded_backward(band, saved, dy_BTN):
                                  (narrow, narrow, (128, f32), wide, wide), band)
     of_group = lambda g_BTN: rearrange(g_BTN, "B T (G R K) -> B T G R K", G=k_BTN.shape[2] // head_dim, K=head_dim)
     return None, dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
-
 banded = jax.custom_vjp(lambda *arguments: _banded_forward(*arguments)[0], nondiff_argnums=(6,))
 banded.defvjp(_banded_forward, _banded_backward)
 
@@ -643,8 +625,7 @@ def muon_momentum(step, cfg):
 
 def loss_shares(step, stage, cfg):
     """Weights of the second and later next tokens in the loss: the last falls to 0 over stage 0, the one before over the next."""
-    shares = [float(share) for share in cfg.mtp.split(",") if share]
-    shares = shares[:max(0, len(shares) - stage.index)]
+    shares = [float(share) for share in cfg.mtp.split(",") if share][:-stage.index or None]
     return [*shares[:-1], shares[-1] * ramp(step, [stage.first, stage.last], [1.0, 0.0])] if shares else []
 
 def stage_at(step, table): return next(stage for stage in table if step < stage.last)
@@ -654,7 +635,6 @@ def tokens_before(step, table):  # training tokens of the steps before this one
 # ---- Optimizers ------------------------------------------------------------------------------------------------------
 # How one group of weights is updated. kind: "muon" or "adam"; wd: cautious decay per lr^2, or plain per lr
 Rule = collections.namedtuple("Rule", "kind lr wd beta1 beta2 eps plain", defaults=(0.0, 0.0, 0.0, 0.0, False))
-
 def optimizer_rules(cfg):
     adam = functools.partial(Rule, "adam", eps=cfg.adam_eps)
     if cfg.optimizer == "adamw":
@@ -685,12 +665,10 @@ POLAR_EXPRESS = (  # arXiv:2505.16932, as in modded-nanogpt record 38: five quin
     (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-
 def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
-    """Semi-orthogonal matrix near each g[..., M, N]; leading axes are batched, the scale of g cancels.
-    Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon): an odd polynomial of the matrix drives its singular
-    values towards 1. After five steps those above 0.102 % of the Frobenius norm land in [0.858, 1.142]; in bfloat16, those
-    above 0.2 % in about [0.81, 1.14]."""
+    """Semi-orthogonal matrix near each g[..., M, N]; leading axes are batched, the scale of g cancels. Newton-Schulz (Jordan
+    et al. 2024, kellerjordan.github.io/posts/muon): odd polynomials drive the singular values towards 1. After five steps
+    those above 0.102 % of the Frobenius norm land in [0.858, 1.142]; in bfloat16, those above 0.2 % in about [0.81, 1.14]."""
     wide = g_MN.shape[-2] <= g_MN.shape[-1]
     x = g_MN if wide else g_MN.mT
     x = (x / (1.02 * jnp.linalg.norm(x.astype(f32), axis=(-2, -1), keepdims=True) + 1e-6)).astype(dtype)
@@ -701,9 +679,8 @@ def orthogonalize(g_MN, num_steps=5, dtype=jnp.bfloat16):
     return x if wide else x.mT
 
 def orthogonalize_spread(matrices, axes, num_devices, cfg):
-    """Orthogonalize stacked matrices [..., M, N] held split along `axes`, each device its share. Those of one shape form a
-    batch, padded to a multiple of the devices; an all-to-all trades a slice of every matrix for every slice of some, and
-    back: 1/num_devices of the bytes of gathering them."""
+    """Orthogonalize stacked matrices [..., M, N], each device its share along `axes`. Those of one shape form a padded batch; an
+    all-to-all trades a slice of every matrix for every slice of some, and back: 1/num_devices of the bytes of gathering them."""
     batches, results = {}, [None] * len(matrices)
     for i, (u, axis) in enumerate(zip(matrices, axes)):
         turned = u.mT if axis == -2 else u
@@ -715,8 +692,7 @@ def orthogonalize_spread(matrices, axes, num_devices, cfg):
             batch = jax.lax.optimization_barrier(batch)  # XLA on CPUs miscompiles slices of one concatenated here
             batch = jax.lax.all_to_all(batch, "data", split_axis=0, concat_axis=2, tiled=True)
         batch = orthogonalize(batch, cfg.ns_steps, cfg.compute_dtype)
-        if split:
-            batch = jax.lax.all_to_all(batch, "data", split_axis=2, concat_axis=0, tiled=True)
+        batch = jax.lax.all_to_all(batch, "data", split_axis=2, concat_axis=0, tiled=True) if split else batch
         for i, u in members:
             count = u.size // math.prod(shape)
             result, batch = batch[:count].reshape(u.shape).astype(f32), batch[count:]
@@ -780,20 +756,16 @@ class Model(NamedTuple):
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 # A shard is 256 little-endian int32 (magic, version, token count, zeros), then that many uint16 token ids.
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+SHARD_BEGIN, HEADER_BYTES = [20240520, 1], 1024
 NO_TOKEN = 0xFFFF  # stands where a row holds no token: read as BOS, never scored
 POOL = 64          # documents the packer chooses from
-
-class Shards(NamedTuple):
-    paths: list
-    tokens: list  # uint16, memory-mapped
-    meta: dict    # tokenizer, vocab_size, bos_id
-    sha256: tuple = ()  # of each file
+# tokens: of each file, uint16, memory-mapped. meta: {tokenizer, vocab_size, bos_id}
+Shards = collections.namedtuple("Shards", "paths tokens meta sha256", defaults=((),))
 
 def write_shard(path, tokens):
     """Write uint16 tokens as a shard."""
-    blob = np.array([SHARD_MAGIC, SHARD_VERSION, len(tokens)] + [0] * 253, "<i4").tobytes() + np.asarray(tokens, "<u2").tobytes()
-    write_file(path, blob)
+    header = np.array([*SHARD_BEGIN, len(tokens)] + [0] * 253, "<i4")
+    write_file(path, header.tobytes() + np.asarray(tokens, "<u2").tobytes())
 
 def write_file(path, blob):
     """Atomically; a file that holds these bytes already is left alone."""
@@ -823,11 +795,10 @@ def open_shard(path):
     with errors_as(DataError, f"{path}: cannot be read"):
         header, size = np.fromfile(regular(path), "<i4", 256).tolist(), os.path.getsize(path)
     count = header[2] if len(header) == 256 else 0
-    if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or count <= 0 or size != HEADER_BYTES + 2 * count:
+    if header[:2] != SHARD_BEGIN or count <= 0 or size != HEADER_BYTES + 2 * count:
         raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, {count} tokens; wanted {HEADER_BYTES} + 2 per token, "
-                        f"beginning with [{SHARD_MAGIC}, {SHARD_VERSION}]. Fetch it again: python cached_fineweb10B.py")
+                        f"beginning with {SHARD_BEGIN}. Fetch it again: python cached_fineweb10B.py")
     return np.asarray(np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES))  # a slice of a memmap costs 1 us, of its array 0.1
-
 def find_shards(pattern): return [Path(p) for p in sorted(glob.glob(pattern) or pattern and glob.glob(str(ROOT / pattern)))]
 
 def open_shards(pattern):
@@ -846,7 +817,7 @@ def plan_stream(shards, cfg):
     """Yield (rows, tokens read) of steps 0, 1, ... from the plain stream: each token once per epoch, in order or, with
     cfg.shuffle, by blocks of the longest row in random order. A row is a list of uint16 views, T + 1 tokens in all."""
     block = max(stage.seq_len for stage in stages(cfg))
-    blocks = [(tokens, start) for tokens in shards.tokens for start in range(0, len(tokens) - block, block)]
+    blocks = [tokens[start:start + block + 1] for tokens in shards.tokens for start in range(0, len(tokens) - block, block)]
     order, position = np.arange(len(blocks)), 0
     for stage in stages(cfg):
         position += -position % stage.seq_len  # rows never cross a block
@@ -858,8 +829,7 @@ def plan_stream(shards, cfg):
                     return
                 if within == 0 and cfg.shuffle:
                     order = np.random.default_rng([cfg.seed, epoch]).permutation(len(blocks))
-                tokens, start = blocks[order[within // block]]
-                rows.append([tokens[start + within % block:][:stage.seq_len + 1]])
+                rows.append([blocks[order[within // block]][within % block:][:stage.seq_len + 1]])
                 position += stage.seq_len
             yield rows, position
 
@@ -885,7 +855,6 @@ def plan_packed(shards, cfg):
                     row.append(document[:min(length, room)])
                     room -= len(row[-1])
             yield rows, read
-
 def plan(shards, cfg): return (plan_packed if stages(cfg)[0].max_doc_len else plan_stream)(shards, cfg)
 
 def plan_val(shards, cfg):
@@ -895,8 +864,7 @@ def plan_val(shards, cfg):
     return [[nothing[:max(-start, 0)], tokens[max(start, 0):start + cfg.val_seq_len + 1]] for start in starts]
 
 def batch_shape(stage, num_devices, cfg):
-    """(A, B, T + 1): micro-steps, rows of each over all devices, tokens of each. Where there are more places than rows,
-    some stay empty: any batch runs on any number of devices."""
+    """(A, B, T + 1): micro-steps, their rows on all devices, tokens. Spare places stay empty: any number of devices will do."""
     per_device = -(-stage.batch_tokens // stage.seq_len // num_devices)
     limit = cfg.micro_tokens or (1 << 16 if stage.index < 0 else stage.batch_tokens)
     num_micro = -(-per_device // max(1, limit // stage.seq_len))
@@ -919,17 +887,13 @@ def train_batches(shards, first_step, mesh, cfg, depth=2):
     planned, table = itertools.islice(plan(shards, cfg), first_step, None), stages(cfg)
     make = lambda step: to_devices(next(planned)[0], stage_at(step, table), mesh, cfg)
     with ThreadPoolExecutor(1) as pool:
-        futures = []
-        for step in range(first_step, cfg.steps):
-            futures.append(pool.submit(make, step))
-            if len(futures) > depth:
-                yield futures.pop(0).result()
-        yield from (future.result() for future in futures)
+        futures = (pool.submit(make, step) for step in range(first_step, cfg.steps))  # each once it is asked for
+        ahead = collections.deque(itertools.islice(futures, depth))
+        while ahead:
+            ahead.extend(itertools.islice(futures, 1))
+            yield ahead.popleft().result()
 
 # ---- Demo corpus and sampler -----------------------------------------------------------------------------------------
-NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3",
-              "distutils", "turtledemo", "ensurepip", "__pycache__"}
-
 def cache_dir():
     """This user's own cache folder: what lies there is trusted, compiled programs among it."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speedrun-jax"
@@ -937,16 +901,17 @@ def cache_dir():
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
 
+NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3",
+              "distutils", "turtledemo", "ensurepip", "__pycache__"}
 def embedded_corpus():
     """The interpreter's own standard library as byte shards (BOS 256), in the cache. Returns globs (train, val); val are
     the files whose relative path's SHA-256 begins with a byte below 13, about 5 %. DataError under 300 files."""
     root, parts = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         *folders, base = name.split("/")
-        if (NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata") or (root / name).stat().st_size > 200_000):
-            continue
-        split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
-        parts[split] += [np.array([256], np.uint16), np.frombuffer((root / name).read_bytes(), np.uint8)]
+        if not (NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata") or (root / name).stat().st_size > 200_000):
+            split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
+            parts[split] += [np.array([256], np.uint16), np.frombuffer((root / name).read_bytes(), np.uint8)]
     if (count := sum(map(len, parts.values())) // 2) < 300:
         raise DataError(f"{root}: {count} Python files, the demo's corpus wants 300. Use a Python with its whole standard "
                         "library, or pass --train_files and --val_files")
@@ -959,8 +924,7 @@ def embedded_corpus():
     return str(folder / "train_*.bin"), str(folder / "val_*.bin")
 
 def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
-    """Continue one prompt (token ids) by num_tokens ids on one device, each from a whole forward pass: a picture of the training,
-    not a way to serve."""
+    """The prompt's (ids) next num_tokens ids, on one device, each from a whole forward pass: a picture of the training."""
     ids = jnp.zeros(len(prompt) + num_tokens, jnp.int32).at[:len(prompt)].set(jnp.array(prompt))
     @jax.jit
     def step(weights, ids, i):
@@ -1081,10 +1045,6 @@ def make_init(model, mesh, cfg):
         return State(jnp.int32(0), params, jax.tree.map(slots, specs))
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
-# By platform, stated in the log. Gradients and weights travel by the SparseCores (predicted: 1.5 ms of 67 less)
-COMPILER_OPTIONS = {"tpu": {"xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"} | {
-    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}}
-
 def list_programs(model, mesh, cfg):
     """{"init", each stage's index, "eval": (name, jitted function, argument shapes)}."""
     init, rows = make_init(model, mesh, cfg), NamedSharding(mesh, P(None, "data"))
@@ -1101,27 +1061,28 @@ def memory_of(program):
     use = program.memory_analysis()
     return use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
 
+# By platform, stated in the log. Gradients and weights travel by the SparseCores (predicted: 1.5 ms of 67 less)
+COMPILER_OPTIONS = {"tpu": {"xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"} | {
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}}
 def compile_all(model, mesh, cfg):
     """({"init", each stage's index, "eval": compiled program}, a line about each), compiled in parallel."""
     listed, options = list_programs(model, mesh, cfg), COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
     options = options | ({"xla_gpu_deterministic_ops": True} if cfg.deterministic else {})
-    def build(entry):
-        (name, function, arguments), start = entry, time.perf_counter()
+    def build(name, function, arguments):
+        start = time.perf_counter()
         program = function.lower(*arguments).compile(compiler_options=options)
         return program, f"compiled: {name} in {time.perf_counter() - start:.1f}s, {memory_of(program) / 2**30:.2f} GiB per device"
     with ThreadPoolExecutor() as pool:
-        built = dict(zip(listed, pool.map(build, listed.values())))
-    return {key: program for key, (program, _) in built.items()}, [note for _, note in built.values()]
+        programs, notes = zip(*pool.map(build, *zip(*listed.values())))
+    return dict(zip(listed, programs)), [*notes]
 
 def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU: 6 per element of a matrix that is multiplied, 12 per dimension
     of each query head and key that causality and window leave visible; document borders are not counted."""
     matrices = sum(math.prod(shape_of(s, cfg)) for s in jax.tree.leaves(specs) if s.group not in ("embed", *SCALARS))
-    windows = [window for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
-    reach = [min(window or stage.seq_len, stage.seq_len - 1) + 1 for window in windows]
-    keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in reach)
+    windows = [window or stage.seq_len for i, window in enumerate(stage.windows) if i not in layer_list(cfg.mlp_only)]
+    keys = sum(w - w * (w - 1) / 2 / stage.seq_len for w in (min(window + 1, stage.seq_len) for window in windows))
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
-
 PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not here, MFU is shown as "-"
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
     "A100": 312e12, "H100": 989e12, "H200": 989e12}
