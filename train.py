@@ -797,15 +797,15 @@ def open_shard(path):
     count = header[2] if len(header) == 256 else 0
     if header[:2] != SHARD_BEGIN or count <= 0 or size != HEADER_BYTES + 2 * count:
         raise DataError(f"{path}: {size} bytes, begins with {header[:2]}, {count} tokens; wanted {HEADER_BYTES} + 2 per token, "
-                        f"beginning with {SHARD_BEGIN}. Fetch it again: python cached_fineweb10B.py")
+                        f"beginning with {SHARD_BEGIN}. Fetch it again: python cached_fineweb10B.py; or make it again")
     return np.asarray(np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES))  # a slice of a memmap costs 1 us, of its array 0.1
 def find_shards(pattern): return [Path(p) for p in sorted(glob.glob(pattern) or pattern and glob.glob(str(ROOT / pattern)))]
 
 def open_shards(pattern):
     """The shards of a glob, by name. Raises DataError where there are none, or one is not whole."""
     if not (paths := find_shards(pattern)):
-        raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; "
-                        "or train on this machine's own text: --preset=demo")
+        raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; make shards of your "
+                        "own text: python -m scripts.prepare --help; or train on this machine's: --preset=demo")
     tokens, file = [open_shard(path) for path in paths], paths[0].parent / "meta.json"
     with ThreadPoolExecutor() as pool, errors_as(DataError, f"{pattern}: cannot be read"):
         hashes = tuple(pool.map(file_sha256, paths))
@@ -1668,7 +1668,7 @@ def report(state, row, run, meta, model, cfg):
             ids = sample(weights, [cfg.bos_id, *prompt.encode()], 200, model, cfg)
             run.line(f"sample: {prompt}{bytes(i for i in ids if i < 256).decode(errors='replace')}")
     run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
-    run.line("next: look at loss.svg; `python train.py --seed=1`, another run; `python train.py --help`, every number there is")
+    run.line("next: look at loss.svg; the same with --seed=1, another run; `python train.py --help`, every number there is")
 
 def main(argv=None, model=None, stop=None):
     """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop. stop: what hears

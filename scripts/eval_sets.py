@@ -66,6 +66,7 @@ def fetch(folder, sets=SETS):
         package("pyarrow", "--fetch")
         import pyarrow.parquet
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
         with errors_as(DataError, f"{folder}: cannot be made"):
             folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(missing, 1):
@@ -83,6 +84,8 @@ def fetch(folder, sets=SETS):
         except DataError as error:
             failed.append(str(error).split("\n")[0])
             print(f"[{i}/{len(missing)}] {failed[-1]}", flush=True)
+            if isinstance(error.__cause__, LocalEntryNotFoundError):  # the Hub cannot be reached at all
+                break
     if failed:
         raise DataError(f"{len(failed)} of {len(missing)} sets could not be had, the first: {failed[0]}; the others are in {folder}, "
                         "and score without --fetch")

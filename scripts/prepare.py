@@ -26,7 +26,7 @@ from typing import Callable
 
 import numpy as np
 
-from scripts.text import BYTES, GPT2, GPT2_FILES, fetch_gpt2, gpt2_files, open_tokenizer, package, train_bpe
+from scripts.text import BYTES, GPT2, GPT2_FILES, all_errors_as_data, fetch_gpt2, gpt2_files, open_tokenizer, package, train_bpe
 from train import DataError, UsageError, cache_dir, command, errors_as, open_shard, write_shard
 
 PIECE = 1 << 20  # characters of a piece of text, and of a batch that a worker encodes at a time
@@ -62,7 +62,7 @@ def hub_files(repo, args):
     """The Sources of a dataset of the Hub: its own Parquet files, else those that the Hub has made of it. Raises DataError."""
     from huggingface_hub import HfApi, hf_hub_download
     def listed(revision):
-        with errors_as(DataError, f"{repo}: neither a file here nor to be had from the Hub"):
+        with all_errors_as_data(f"{repo}: neither a file here nor to be had from the Hub"):
             info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
         named = sorted((file.rfilename, file.size) for file in info.siblings if file.rfilename.endswith(".parquet"))
         return info.sha, [(name, size) for name, size in named if re.search(args.files, name)]
@@ -74,7 +74,7 @@ def hub_files(repo, args):
     if not files:
         raise DataError(f"{repo}: no Parquet file there has a path that matches --files={args.files}")
     def fetch(name):
-        with errors_as(DataError, f"{repo}: {name} cannot be fetched"):
+        with all_errors_as_data(f"{repo}: {name} cannot be fetched"):
             return Path(hf_hub_download(repo, name, repo_type="dataset", revision=sha))
     return [Source(f"{repo}@{sha}/{name}", size, lambda name=name: fetch(name)) for name, size in files]
 
