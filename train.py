@@ -126,7 +126,7 @@ class Config:
     adam_eps: float = 1e-10           # added to the root of the square's mean
     adam_wd: float = 0.75             # embedding and head: as muon_wd; with --optimizer=adamw by lr * wd, everywhere
     warmup_steps: int = 0             # linear learning rate warmup
-    cooldown_frac: float = 0.6        # share of the steps over which every learning rate falls linearly
+    cooldown_frac: float = 0.6        # share of the steps before final_frac's over which every learning rate falls linearly
     final_lr_scale: float = 0.15      # to this share of the first stage's, where it stays for
     final_frac: float = 0.021         # the last share of the steps
     # -- Data
@@ -146,7 +146,7 @@ class Config:
     log_dir: str = "logs"             # run folders are made here
     log_every: int = 10               # steps between lines of the log
     save_every: int = 0               # steps between checkpoints, and one at the end; 0: only that
-    resume: str = ""                  # auto: continue the newest run of this config; PATH: that run or checkpoint
+    resume: str = ""                  # auto: continue the run of this config that was started last; PATH: that run or checkpoint
     profile: str = ""                 # START:STOP writes a JAX trace of these steps into the run folder
     cpu_devices: int = 0              # devices to make of a CPU, each with its share of a batch; 0: one
     multihost: str = ""               # auto: this is one of a TPU slice's hosts, each of which runs the same line; elsewhere HOST:PORT,COUNT,INDEX
@@ -1142,27 +1142,28 @@ def save_checkpoint(state, run_folder, mesh, cfg, progress, facts):
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(f"{final}: {error}") from error
     for old in [path for path in sorted(final.parent.glob("step-*")) if path.name <= final.name][:-2]:
-        shutil.rmtree(old.rename(old.with_name(f".writing-{old.name}")), ignore_errors=True)  # half of one never bears its name
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old.rename(old.with_name(f".writing-{old.name}")), ignore_errors=True)  # half of one never bears its name
     return final
 
 def open_manifest(folder):
     """A checkpoint's manifest, if it is as it was written. Raises CheckpointError."""
     with errors_as(CheckpointError, f"{folder}: not a whole checkpoint; delete it"):
         manifest = json.loads(text := read_text(folder / "manifest.json"))
-        if manifest.pop("manifest_sha256") is None or manifest_text(manifest) != text:
+        manifest.pop("manifest_sha256", None)
+        if manifest_text(manifest) != text:
             raise CheckpointError(f"{folder / 'manifest.json'}: damaged, its SHA-256 is not the one it ends with; delete {folder}")
         return manifest
 
-def config_of(folder):
-    """The config that a checkpoint's run was started with, from its manifest or, where that is damaged, the run's config.json."""
-    with contextlib.suppress(CheckpointError):
-        return dict(open_manifest(folder)["config"])
-    with errors_as(CheckpointError, f"{folder}: not a whole checkpoint, neither manifest nor config.json can be read; delete it"):
-        return dict(json.loads(read_text(folder.parent.parent / "config.json"))["config"])
-
 def differing(folder, cfg):
-    """[(field, value there, value here)] of the fields that make a checkpoint another run's."""
-    saved, mine = config_of(folder), dataclasses.asdict(cfg)
+    """[(field, value there, value here)] of the fields that make a checkpoint another run's, by its manifest or, where that is
+    damaged, the run's config.json."""
+    try:
+        saved = dict(open_manifest(folder)["config"])
+    except CheckpointError:
+        with errors_as(CheckpointError, f"{folder}: not a whole checkpoint, neither manifest nor config.json can be read; delete it"):
+            saved = dict(json.loads(read_text(folder.parent.parent / "config.json"))["config"])
+    mine = dataclasses.asdict(cfg)
     return [(k, saved.get(k), mine.get(k)) for k in sorted(mine | saved) if k not in MAY_DIFFER and mine.get(k) != saved.get(k)]
 
 def read_manifest(folder, cfg, data=None):
@@ -1184,21 +1185,22 @@ def read_manifest(folder, cfg, data=None):
         progress = {"seconds": seconds, "reached": numbers(reached), "row": numbers(row)}
         return {"step": step, "progress": progress, "versions": facts}
 
-def load_tensors(file, tree):
-    """The tree of a verified .safetensors file, leaves placed as `tree`'s. CheckpointError where names, shapes or dtypes differ:
-    by the file's header, before any tensor is read."""
-    wanted, kinds = named(tree), {"F32": "float32"}
+def check_tensors(file, tree):
+    """Raises CheckpointError where names, shapes or dtypes of a .safetensors file are not the tree's, by its header alone."""
+    want = {name: (leaf.shape, "F32") for name, leaf in named(tree).items()}
     with open(file, "rb") as opened:
         if (size := int.from_bytes(opened.read(8), "little")) > 1 << 20:
             raise CheckpointError(f"{file}: a header of {size} bytes, this config's has a few thousand")
     with errors_as(CheckpointError, f"{file}: cannot be read"), safetensors.safe_open(file, framework="numpy") as tensors:
-        there = set(tensors.keys())
-        for name in sorted(there | wanted.keys()):
-            header = tensors.get_slice(name) if name in there else None
-            have = f"{tuple(header.get_shape())} {kinds.get(header.get_dtype(), header.get_dtype())}" if header else "nothing"
-            want = f"{wanted[name].shape} {wanted[name].dtype}" if name in wanted else "nothing"
-            if have != want:
-                raise CheckpointError(f"{file}: {name} is {have}, this config wants {want}")
+        have = {name: (tuple((header := tensors.get_slice(name)).get_shape()), header.get_dtype()) for name in tensors.keys()}
+    for name in sorted(have | want):
+        if have.get(name) != want.get(name):
+            raise CheckpointError(f"{file}: {name} is {have.get(name, 'nothing')}, this config wants {want.get(name, 'nothing')}")
+
+def load_tensors(file, tree):
+    """The tree of a verified .safetensors file, leaves placed as `tree`'s. Raises CheckpointError."""
+    check_tensors(file, tree)
+    with errors_as(CheckpointError, f"{file}: cannot be read"), safetensors.safe_open(file, framework="numpy") as tensors:
         put = lambda path, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, tensors.get_tensor(name_of(path)).__getitem__)
         return jax.tree.map_with_path(put, tree)
 
@@ -1210,25 +1212,28 @@ def load_checkpoint(folder, step, state):
 FRESH = {"step": 0, "progress": {"seconds": [0.0, 0.0], "reached": None, "row": None}, "versions": {}}  # where no manifest is
 
 def find_checkpoint(cfg, data=None):
-    """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError. What a killed
-    process left half written in runs of this config is deleted."""
+    """(checkpoint folder, its manifest) to resume from, or (None, ...) to start at step 0. Raises CheckpointError. What a process
+    left half written in runs of this config is deleted: none may be running."""
+    if not cfg.resume:
+        return None, FRESH
     auto, problem, path = cfg.resume == "auto", None, Path(cfg.resume).resolve()
-    folders = sorted(Path(cfg.log_dir).glob("*/ckpt/step-*") if auto else path.glob("ckpt/step-*"), reverse=True)
-    folders = [path] if (path / "manifest.json").exists() and path.parent.name == "ckpt" else folders
-    for stale in Path(cfg.log_dir).glob("*/ckpt/.writing-*") if auto else path.glob("ckpt/.writing-*") if cfg.resume else []:
+    runs = sorted(Path(cfg.log_dir).glob("*"), reverse=True) if auto else [path]
+    folders = [folder for run in runs for folder in sorted(run.glob("ckpt/step-*"), reverse=True)]  # newest first
+    folders = [path] if path.parent.name == "ckpt" and (path / "manifest.json").exists() else folders
+    for stale in (folder for run in runs for folder in run.glob("ckpt/.writing-*")):
         with contextlib.suppress(CheckpointError):
-            shutil.rmtree(stale, ignore_errors=True) if not differing(stale, cfg) else None
-    for folder in folders if cfg.resume else []:  # newest first
+            if not differing(stale, cfg):
+                shutil.rmtree(stale, ignore_errors=True)
+    for folder in folders:
         try:
             return folder, read_manifest(folder, cfg, data)
         except CheckpointError as error:
             if not (auto and isinstance(error, OtherConfig)):
                 print(plain(f"--resume={cfg.resume}: passing over {error}"))
                 problem = error
-    if problem or cfg.resume and not auto:
+    if problem or not auto:
         raise problem or CheckpointError(f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN")
-    if auto:
-        print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
+    print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
     return None, FRESH
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
@@ -1239,7 +1244,8 @@ class Run:
         self.folder, self.cfg, self.table, self.writes = folder, cfg, stages(cfg), jax.process_index() == 0
         self.peak = next((p for kind, p in PEAK_FLOPS.items() if kind in jax.devices()[0].device_kind), 0) * jax.device_count()
         self.flops = [flops_per_token(stage, specs, cfg) for stage in self.table]
-        self.total, self.reached, self.row = np.array(manifest["progress"]["seconds"]), *map(manifest["progress"].get, ("reached", "row"))
+        progress = manifest["progress"]
+        self.total, self.reached, self.row = np.array(progress["seconds"]), progress["reached"], progress["row"]
         self.since, self.created, self.passing, self.facts = None, time.perf_counter(), False, facts
         self.marked, self.steps, self.waited = self.total[0], 0, 0.0  # since the last written step
         self.rows, self.unwritten = [], {}  # metrics; what the disk refused: {file: text}
@@ -1267,14 +1273,15 @@ class Run:
             with open(path, mode, encoding="utf-8") as file:
                 size = file.tell()
                 file.write(text)
-            path.replace(self.folder / name)
+            path.replace(self.folder / name)  # "a": onto itself; what failed before keeps its mode
         except OSError as error:
             self.warn(name, f"{self.folder / name} could not be written ({error})", text, mode)
             with contextlib.suppress(OSError, NameError):
                 os.truncate(path, size)  # no half a line
     def warn(self, name, problem, *unwritten):
         self.unwritten[name] = unwritten
-        print(plain(f"warning: {problem}; training goes on"), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(plain(f"warning: {problem}; training goes on"), file=sys.stderr, flush=True)
     def line(self, text, passing=False):
         """To log.txt and the console; on a terminal the next line takes the place of a passing one."""
         if self.writes:
@@ -1293,10 +1300,10 @@ class Run:
                                 f"rate (--muon_lr, --embed_lr, --head_lr), a narrow --compute_dtype, damaged data. The checkpoints in {self.folder} stand")
         wall, cpu = self.seconds().tolist()
         self.steps += 1
-        step_s = (wall - self.marked) / self.steps
+        step_s, tokens = (wall - self.marked) / self.steps, last - tokens_before(step + 1 - self.steps, self.table)
         row = {"step": step + 1, "tokens": last, "train_time_s": wall, "cpu_time_s": cpu,
                "wall_s": time.perf_counter() - self.created, "train_loss": loss, "stage": stage.index, "step_ms": 1e3 * step_s,
-               "lr": lr_scale(step, stage, self.cfg), "tokens_per_s": stage.batch_tokens / step_s,
+               "lr": lr_scale(step, stage, self.cfg), "tokens_per_s": tokens / self.steps / step_s,
                "input_wait_ms": 1e3 * self.waited / self.steps}
         return row | ({"mfu": row["tokens_per_s"] * self.flops[stage.index] / self.peak} if self.peak else {})
     def write(self, row):
@@ -1357,19 +1364,19 @@ def loss_svg(rows, cfg):
 class Stop:
     """What a signal asks of the loop. SIGTERM or SIGINT (Ctrl-C) between the first step and the last: a checkpoint of the present
     step, then exit 75. Before and after there is nothing to save: exit at once, as at the second signal anywhere. Several processes
-    stop after the same step: JAX's preemption service hears their SIGTERM, and Ctrl-C is turned into one."""
+    stop after the same step: JAX's preemption service hears their SIGTERM, at the first step at the earliest, and Ctrl-C is turned into one."""
     asked = looping = False
     def listen(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
         return self
     def hear(self, number, frame):
-        name = signal.Signals(number).name
-        if self.asked or not self.looping:
-            os.write(2, f"\n{name}: ends at once\n".encode())
-            os._exit(128 + number if self.asked else Preempted.exit_code)
-        self.asked = True
-        os.write(2, f"\n{name}: saves a checkpoint after this step and ends; again: ends at once\n".encode())
+        name, again = signal.Signals(number).name, self.asked
+        ends, self.asked = again or not self.looping, True
+        with contextlib.suppress(OSError):  # a `| tee` dies of the same Ctrl-C
+            os.write(2, f"\n{name}: {'ends at once' if ends else 'saves a checkpoint after this step and ends; again: ends at once'}\n".encode())
+        if ends:
+            os._exit(128 + number if again else Preempted.exit_code)
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
     def at(self, done):
@@ -1387,7 +1394,8 @@ def join_hosts(where):
     def give_up(number=0):
         why = f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
         why = "another host of this run is gone, see its output; start all of them again with --resume=auto" if number else why
-        os.write(2, f"error: --multihost={where}: {why}\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: --multihost={where}: {why}\n".encode())
         os._exit(Preempted.exit_code)
     join_hosts.aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(give_up)  # JAX aborts, on a thread of its own, where a host is gone
     ctypes.CDLL(None).signal(int(signal.SIGABRT), join_hosts.aborted)
@@ -1397,7 +1405,8 @@ def join_hosts(where):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service hears it from here on
     heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python hears nothing while JAX waits
     try:
-        jax.distributed.initialize(address, count, index, initialization_timeout=2 * INIT_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_S)
+        with errors_as(UsageError, f"--multihost={where}: JAX finds no other hosts"):
+            jax.distributed.initialize(address, count, index, initialization_timeout=2 * INIT_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_S)
     finally:
         timer.cancel()
         signal.signal(signal.SIGINT, heard)
@@ -1409,13 +1418,11 @@ def compare_hosts(facts, folder=""):
     text[:len(said)] = np.frombuffer(said, np.uint8)
     hosts = [json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(text)]
     ours, folder = hosts[0]
-    for i, (theirs, _) in enumerate(hosts):
-        if "error" in theirs:
-            raise UsageError(f"host {i} cannot begin: {theirs['error']}")
-    for i, (theirs, _) in enumerate(hosts):
-        for name in sorted(ours | theirs):
-            if ours.get(name) != theirs.get(name):
-                raise UsageError(f"host {i} has {name}={theirs.get(name)}, but host 0 {name}={ours.get(name)}: hosts must be alike")
+    problems = [f"host {i} cannot begin: {theirs['error']}" for i, (theirs, _) in enumerate(hosts) if "error" in theirs] or [
+        f"host {i} has {name}={theirs.get(name)}, but host 0 {name}={ours.get(name)}: hosts must be alike"
+        for i, (theirs, _) in enumerate(hosts) for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
+    if problems:
+        raise UsageError(problems[0])
     return Path(folder)
 
 @contextlib.contextmanager
@@ -1433,7 +1440,7 @@ def runtime_errors(cfg):
                              f"--head_block={half(math.gcd(cfg.head_block, micro))}, and {third}: the update stays the same "
                              f"({str(error).splitlines()[0][:200]})") from error
         if jax.distributed.is_initialized():
-            raise Preempted(f"another host of this run is gone, see its output; start all of them again with --resume=auto "
+            raise Preempted(f"another host of this run is gone, or the runtime failed: see each host's output; start all again with --resume=auto "
                             f"({str(error).splitlines()[0][:200]})") from error
         raise
 
@@ -1488,7 +1495,7 @@ def choose_attention(cfg, platform):
     best = "band" if platform == "tpu" and fits else "xla"
     if platform == "tpu" and cfg.attention == "auto" and not fits:
         print(f"--attention=xla, slower here than band, which wants --head_dim in 128s, rows in {TILE}s of tokens, and bfloat16", flush=True)
-    if cfg.attention == "band" != best:
+    if cfg.attention == "band" and best != "band":
         raise UsageError(f"--attention=band: wanted a TPU, --head_dim in 128s, rows in {TILE}s of at most "
                          f"{(1 << 21) // cfg.head_dim} tokens, bfloat16; auto takes what can run")
     return cfg if cfg.attention != "auto" else dataclasses.replace(cfg, attention=best)
@@ -1564,6 +1571,8 @@ def open_data(cfg):
     train, val = open_shards(cfg.train_files or corpus[0]), open_shards(cfg.val_files or corpus[1])
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or train.meta["vocab_size"],
                               bos_id=cfg.bos_id if cfg.bos_id >= 0 else train.meta["bos_id"])
+    if not 0 <= cfg.bos_id < cfg.vocab_size:
+        raise DataError(f"--bos_id={cfg.bos_id}: wanted an id of the vocabulary, which has {cfg.vocab_size}")
     if val.meta != train.meta:
         raise DataError(f"{val.paths[0]}: made with {val.meta}, but the training shards with {train.meta}")
     for path, tokens in zip(train.paths + val.paths, train.tokens + val.tokens):
@@ -1596,7 +1605,7 @@ def describe(run, source, why, argv, train, val, notes, cfg):
         run.line(text)
 
 def warm_up(programs, mesh, cfg):
-    """Run every training program on a throw-away state and empty rows, so that the first step finds all loaded."""
+    """Run every training program on a throw-away state and empty rows, so that the first step finds them loaded."""
     state = programs["init"]()
     for stage in stages(cfg):
         state, _ = programs[stage.index](state, to_devices([], stage, mesh, cfg))
@@ -1672,8 +1681,8 @@ def report(state, row, run, meta, model, cfg):
 
 def main(argv=None, model=None, stop=None):
     """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop. stop: what hears
-    signals, by default nothing. Returns the run's folder. Raises UsageError, DataError and CheckpointError before compiling,
-    NonFiniteLoss, and Preempted once a checkpoint is written."""
+    signals, by default nothing. Returns the run's folder. Raises UsageError, DataError and CheckpointError before compiling, and
+    NonFiniteLoss; Preempted when told to stop, a checkpoint being written if it can; CheckpointError for what could not be."""
     source, argv, model, stop = Path(__file__).read_text(), sys.argv[1:] if argv is None else argv, model or Model(), stop or Stop()
     try:
         cfg, why = configure(argv)
@@ -1683,18 +1692,24 @@ def main(argv=None, model=None, stop=None):
         checkpoint, manifest = find_checkpoint(cfg, facts["data"])
     except Exception as error:
         if jax.distributed.is_initialized():
-            with contextlib.suppress(UsageError):
-                compare_hosts({"error": str(error)})  # the others say it too
+            with contextlib.suppress(Exception):
+                compare_hosts({"error": plain(error)})  # the others say it too
         raise
     folder = Path(cfg.log_dir) / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
     mesh, specs, folder = make_mesh(), model.specs(cfg), checkpoint.parent.parent if checkpoint else folder
     with runtime_errors(cfg):
         if jax.distributed.is_initialized():
             flags = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items() if name != "multihost"}
-            folder = compare_hosts(facts | flags | {"checkpoint": checkpoint and "/".join(checkpoint.parts[-3:])}, folder)
+            own = ("platform", "JAX_LOCAL_DEVICE_IDS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_COMPILATION_CACHE_DIR")  # may differ
+            flags |= {name: value for name, value in facts.items() if name not in own}
+            folder = compare_hosts(flags | {"checkpoint": checkpoint and "/".join(checkpoint.parts[-3:])}, folder)
         if manifest["step"] == cfg.steps and any(log.read_bytes()[-73:].startswith(b"\nsha256:") for log in folder.glob("log.txt")):
             print(f"{checkpoint} is that run's last step, nothing is left to train")
             return folder
+        if checkpoint:
+            shapes = jax.eval_shape(make_init(model, mesh, cfg))
+            check_tensors(checkpoint / "params.safetensors", shapes.params)
+            check_tensors(checkpoint / "opt.safetensors", shapes.opt_state)
         run = Run(folder, specs, cfg, manifest, facts)
         print("compiling; the next time it is cached ...", flush=True)
         programs, notes = compile_all(model, mesh, cfg)
@@ -1704,10 +1719,12 @@ def main(argv=None, model=None, stop=None):
         state = programs["init"]()
         if checkpoint:
             state = load_checkpoint(checkpoint, manifest["step"], state)
-            changed = [f"{k} was {was}, is {facts.get(k)}" for k, was in manifest["versions"].items() if facts.get(k) != was]
+            was = manifest["versions"]
+            changed = [f"{k} was {was.get(k)}, is {facts.get(k)}" for k in sorted(was | facts) if facts.get(k) != was.get(k)]
             run.line(f"resumed: {checkpoint} at step {manifest['step']}" + f"; bits may differ: {'; '.join(changed)}" * bool(changed))
         val_rows = to_devices(plan_val(val, cfg), val_stage(cfg), mesh, cfg)
         batches = train_batches(train, manifest["step"], mesh, cfg)
+        batches = itertools.chain([next(batches)] if 0 < manifest["step"] < cfg.steps else [], batches)  # the way there is off the clock
         state, row = train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg)
         report(state, row, run, val.meta, model, cfg)
     run.seal()
@@ -1721,7 +1738,8 @@ def command(run=None):
         joined, code = jax.distributed.is_initialized(), getattr(error, "exit_code", 1)
         if not joined and not hasattr(error, "exit_code"):
             raise
-        print(plain(f"error: {error}"), file=sys.stderr, flush=True) if hasattr(error, "exit_code") else sys.excepthook(*sys.exc_info())
+        with contextlib.suppress(OSError):
+            sys.excepthook(*sys.exc_info()) if code == 1 else print(plain(f"error: {error}"), file=sys.stderr, flush=True)
         if joined:  # JAX would wait for hosts that wait for this one
             sys.stdout.flush()
             time.sleep(3 * (jax.process_index() == 0))  # the others say theirs first: without host 0 they end at once

@@ -8,7 +8,7 @@ end; of one that did not, `failed<k>.txt`. What a track asks for stands in the t
 no target, count or hash is taken from a log. records/README.md also says what each level of this check proves.
 Exit codes: 0 accepted, 1 rejected, each reason on a line, 2 usage.
 """
-import argparse, bisect, hashlib, itertools, math, re, shlex, statistics, subprocess, sys, tempfile
+import argparse, hashlib, itertools, math, re, shlex, statistics, subprocess, sys, tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,8 +169,8 @@ class Schedule(NamedTuple):
     val_every: int
     ends: list   # of the stages, in steps
     sizes: list  # of their batches, in tokens
-    def tokens(self): return sum((end - start) * size for start, end, size in zip([0, *self.ends], self.ends, self.sizes))
-    def batch(self, step): return self.sizes[bisect.bisect_right(self.ends, step - 1)]  # of which step 1 is the first
+    def tokens(self, steps=math.inf):  # of the first steps, by default all
+        return sum((min(end, steps) - start) * size for start, end, size in zip([0, *self.ends], self.ends, self.sizes) if start < steps)
     def evaluates(self, step): return step == self.steps or bool(self.val_every) and step % self.val_every == 0
     def written_after(self, step):
         return min([self.steps, *((step // every + 1) * every for every in (self.log_every, self.val_every) if every)])
@@ -203,10 +203,10 @@ def check_steps(lines, schedule):
         since, grew = step - before, now_s - before_s
         need(abs(grew - since * step_ms / 1e3) <= SLACK * (0.001 + since * 0.05e-3),
              f"step {step}: {since} steps of {step_ms}ms are not the {grew:.3f}s by which train_time grew: the clock is inconsistent")
-        scale, size = {"k": 1e3, "M": 1e6}[match[9]], schedule.batch(step)
+        scale, size = {"k": 1e3, "M": 1e6}[match[9]], (schedule.tokens(step) - schedule.tokens(before)) / since
         rate, half = float(f"{match[7]}.{match[8]}") * scale, 0.5 * SLACK * scale / 10 ** len(match[8])
         need((rate - half) * (step_ms - 0.05 * SLACK) <= 1e3 * size <= (rate + half) * (step_ms + 0.05 * SLACK),
-             f"step {step}: {rate:.0f} tok/s are not {size} tokens in {step_ms}ms")
+             f"step {step}: {rate:.0f} tok/s are not {size:g} tokens in {step_ms}ms")
         losses.append((step, train_loss, val_loss if match[4] else None))
         before, before_s = step, now_s
     need(before == schedule.steps, f"the steps end at {before} of {schedule.steps}")

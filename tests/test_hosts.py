@@ -84,7 +84,8 @@ class Host:
         self.process.join(within)
         assert self.process.exitcode is not None, f"still runs after {within} s\n{self.out}\n{self.err}"
         assert "Traceback" not in self.err
-        return self.process.exitcode, (self.err.splitlines() or [""])[-1]
+        own = [line for line in self.err.splitlines() if "gloo" not in line.lower()]  # its threads speak when they like
+        return self.process.exitcode, (own or [""])[-1]
 
     def steps(self):
         return [int(step) for step in re.findall(r"^step:(\d+)/", self.out, re.MULTILINE)]
@@ -174,7 +175,7 @@ def test_each_row_of_each_batch_is_on_one_host_and_on_the_device_where_one_proce
 def test_only_the_first_host_writes_and_tells(whole):
     (first, second), folder = whole[2]
     assert {path.name for path in folder.iterdir()} == {"log.txt", "metrics.jsonl", "config.json", "loss.svg", "ckpt"}
-    told = [line for line in second.out.splitlines() if not line.startswith(("rows ", "[Gloo]", "speedrun-jax", "compiling"))]
+    told = [line for line in second.out.splitlines() if not line.startswith(("rows ", "[Gloo]", "speedrun-jax", "compiling")) and "peer ranks" not in line]
     written = [line for line in told if line.startswith("writes ")]
     assert written and not [line for line in written if str(folder.parent) in line]  # of compiled programs only
     assert told == written and second.err == "" and first.steps() == [*range(1, STEPS + 1)]

@@ -265,6 +265,45 @@ def test_metrics_say_how_many_tokens_at_which_learning_rate_in_which_stage(finis
         assert row["tokens_per_s"] == pytest.approx((448 if row["stage"] else 224) / row["step_ms"] * 1e3, rel=1e-3)
 
 
+def test_a_line_over_the_end_of_a_stage_counts_the_tokens_of_both(finished, tmp_path, no_samples):
+    folder, _ = trained(*finished.data, f"--log_dir={tmp_path}/logs", "--log_every=4", "--val_every=0")
+    *rows, _ = metrics_of(folder)
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    for row, tokens in zip(rows, (4 * 224, 2 * 224 + 2 * 448, 4 * 448)):
+        assert row["tokens_per_s"] * 4 * row["step_ms"] / 1e3 == pytest.approx(tokens, rel=1e-3)
+
+
+def test_weights_of_another_table_are_refused_before_anything_is_compiled_or_written(finished, tmp_path, monkeypatch):
+    log_dir, folder = copy_of(finished, tmp_path)
+    shutil.rmtree(folder / "ckpt/step-000012")
+    before = {name: (folder / name).read_bytes() for name in files_of(folder)}
+    monkeypatch.setattr(train, "compile_all", lambda *_: pytest.fail("compiled"))
+    more = lambda cfg: train.param_specs(cfg) | {"extra": train.Spec("D", train.constant(0.0), "scalar")}
+    with pytest.raises(train.CheckpointError, match="params.safetensors: extra is nothing, this config wants"):
+        trained(*finished.data, log_dir, "--resume=auto", model=train.Model(specs=more))
+    assert {name: (folder / name).read_bytes() for name in files_of(folder)} == before
+
+
+def test_a_setting_that_is_new_at_a_resume_is_told_since_bits_may_differ(finished, tmp_path, no_samples, monkeypatch):
+    log_dir, folder = copy_of(finished, tmp_path)
+    shutil.rmtree(folder / "ckpt/step-000012")
+    monkeypatch.setenv("JAX_SOMETHING", "7")
+    assert "bits may differ: JAX_SOMETHING was None, is 7" in trained(*finished.data, log_dir, "--resume=auto")[1]
+
+
+def test_a_signal_is_heard_also_where_nobody_reads_what_it_says(monkeypatch):
+    stop, left = train.Stop(), []
+    def write(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop.looping = True
+    stop.hear(15, None)
+    assert stop.asked and left == []
+    stop.hear(2, None)
+    assert left == [130]
+
+
 def test_the_last_metrics_row_is_the_result(finished):
     *steps, last = finished.rows
     assert set(last) >= {"step", "val_loss", "train_time_s", "target_reached_step"}
