@@ -41,6 +41,7 @@ SIZES = ["--preset=tiny", f"--steps={STEPS}", "--num_layers=2", "--model_dim=24"
 EVERY = ["--val_every=4", "--save_every=4", "--log_every=1"]
 STEP_LINE = re.compile(r"step:(?P<step>\d+)/(?P<steps>\d+) train_loss:(?P<train_loss>\d+\.\d{4})( val_loss:(?P<val_loss>\d+\.\d{4}))? "
                        r"train_time:(?P<train_time>\d+\.\d{3})s step:\d+\.\dms tok/s:\d+\.\d+[kM] mfu:(-|\d+\.\d%)( \w+:\S+)* eta:\d+s")
+REAL_COMPILE_ALL = train.compile_all
 METRICS = {"step", "tokens", "train_time_s", "cpu_time_s", "wall_s", "train_loss", "val_loss", "lr", "step_ms", "tokens_per_s", "mfu",
            "stage", "input_wait_ms", "target_reached_step"}
 
@@ -917,3 +918,15 @@ def test_the_compiler_options_of_the_platform_are_among_the_versions_that_the_lo
     assert train.COMPILER_OPTIONS["tpu"] and not set(train.COMPILER_OPTIONS["tpu"]) & set(train.versions())
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert train.COMPILER_OPTIONS["tpu"].items() <= train.versions().items()
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_deterministic_reaches_the_compiler_which_knows_the_option(asked, finished, tmp_path, no_samples, monkeypatch):
+    """On a CPU the option changes nothing, but a compiler that did not know it would refuse it."""
+    heard, compile_ = [], jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, compiler_options=None: heard.append(compiler_options) or compile_(
+        self, compiler_options=compiler_options))
+    monkeypatch.setattr(train, "compile_all", REAL_COMPILE_ALL)
+    folder, _ = trained(*finished.data, f"--log_dir={tmp_path}/logs", f"--deterministic={asked}")
+    assert heard == [{"xla_gpu_deterministic_ops": True} if asked else {}] * 4  # init, two stages, eval
+    assert bytes_of(folder / "ckpt/step-000012") == bytes_of(finished.folder / "ckpt/step-000012")
