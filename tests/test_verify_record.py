@@ -38,7 +38,7 @@ def genuine(tmp_path_factory):
     """The log of one run; blanks and = in the folder's name, which config and argv then hold."""
     logs = tmp_path_factory.mktemp("runs") / "my logs x=5"
     env = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
-    subprocess.run([sys.executable, "train.py", "--preset=tiny", "--seed", "0", "--target_loss=3.45", "--batch_tokens=2048,4096",
+    subprocess.run([sys.executable, "train.py", "--preset=tiny", "--seed", "0", "--target_loss=3.6", "--batch_tokens=2048,4096",
                     f"--log_dir={logs}"], cwd=ROOT, env=env, check=True, capture_output=True, timeout=300)
     text = next(logs.glob("*/log.txt")).read_text()
     assert reseal(text) == text
@@ -191,9 +191,9 @@ TAMPERED = {
     "truncated": (lambda r: cut(r, 1, "sha256:"), "seed1.txt.*its last line is not its digest"),
     "truncated within a line": (lambda r: r.path(1).write_text(r.path(1).read_text()[:-3]), "seed1.txt.*its last line is not its digest"),
     "empty": (lambda r: write(r, "seed1.txt", b""), "seed1.txt.*its last line is not its digest"),
-    "target raised in the log": (lambda r: (r.edit(("target_loss=3.45", "target_loss=9"), ("target:3.45 reached at step 20 after", "target:9 reached at step 10 after"),
+    "target raised in the log": (lambda r: (r.edit(("target_loss=3.6", "target_loss=9"), ("target:3.6 reached at step 20 after", "target:9 reached at step 10 after"),
                                             seeds=SEEDS), r.table(target="2.0")), r"^mean \d\.\d+ is above the track's target 2$"),
-    "target raised in the final line": (lambda r: r.edit(("target:3.45 ", "target:3.2 ")), "seed1.txt.*its target is not the config's"),
+    "target raised in the final line": (lambda r: r.edit(("target:3.6 ", "target:3.2 ")), "seed1.txt.*its target is not the config's"),
     "target reached elsewhere": (lambda r: r.edit(("reached at step 20", "reached at step 10")), "seed1.txt.*not reached where it says"),
     "target reached unsaid": (lambda r: r.edit(("reached at step 20 .*", "not reached")), "seed1.txt.*not reached where it says"),
     "target met by too little": (lambda r: r.table(target="{:.4f}".format(sum(r.losses()) / 5 + 0.0002)), "^p = 0.*wanted below 0.01"),
