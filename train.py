@@ -1393,7 +1393,7 @@ def join_hosts(where):
             raise ValueError("an INDEX from 0 to COUNT - 1 of a process at HOST:PORT")
     def give_up(number=0):
         why = f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
-        why = "another host of this run is gone, see its output; start all of them again with --resume=auto" if number else why
+        why = "another host of this run is gone, or the runtime failed: see each host's output; start all again with --resume=auto" if number else why
         with contextlib.suppress(OSError):
             os.write(2, f"error: --multihost={where}: {why}\n".encode())
         os._exit(Preempted.exit_code)

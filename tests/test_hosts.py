@@ -22,7 +22,7 @@ STEPS = 12
 SMALL = [f"--steps={STEPS}", "--num_layers=1", "--model_dim=24", "--head_dim=8", "--mlp_dim=40", "--skips=", "--late_inputs=", "--backout=",
          "--offset_layers=", "--long_layers=", "--mtp=", "--tied_stages=0", "--stage_ends=1", "--batch_tokens=512", "--seq_len=32",
          "--window_short=16", "--window_long=0", "--stage_lr=1", "--val_tokens=500", "--val_every=6"]
-GONE = "another host of this run is gone, see its output; start all of them again with --resume=auto"
+GONE = "another host of this run is gone, or the runtime failed: see each host's output; start all again with --resume=auto"
 
 # What a host does before it calls train.main, lines of Python that see train. Long enough a run to be hit in its middle:
 SLOWLY = """
@@ -84,7 +84,7 @@ class Host:
         self.process.join(within)
         assert self.process.exitcode is not None, f"still runs after {within} s\n{self.out}\n{self.err}"
         assert "Traceback" not in self.err
-        own = [line for line in self.err.splitlines() if "gloo" not in line.lower()]  # its threads speak when they like
+        own = [line for line in self.err.splitlines() if not line.lower().startswith(("[gloo]", "[external/gloo"))]  # its threads speak when they like
         return self.process.exitcode, (own or [""])[-1]
 
     def steps(self):
