@@ -199,6 +199,11 @@ def test_vocabulary_and_bos_come_from_meta_json_unless_a_flag_gives_them(tmp_pat
     assert (cfg.vocab_size, cfg.bos_id) == (400, 0)
 
 
+def test_a_bos_that_is_no_id_of_the_vocabulary_is_refused(tmp_path, error_of):
+    flags = make_folder(tmp_path / "data")
+    assert "--bos_id=9999: wanted an id of the vocabulary" in error_of(*flags, "--bos_id=9999")
+
+
 # ---- The plain stream ----
 
 def test_the_plain_stream_reads_each_token_once_and_in_order():

@@ -930,3 +930,12 @@ def test_deterministic_reaches_the_compiler_which_knows_the_option(asked, finish
     folder, _ = trained(*finished.data, f"--log_dir={tmp_path}/logs", f"--deterministic={asked}")
     assert heard == [{"xla_gpu_deterministic_ops": True} if asked else {}] * 4  # init, two stages, eval
     assert bytes_of(folder / "ckpt/step-000012") == bytes_of(finished.folder / "ckpt/step-000012")
+
+
+def test_a_warning_that_nobody_can_read_stops_no_training(finished, tmp_path, monkeypatch):
+    run = train.Run(tmp_path / "run", train.param_specs(config_of(finished)), config_of(finished), train.FRESH, {})
+    full = io.StringIO()
+    full.flush = lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    monkeypatch.setattr(sys, "stderr", full)
+    run.warn("log.txt", "log.txt could not be written", "", "a")
+    assert "log.txt" in run.unwritten
