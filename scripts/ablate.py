@@ -11,6 +11,7 @@ LIST is a text file, a line each, # begins a comment:
     base:                               what all are compared with, the first entry
     no softcap: --softcap=0             NAME: FLAGS of train.py
     gpt2: model=gpt2 --adamw_lr=0.0006  through `python -m scripts.baselines gpt2 FLAGS`
+    gelu: patch=gelu.diff               with train.py changed by a diff beside the list (git apply): what has no flag
 
 A run is a process on its own share of the cores, one JSON line when it has ended. Which runs are there is known by model, flags,
 seed and data, so a list can be stopped (Ctrl-C), continued and extended. A seed gives both runs of a pair the same order of data
@@ -26,7 +27,8 @@ import numpy as np
 from scripts import reencode
 from train import ROOT, DataError, UsageError, errors_as, file_sha256, open_shards, parse_flags
 
-Entry = collections.namedtuple("Entry", "name model flags")  # model: of scripts.baselines, or "": train.py's
+# model: of scripts.baselines, or "": train.py's. patch: the text of a diff, or ""
+Entry = collections.namedtuple("Entry", "name model flags patch", defaults=("",))
 OURS = ("--seed", "--log_dir", "--resume", "--train_files", "--val_files")  # flags that this script gives
 
 # ---- The list ----
@@ -54,15 +56,18 @@ def read_list(path):
             continue
         need(name == "base" or entries, "wanted base: first")
         need(name not in [entry.name for entry in entries], "an entry of this name is there already")
-        model = flags.pop(0)[len("model="):] if flags and flags[0].startswith("model=") else ""
+        taken = lambda prefix: flags.pop(0)[len(prefix):] if flags and flags[0].startswith(prefix) else ""
+        model, patch = taken("model="), taken("patch=")
+        with errors_as(UsageError, f"{where}, {name!r}"):
+            patch = (Path(path).parent / patch).read_text() if patch else ""
         flags = common + flags
         need(not (given := [flag for flag in flags if flag.split("=")[0] in OURS]), f"{given[:1]} is given by the script; leave it out")
-        if not model:
+        if not model and not patch:  # a diff may bring flags
             try:
                 parse_flags(flags)
             except UsageError as error:
                 need(False, error)
-        entries.append(Entry(name, model, flags))
+        entries.append(Entry(name, model, flags, patch))
     if not entries:
         raise UsageError(f"{path}: no entries; wanted base: first")
     return entries, 1 if sense == "minus" else -1
@@ -77,7 +82,7 @@ def data_of(proxy):
 
 def key_of(entry, seed, data):
     """Names a run whatever the state of train.py."""
-    return hashlib.sha256(json.dumps([entry.model, entry.flags, seed, data]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([entry.model, entry.flags, seed, data, *filter(None, [entry.patch])]).encode()).hexdigest()[:16]
 
 def read_records(path):
     """{key: the last line that has it}. A line that a kill cut short is passed over. Raises UsageError."""
@@ -90,11 +95,25 @@ def read_records(path):
 
 # ---- Running ----
 
-def snapshot(folder):
+def snapshot(folder, root=ROOT):
     """Copies what a run executes. Returns the SHA-256 of train.py."""
-    shutil.copy(ROOT / "train.py", folder)
-    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "train.py", folder)
+    shutil.copytree(root / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     return file_sha256(folder / "train.py")
+
+def patched(entry, source):
+    """The folder of train.py as the entry wants it, made of a snapshot if need be. Raises UsageError for a diff that does not fit."""
+    if not entry.patch:
+        return source
+    folder = source / f"patch-{hashlib.sha256(entry.patch.encode()).hexdigest()[:16]}"
+    if not folder.exists():
+        folder.mkdir()
+        snapshot(folder, source)
+        made = subprocess.run(["git", "apply", "-"], input=entry.patch, text=True, capture_output=True, cwd=folder,
+                              env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
+        if made.returncode:
+            raise UsageError(f"{entry.name!r}: its diff does not fit this train.py ({' '.join(made.stderr.split())[:300]}); make it anew")
+    return folder
 
 def command(entry, source):
     """-P: of two folders that have a scripts.baselines, take the copy."""
@@ -121,12 +140,13 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
     cores = sorted(os.sched_getaffinity(0)) if pinned else [*range(os.cpu_count())]
     shares = [cores[slot::jobs] or [cores[slot % len(cores)]] for slot in range(jobs)]
     waiting, cut = collections.deque(todo), out.exists() and out.read_text()[-1:] not in ("", "\n")  # its last line, by a kill
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])}
     try:
         while waiting or running:
             for slot in sorted({*range(jobs)} - {*running})[:len(waiting)]:
                 (entry, seed), folder = waiting.popleft(), Path(tempfile.mkdtemp(dir=source))
-                argv = [*command(entry, source), *entry.flags, *data[0], f"--seed={seed}", f"--log_dir={folder}"]
+                code = patched(entry, source)
+                argv = [*command(entry, code), *entry.flags, *data[0], f"--seed={seed}", f"--log_dir={folder}"]
+                environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])}
                 if pinned:
                     os.sched_setaffinity(0, shares[slot])  # a child has what its parent has
                 with open(folder / "said.txt", "w") as said:
@@ -139,6 +159,7 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
                 if process.poll() is None:
                     continue
                 row = {"name": entry.name, "seed": seed, "model": entry.model, "flags": shlex.join(entry.flags), "key": key_of(entry, seed, data[1])}
+                row |= {"patch_sha256": hashlib.sha256(entry.patch.encode()).hexdigest()} if entry.patch else {}
                 row |= result_of(folder, process.returncode) | {"source_sha256": source_sha256, "cores": len(shares[slot]), "date":
                                                                datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
                 with open(out, "a") as file:
@@ -163,6 +184,8 @@ def run_missing(entries, data, args, command=command):
             row = records.get(key_of(entry, seed, data[1]))
             return not row or args.same_source and row["source_sha256"] != source_sha256 or args.retry and "error" in row
         todo = [(entry, seed) for seed in args.seeds for entry in entries if not args.table and lacks(entry, seed)]
+        for entry, _ in todo:
+            patched(entry, Path(source))  # before anything runs
         if todo:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             print(f"{len(todo)} of {len(entries) * len(args.seeds)} runs to do, {args.jobs} at a time", flush=True)
@@ -195,11 +218,11 @@ def table_of(entries, rows, sense):
     out = [f"Flags of all: `{' '.join(shared)}`", "",
            "| name | flags | n | mean val loss | loss without it minus loss with it | CPU time / base | parameters | verdict |",
            "|---|---|---|---|---|---|---|---|"]
-    for name, model, flags in entries:
+    for name, model, flags, patch in entries:
         own, base, failed = good[name], good["base"], len(rows[name]) - len(good[name])
         both = sorted(own.keys() & base.keys())
         difference, error, word = paired([sense * (own[seed]["val_loss"] - base[seed]["val_loss"]) for seed in both])
-        said = " ".join([f"model={model}"] * bool(model) + flags[len(shared):]).replace("|", "\\|")
+        said = " ".join([f"model={model}"] * bool(model) + ["a diff"] * bool(patch) + flags[len(shared):]).replace("|", "\\|")
         cells = [name, f"`{said}`" if said else "", f"{len(own)}" + (f" ({failed} failed)" if failed else ""),
                  f"{np.mean([row['val_loss'] for row in own.values()]):.4f}" if own else "-",
                  f"{difference:+.4f}" + (f" ± {error:.4f}" if len(both) > 1 else "") + f" (n={len(both)})" if both and name != "base" else "-",

@@ -85,6 +85,54 @@ def test_a_list_gives_names_models_and_flags_in_order(tmp_path):
     assert ablate.command(entry._replace(model=""), Path("x"))[1:] == ["-P", str(Path("x/train.py"))]
 
 
+DIFF = """--- a/train.py
++++ b/train.py
+@@ -1,1 +1,2 @@
+ # /// script
++# a changed copy
+"""
+
+
+def test_a_diff_beside_the_list_changes_the_copy_that_its_entry_runs_and_names_the_run(tmp_path, capsys):
+    (tmp_path / "mine.diff").write_text(DIFF)
+    (tmp_path / "fake.py").write_text(FAKE)
+    (tmp_path / "list.txt").write_text("all: --steps=3\nbase:\nother: patch=mine.diff --softcap=0\n")
+    seen, args = {}, [str(tmp_path / "list.txt"), f"--out={tmp_path / 'out.jsonl'}", "--seeds=0"]
+    def command(entry, source):
+        seen[entry.name] = (source / "train.py").read_text().splitlines()[1], (source / "scripts/ablate.py").exists()
+        return [sys.executable, str(tmp_path / "fake.py")]
+    assert ablate.main(args, command) == 0 and "| other | `a diff --softcap=0` |" in capsys.readouterr().out
+    assert seen == {"base": ((ROOT / "train.py").read_text().splitlines()[1], True), "other": ("# a changed copy", True)}
+    base, other = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert other["source_sha256"] == base["source_sha256"] and "patch_sha256" not in base
+    assert other["patch_sha256"] == hashlib.sha256(DIFF.encode()).hexdigest()
+    (tmp_path / "mine.diff").write_text(DIFF.replace("changed", "twice changed"))
+    seen.clear()
+    assert ablate.main(args, command) == 0 and [*seen] == ["other"]  # another diff is another run
+
+
+def test_a_diff_that_does_not_fit_or_is_not_there_ends_in_one_sentence_before_anything_runs(tmp_path):
+    (tmp_path / "list.txt").write_text("base:\nother: patch=mine.diff\n")
+    def nothing(entry, source):
+        raise AssertionError("ran")
+    with pytest.raises(UsageError, match="line 2, 'other'"):
+        ablate.main([str(tmp_path / "list.txt"), f"--out={tmp_path / 'out.jsonl'}"], nothing)
+    (tmp_path / "mine.diff").write_text(DIFF.replace("/// script", "nowhere in it"))
+    with pytest.raises(UsageError, match="'other': its diff does not fit this train.py .*make it anew"):
+        ablate.main([str(tmp_path / "list.txt"), f"--out={tmp_path / 'out.jsonl'}"], nothing)
+
+
+@pytest.mark.parametrize("diff", sorted((ROOT / "records/ablations/patches").glob("*.diff")), ids=lambda path: path.stem)
+def test_each_committed_diff_fits_train_py(tmp_path, diff):
+    """Or it is said in records/ablations/README.md which commit it was made for."""
+    source = tmp_path / "source"
+    source.mkdir()
+    ablate.snapshot(source)
+    changed = ablate.patched(ablate.Entry("x", "", [], diff.read_text()), source) / "train.py"
+    compile(changed.read_text(), "train.py", "exec")
+    assert changed.read_text() != (ROOT / "train.py").read_text()
+
+
 def test_wrong_flags_and_a_missing_list_end_with_exit_code_2():
     for argv, words in ((["nowhere.txt"], "nowhere.txt"), (["x", "--jobs=0"], "at least 1 job"), (["x", "--seeds=a"], "--seeds=a")):
         done = subprocess.run([sys.executable, "-m", "scripts.ablate", *argv], cwd=ROOT, capture_output=True, text=True, timeout=100)
