@@ -79,7 +79,7 @@ def test_a_wrong_list_is_one_sentence_that_names_the_line(tmp_path, text, words)
 def test_a_list_gives_names_models_and_flags_in_order(tmp_path):
     (tmp_path / "list.txt").write_text("sense: plus\n" + LIST + "gpt2 : model=gpt2 --whatever='a b'\n")
     assert ablate.read_list(tmp_path / "list.txt") == ([
-        ("base", "", ["--steps=3"]), ("no softcap", "", ["--steps=3", "--softcap=0"]), ("gpt2", "gpt2", ["--steps=3", "--whatever=a b"])], -1)
+        ("base", "", ["--steps=3"], ""), ("no softcap", "", ["--steps=3", "--softcap=0"], ""), ("gpt2", "gpt2", ["--steps=3", "--whatever=a b"], "")], -1)
     entry = ablate.Entry("gpt2", "gpt2", [])
     assert ablate.command(entry, Path("x"))[1:] == ["-P", "-m", "scripts.baselines", "gpt2"]
     assert ablate.command(entry._replace(model=""), Path("x"))[1:] == ["-P", str(Path("x/train.py"))]
@@ -87,9 +87,10 @@ def test_a_list_gives_names_models_and_flags_in_order(tmp_path):
 
 DIFF = """--- a/train.py
 +++ b/train.py
-@@ -1,1 +1,2 @@
+@@ -1,2 +1,3 @@
  # /// script
 +# a changed copy
+ # requires-python = ">=3.11"
 """
 
 
