@@ -18,6 +18,7 @@ import string
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -272,6 +273,37 @@ def test_where_no_checkpoint_verifies_a_run_ends_with_4_and_none_is_a_start_at_0
     shutil.rmtree(folder / "ckpt")
     ended = Ended(folder.parent, *data, "--resume=auto")
     assert (ended.code, len(ended.runs)) == (0, 2) and "starts at step 0" in ended.out
+
+
+def test_a_run_goes_on_where_old_checkpoints_cannot_be_deleted(data, tmp_path, monkeypatch):
+    rename = Path.rename
+    def stuck(path, target):
+        if path.name.startswith("step-"):
+            raise PermissionError("a file in it is open")
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", stuck)
+    ended = Ended(tmp_path / "logs", *data)
+    assert (ended.code, ended.err) == (0, "") and steps_of(ended) == [2, 4, 6, 8]
+
+
+def test_the_way_through_the_data_to_a_resumed_step_is_not_on_the_clock(run, data, monkeypatch):
+    folder, _ = run
+    shutil.rmtree(folder / "ckpt/step-000008")
+    (folder / "log.txt").unlink()
+    planned, skipped = train.plan, []
+    def slowly(shards, cfg):
+        for step, rows in enumerate(planned(shards, cfg)):
+            if open_data_is_over and step < 6:
+                skipped.append(step)
+                time.sleep(0.5)
+            yield rows
+    open_data_is_over, describe = [], train.describe
+    monkeypatch.setattr(train, "describe", lambda *arguments: (open_data_is_over.append(True), describe(*arguments)))
+    monkeypatch.setattr(train, "plan", slowly)
+    before = json.loads((folder / "ckpt/step-000006/manifest.json").read_text())["progress"]["seconds"][0]
+    ended = Ended(folder.parent, *data, "--resume=auto")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert ended.code == 0 and skipped == [*range(6)] and last["train_time_s"] - before < 2.5
 
 
 def test_a_seal_that_the_disk_refuses_ends_the_run_with_4(data, tmp_path, monkeypatch):

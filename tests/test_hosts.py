@@ -45,6 +45,11 @@ def watch(event, arguments):
         print("writes", *arguments, flush=True)
 sys.addaudithook(watch)
 """
+# What hosts may have of their own:
+MAY_DIFFER = """
+train.platform.platform = lambda: "another kernel"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = "/nowhere"
+"""
 
 
 def be_host(argv, patch, output, optimized):
@@ -125,7 +130,7 @@ def whole(tmp_path_factory):
     """One process, and two, that were left alone: {count: (hosts, run folder)}."""
     runs, kept = {}, [Hosts(tmp_path_factory.mktemp(f"of-{count}")) for count in (1, 2)]
     for count, hosts in zip((1, 2), kept):
-        runs[count] = hosts.start(count=count, patch=TELLS_ROWS, patches={1: TELLS_WRITES})
+        runs[count] = hosts.start(count=count, patch=TELLS_ROWS, patches={1: TELLS_WRITES + MAY_DIFFER})
     ended = {count: [host.ends() for host in hosts] for count, hosts in runs.items()}
     for hosts in kept:
         hosts.end()
@@ -226,6 +231,12 @@ def test_a_host_that_never_comes_is_waited_for_only_so_long(hosts):
         code, words = host.ends(2 + 10)
         assert code == 75 and re.fullmatch(f"error: --multihost=127.0.0.1:\\d+,2,{i}: after 2 s not all hosts have come; "
                                            "start the same line on each", words)
+
+
+def test_auto_where_there_are_no_other_hosts_ends_with_2_and_the_other_form(hosts):
+    host, = hosts.start("--multihost=auto", count=1)
+    code, words = host.ends()
+    assert code == 2 and re.match(r"error: --multihost=auto: JAX finds no other hosts \(", words), words
 
 
 def test_a_host_that_differs_ends_all_before_they_compile_with_what_differs(whole, hosts):
