@@ -40,6 +40,9 @@ def test_a_grid_is_every_combination_and_a_list_is_combined_with_it():
     own, entries = sweep.settings_of([{"num_layers": 2, "model_dim": 16}, {"num_layers": 4}], {"muon_lr": [0.1, 0.2]}, {})
     assert [*own.values()] == [{"num_layers": 2, "model_dim": 16, "muon_lr": 0.1}, {"num_layers": 2, "model_dim": 16, "muon_lr": 0.2},
                                {"num_layers": 4, "muon_lr": 0.1}, {"num_layers": 4, "muon_lr": 0.2}]
+    assert [*sweep.settings_of([{}], {}, {"steps": 3})[0]] == ["all alike"]
+    with pytest.raises(UsageError, match="--muon_lr: given twice"):
+        sweep.settings_of([{"muon_lr": 0.3}], {"muon_lr": [0.1, 0.2]}, {})
     assert all(parse_flags(entry.flags) == values and entry.name == " ".join(entry.flags) for entry, values in zip(entries, own.values()))
 
 def test_a_list_is_a_line_of_flags_each(tmp_path):
@@ -47,7 +50,7 @@ def test_a_list_is_a_line_of_flags_each(tmp_path):
     assert sweep.read_points(tmp_path / "points.txt") == [{"num_layers": 2, "skips": "0>1"}, {"num_layers": 4}]
 
 @pytest.mark.parametrize("argv, words", [
-    (["--muon_rl=1,2"], "the nearest is --muon_lr"), (["--muon_lr=1,x"], "--muon_lr"), (["--muon_lr=1,"], "--muon_lr"),
+    (["--muon_rl=1,2"], "^--muon_rl=1,2: there is no such flag; the nearest is --muon_lr"), (["--muon_lr=1,x"], "--muon_lr"), (["--muon_lr=1,"], "--muon_lr"),
     (["--steps=1,2", "--", "--steps=3"], "--steps: given twice"), (["--log_dir=a"], "--log_dir: given by the script"),
     (["--", "--seed=1"], "--seed: given by the script"), (["--train_files=x"], "--data=DIR"), (["--list=nowhere.txt"], "--list=nowhere.txt"),
     (["--jobs=0"], "at least 1 job"), (["--", "--stps=3"], "the nearest is --steps"), (["--data=nowhere"], "no shards match")])
@@ -66,7 +69,7 @@ def test_a_list_without_settings_and_a_name_that_is_a_path_are_refused(fake, tmp
 
 # ---- Running, and the table ----
 
-def test_what_has_run_is_not_run_again_whichever_way_it_is_said(fake, tmp_path):
+def test_what_has_run_is_not_run_again_whichever_way_it_is_said(fake, tmp_path, capsys):
     grid, common = ["--softcap=0", "--softcap=15", "--log_every=5,6", "--seed=0"], ["--", "--steps=3", "--num_layers=2"]
     assert fake(*grid, *common) == 0 and len(fake.started) == 4
     assert fake(*grid, *common) == 0 and not fake.started
@@ -77,7 +80,9 @@ def test_what_has_run_is_not_run_again_whichever_way_it_is_said(fake, tmp_path):
     assert fake(*grid, "--seed=8", "--table", *common) == 0 and not fake.started
     for split in ("train", "val"):
         (tmp_path / f"{split}_000000.bin").write_bytes(shard_bytes([1, 2, 3]))
+    capsys.readouterr()
     assert fake(f"--data={tmp_path}", *grid, *common) == 0 and len(fake.started) == 4
+    assert f"'--train_files={tmp_path}/*train_*.bin' '--val_files={tmp_path}/*val_*.bin'\n" in capsys.readouterr().out
 
 def test_the_table_has_the_best_first_and_a_difference_to_it_seed_by_seed(fake, capsys):
     """0.1, 0.2 and 0.3 more than the best: 0.2 on average, 0.1 / sqrt 3 its error; the seeds themselves differ by 1."""
@@ -88,6 +93,12 @@ def test_the_table_has_the_best_first_and_a_difference_to_it_seed_by_seed(fake, 
     assert cells(out, "15") == ["15", "0.5,1", "3", "3.0000", "-", "4.0", "77"] and lines[2].startswith("| 15 |")
     assert cells(out, "0") == ["0", "0.5,1", "3", "3.2000", "+0.2000 ± 0.0577", "5.0", "77"] and len(lines) == 4
     assert "Flags of all: `--steps=3`" in out and "The best: python train.py --steps=3 --softcap=15 --stage_ends=0.5,1\n" in out + "\n"
+
+def test_a_difference_is_of_the_seeds_that_both_have_and_a_bar_in_a_value_is_no_cell(capsys):
+    row = lambda loss: {"val_loss": loss, "cpu_time_s": 1.0, "params": 7}
+    rows = {"a": {0: row(1.0), 1: row(1.2)}, "b": {1: row(1.5), 2: row(9.0)}}
+    table = sweep.table_of({"a": {"skips": "0|2"}, "b": {"skips": "1"}}, rows, {})
+    assert "| 0\\|2 | 2 | 1.1000 | - |" in table and "| 1 | 2 | 5.2500 | +0.3000 | 1.0 | 7 |" in table
 
 def test_what_failed_is_last_with_its_error_and_runs_again_only_when_asked(fake, capsys):
     for flags, runs in (([], 2), ([], 0), (["--retry"], 1)):
