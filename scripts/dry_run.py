@@ -160,13 +160,13 @@ def pieces_of(piece, stage, model, mesh, cfg):
     if piece == "attention":
         q, k = (shape(cfg.compute_dtype, B, T, heads * cfg.head_dim) for heads in (cfg.num_heads, cfg.kv_heads))
         def core(window):
-            def forward_and_backward(q, k, v, first_BT, g):
+            def forward_and_backward(q, k, v, gate_BTH, first_BT, g):
                 table = train.rotary(T, stage, cfg)
-                attend = lambda q, k, v: train.ATTENTION[cfg.attention](q, k, v, first_BT, table, window, cfg)
-                return jax.vjp(attend, q, k, v)[1](g)
+                attend = lambda *inputs: train.ATTENTION[cfg.attention](*inputs, first_BT, table, window, cfg)
+                return jax.vjp(attend, q, k, v, gate_BTH)[1](g)
             return forward_and_backward
-        first_BT = shape(jnp.int32, B, T)
-        return [job(f"attention_{window}", core(window), q, k, k, first_BT, q) for window in sorted(set(stage.windows))]
+        gate_BTH, first_BT = shape(f32, B, T, cfg.num_heads), shape(jnp.int32, B, T)
+        return [job(f"attention_{window}", core(window), q, k, k, gate_BTH, first_BT, q) for window in sorted(set(stage.windows))]
     if piece == "head":
         loss = jax.value_and_grad(lambda x, w, weight: train.log_partition(x, w, weight, cfg), argnums=(0, 1))
         x, w = (shape(cfg.compute_dtype, size, cfg.model_dim) for size in (B * T, cfg.padded_vocab))

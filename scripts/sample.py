@@ -22,7 +22,7 @@ from einops import rearrange
 
 from scripts.checkpoint import open_checkpoint
 from scripts.text import folder_of_run, open_tokenizer
-from train import (PRESETS, Config, DataError, UsageError, attend_row, choose_attention, command, count_params, errors_as, forward, gather,
+from train import (PRESETS, Config, DataError, UsageError, attend_row, choose_attention, command, count_params, errors_as, forward, gated, gather,
                    init_params, layer_list, next_logits, offset_keys, param_specs, rms_norm, rotary, rotate, softcapped_logits,
                    softmax_average, stages, unstack, val_stage)
 
@@ -53,8 +53,8 @@ def prefill(weights, tokens_BT, length, capacity, cfg):
     place_BT = jnp.broadcast_to(jnp.arange(num_tokens)[None], tokens_BT.shape)
     start_BT = jax.lax.cummax(jnp.where(starts_document(tokens_BT, cfg), place_BT, 0), axis=1)
     keys, values, raw_keys = {}, {}, {}
-    def attend(layer, q_BTN, k_BTN, v_BTN):
-        y_BTN, window = whole_row(layer, q_BTN, k_BTN, v_BTN), stage.windows[layer]
+    def attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH):
+        y_BTN, window = whole_row(layer, q_BTN, k_BTN, v_BTN, gate_BTH), stage.windows[layer]
         if layer in layer_list(cfg.offset_layers):
             raw_keys[layer] = jax.lax.dynamic_slice_in_dim(k_BTN, last, 1, axis=1)
             k_BTN = offset_keys(k_BTN, start_BT == place_BT, cfg)
@@ -75,7 +75,7 @@ def decode(weights, cache, token_B, capacity, cfg):
     start_B, (*table, scale) = jnp.where(is_start_B, position, cache.start_B), rotary(capacity, stage, cfg)
     table = [jax.lax.dynamic_slice_in_dim(jnp.asarray(z), position, 1) for z in table]
     keys, values, raw_keys = {}, {}, {}
-    def attend(layer, q_BTN, k_BTN, v_BTN):
+    def attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH):
         (q_B1N, k_B1N, v_B1N), size = (z[:, -1:] for z in (q_BTN, k_BTN, v_BTN)), cache.keys[layer].shape[1]
         if layer in cache.raw_keys:
             raw_keys[layer], pair_BTN = k_B1N, jnp.concatenate([cache.raw_keys[layer], k_B1N], axis=1)
@@ -88,7 +88,7 @@ def decode(weights, cache, token_B, capacity, cfg):
         visible_N1S = jnp.repeat(held_S[None, None] >= start_B[:, None, None], cfg.kv_heads, axis=0)
         q_N1RK = rearrange((q_B1HK * scale).astype(cfg.compute_dtype), "B 1 (G R) K -> (B G) 1 R K", G=cfg.kv_heads)
         y_N1RK = softmax_average(q_N1RK, keys[layer][:, None], values[layer][:, None], visible_N1S)
-        y_B1N = rearrange(y_N1RK, "(B G) 1 R K -> B 1 (G R K)", G=cfg.kv_heads)
+        y_B1N = gated(rearrange(y_N1RK, "(B G) 1 R K -> B 1 (G R K)", G=cfg.kv_heads), gate_BTH[:, -1:])
         return jnp.pad(y_B1N, ((0, 0), (q_BTN.shape[1] - 1, 0), (0, 0)))
     tokens_BT = jnp.stack([cache.token_B, token_B][1 - cfg.smear:], axis=1)  # smear reads the embedding of the token before, which is
     x_BTD = forward(weights, tokens_BT, stage, cfg, attend)                  # there for that alone: nobody looks at what becomes of it

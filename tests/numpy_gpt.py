@@ -94,10 +94,11 @@ def attention(u, layer, window, starts, offset, longs, cfg):
     return out @ layer["w_out"]
 
 
-def attention_and_gradients(q, k, v, first, g, cfg, longs=()):
-    """Raw q [B, T, HK] and k, v [B, T, GK], first [B, T]: the first key each query sees. Returns attention's output and the
-    gradients of output . g in q, k and v, derived by hand."""
-    q, k, v, g = (np.float64(x) for x in (q, k, v, g))
+def attention_and_gradients(q, k, v, gate, first, g, cfg, longs=()):
+    """Raw q [B, T, HK] and k, v [B, T, GK], gate [B, T, H], first [B, T]: the first key each query sees. Returns gated attention's
+    output and the gradients of output . g in q, k, v and gate, derived by hand."""
+    gate_BTN, product_BTN = np.repeat(np.float64(gate), cfg.head_dim, axis=2), np.float64(g)
+    q, k, v, g = (np.float64(x) for x in (q, k, v, g * gate_BTN))
     (num_rows, num_tokens, _), width, half, quarter = q.shape, cfg.head_dim, cfg.head_dim // 2, cfg.head_dim // 4
     rate, scale = turning(cfg, longs)
     turn = np.exp(1j * np.arange(num_tokens)[:, None] * np.array(rate + [0.0] * (half - quarter)))
@@ -123,7 +124,7 @@ def attention_and_gradients(q, k, v, first, g, cfg, longs=()):
             dq[b][:, mine] = norm_backward(raw_q, turned(ds @ z_k, turn.conj()))
             dk[b][:, shared] += norm_backward(raw_k, turned(ds.T @ z_q, turn.conj()))
             dv[b][:, shared] += p.T @ g[b][:, mine]
-    return y, (dq, dk, dv)
+    return y * gate_BTN, (dq, dk, dv, (product_BTN * y).reshape(*gate.shape, width).sum(axis=3))
 
 
 def final_activations(weights, row, windows, longs, cfg, packed):

@@ -25,25 +25,26 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 def random_inputs(cfg, num_rows, length, window, seed=0):
-    """(q, k, v, first, cotangent): a document begins about every hundredth token, and none at the first row's end."""
+    """(q, k, v, gate, first, cotangent): a document begins about every hundredth token, and none at the first row's end."""
     rng = np.random.default_rng(seed)
     heads = (cfg.num_heads, cfg.kv_heads, cfg.kv_heads, cfg.num_heads)
     q, k, v, g = (np.asarray(rng.standard_normal((num_rows, length, n * cfg.head_dim)), cfg.compute_dtype) for n in heads)
     begins = rng.random((num_rows, length)) < 0.01
     begins[0, length // 4:] = False
+    gate = rng.uniform(0.05, 1, (num_rows, length, cfg.num_heads)).astype(np.float32)
     first = np.maximum.accumulate(np.where(begins, np.arange(length)[None], 0), axis=1)
-    return q, k, v, np.maximum(first, np.arange(length)[None] - window) if window else first, g
+    return q, k, v, gate, np.maximum(first, np.arange(length)[None] - window) if window else first, g
 
-def run_kernels(q, k, v, first, g, window, block, cfg):
-    """(output, its gradients in q, k and v times g), with blocks of a given size."""
+def run_kernels(q, k, v, gate, first, g, window, block, cfg):
+    """(output, its gradients in q, k, v and gate times g), with blocks of a given size."""
     length = q.shape[1]
     *table, scale = rotary(length, stages(cfg)[-1], cfg)
     table, band = [jnp.asarray(t, cfg.compute_dtype) for t in table], Band(length, window or length, block, scale, cfg.num_heads)
     with pltpu.force_tpu_interpret_mode():
-        def there_and_back(q, k, v, first, g):
-            y, pull = jax.vjp(lambda *qkv: banded(first, *qkv, *table, band), q, k, v)
+        def there_and_back(q, k, v, gate, first, g):
+            y, pull = jax.vjp(lambda q, k, v, gate: banded(first, gate, q, k, v, *table, band), q, k, v, gate)
             return y, pull(g)
-        return jax.block_until_ready(jit(there_and_back)(q, k, v, first, g))
+        return jax.block_until_ready(jit(there_and_back)(q, k, v, gate, first, g))
 
 def assert_near(found, expected, tolerance):
     """Each array by its largest element."""
@@ -69,41 +70,41 @@ def test_the_kernels_and_their_gradients_are_those_of_float64(rows, length, head
 def test_in_bfloat16_the_kernels_stay_within_two_roundings_of_float64():
     cfg = config(compute_dtype="bfloat16")
     inputs = random_inputs(cfg, 1, 1024, 300)
-    found, expected = run_kernels(*inputs, 300, 256, cfg), numpy_gpt.attention_and_gradients(*inputs, cfg)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == jnp.bfloat16
+    (y, gradients), expected = run_kernels(*inputs, 300, 256, cfg), numpy_gpt.attention_and_gradients(*inputs, cfg)
+    assert [a.dtype.name for a in (y, *gradients)] == ["bfloat16"] * 4 + ["float32"]
+    for a, b in zip((y, *gradients), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(np.float64(a) - b) < 2 * 2 ** -8 * np.linalg.norm(b)
 
 def test_nothing_is_seen_before_a_document_or_a_window_or_after_the_query():
     """In each row some keys and values are huge, all of them out of reach of the queries that are asked about."""
     length, window = 1024, 300
-    q, k, v, _, g = random_inputs(CFG, 3, length, window)
+    q, k, v, gate, _, g = random_inputs(CFG, 3, length, window)
     place = np.arange(length)
     first = np.maximum(np.stack([600 * (place >= 600), 0 * place, 0 * place]), place - window)
     asked = np.stack([place >= 600, place >= 800, place < 400])        # the document from 600 on; the window; what is earlier
     huge = np.stack([place < 600, place < 800 - window, place >= 400])
     g = np.where(asked[..., None], g, 0)
-    expected_y, expected = numpy_gpt.attention_and_gradients(q, k, v, first, g, CFG)
+    expected_y, expected = numpy_gpt.attention_and_gradients(q, k, v, gate, first, g, CFG)
     assert not np.any(expected[1][huge]) and not np.any(expected[2][huge])
     k, v = np.where(huge[..., None], np.float32(1e15), k), np.where(huge[..., None], np.float32(1e30), v)
-    y, (dq, dk, dv) = map(lambda tree: jax.tree.map(np.asarray, tree), run_kernels(q, k, v, first, g, window, 256, CFG))
-    assert_near((y[asked], dq, dk, dv), (expected_y[asked], *expected), 1e-5)
+    y, (dq, dk, dv, dgate) = map(lambda tree: jax.tree.map(np.asarray, tree), run_kernels(q, k, v, gate, first, g, window, 256, CFG))
+    assert_near((y[asked], dq, dk, dv, dgate), (expected_y[asked], *expected), 1e-5)
     assert not np.any(dk[huge]) and not np.any(dv[huge])
 
 @pytest.mark.parametrize("window", [0, 200])
 def test_the_band_is_the_plain_attention_behind_the_same_signature(window):
     """In a stage whose long window has grown, and so the scale of q.k."""
     cfg = config(stage_ends="0.5,1", window_long="300,0")
-    q, k, v, first, g = random_inputs(cfg, 1, 768, window)  # three blocks
+    inputs = random_inputs(cfg, 1, 768, window)  # three blocks
     def run(attend):
-        def there_and_back(q, k, v, first, g):
-            y, pull = jax.vjp(lambda *qkv: attend(*qkv, first, rotary(768, stages(cfg)[1], cfg), window, cfg), q, k, v)
+        def there_and_back(q, k, v, gate, first, g):
+            y, pull = jax.vjp(lambda *given: attend(*given, first, rotary(768, stages(cfg)[1], cfg), window, cfg), q, k, v, gate)
             return y, pull(g)
-        return jax.block_until_ready(jit(there_and_back)(q, k, v, first, g))
+        return jax.block_until_ready(jit(there_and_back)(*inputs))
     with pltpu.force_tpu_interpret_mode():
         found = run(attention_band)
     assert_near(found, run(attention_xla), 1e-5)
-    assert_near(found, numpy_gpt.attention_and_gradients(q, k, v, first, g, cfg, longs=(300, 768)), 1e-5)
+    assert_near(found, numpy_gpt.attention_and_gradients(*inputs, cfg, longs=(300, 768)), 1e-5)
 
 def test_with_the_band_a_models_loss_and_gradients_are_those_with_the_plain_attention():
     rng = np.random.default_rng(0)
@@ -164,7 +165,7 @@ def test_the_flops_a_kernel_is_said_to_take_are_those_of_the_plain_attention(pro
     expected = []
     for window in (stage.windows[0], stage.windows[2]):
         table = rotary(length, stage, cfg)
-        forward, _ = flops(lambda q, k, v: attention_xla(q, k, v, first, table, window, cfg), q, q, q)
+        forward, _ = flops(lambda q, k, v: attention_xla(q, k, v, jnp.ones((rows, length, 3)), first, table, window, cfg), q, q, q)
         there, _ = flops(lambda q, k, v: plain_tiles(q, k, v, window, cfg), q, q, q)
         both, _ = flops(lambda q, k, v, g: jax.vjp(lambda *qkv: plain_tiles(*qkv, window, cfg), q, k, v)[1](g), q, q, q,
                         jax.ShapeDtypeStruct((rows, length, 3, 256), jnp.bfloat16))
@@ -178,11 +179,11 @@ def test_outside_the_kernels_there_is_no_score_of_a_query_and_a_key():
     """Nothing there is larger than the queries of all heads in float32."""
     cfg, length = config(num_heads=2, num_kv_heads=1, head_dim=128), 2048
     q, k = (jax.ShapeDtypeStruct((1, length, n * 128), jnp.float32) for n in (2, 1))
-    first = jnp.zeros((1, length), jnp.int32)
-    def run(q, k, v, g):
-        y, pull = jax.vjp(lambda *qkv: attention_band(*qkv, first, rotary(length, stages(cfg)[0], cfg), 0, cfg), q, k, v)
+    gate, first = jnp.ones((1, length, 2)), jnp.zeros((1, length), jnp.int32)
+    def run(q, k, v, gate, g):
+        y, pull = jax.vjp(lambda *given: attention_band(*given, first, rotary(length, stages(cfg)[0], cfg), 0, cfg), q, k, v, gate)
         return y, pull(g)
-    jaxpr, names = jax.make_jaxpr(run)(q, k, k, q).jaxpr, []
+    jaxpr, names = jax.make_jaxpr(run)(q, k, k, gate, q).jaxpr, []
     for eqn in equations(jaxpr, enter=lambda eqn: eqn.primitive.name != "pallas_call"):
         names.append(eqn.primitive.name)
         for v in eqn.outvars:

@@ -254,7 +254,7 @@ def cached_attention(start, cache, starts_BS, stage, cfg):
     """attend of a chunk that begins at `start` with a token that was there before: a cache of raw keys and values."""
     length = starts_BS.shape[1]
     *table, scale = rotary(length, stage, cfg)
-    def attend(layer, q_BTN, k_BTN, v_BTN):
+    def attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH):
         if layer in cache:  # the repeated token had no token before it: its first keys and values are the right ones
             k_BTN, v_BTN = (jnp.concatenate([old, new[:, 1:]], axis=1) for old, new in zip(cache[layer], (k_BTN, v_BTN)))
         cache[layer], stop, window = (k_BTN, v_BTN), k_BTN.shape[1], stage.windows[layer]
@@ -267,7 +267,8 @@ def cached_attention(start, cache, starts_BS, stage, cfg):
         visible_BTS = (s <= t) & (s >= starts_BS[:, start:stop, None]) & (s >= t - (window or length))
         q_BGNK = q_BTHK.reshape(ROWS, stop - start, cfg.num_kv_heads, -1, cfg.head_dim).transpose(0, 2, 3, 1, 4)
         y_BGNK = softmax_average(q_BGNK.reshape(ROWS, cfg.num_kv_heads, -1, cfg.head_dim), k_BGSK, heads(v_BTN).swapaxes(1, 2), visible_BTS)
-        return y_BGNK.reshape(q_BGNK.shape).transpose(0, 3, 1, 2, 4).reshape(q_BTN.shape)
+        y_BTHK = y_BGNK.reshape(q_BGNK.shape).transpose(0, 3, 1, 2, 4).reshape(ROWS, stop - start, -1, cfg.head_dim)
+        return (y_BTHK * gate_BTH[..., None]).reshape(q_BTN.shape)
     return attend
 
 @pytest.mark.parametrize("cfg", [PACKED, WINDOWS], ids=["packed, a block without attention", "packed, windows, key offsets"])
@@ -398,10 +399,11 @@ def test_while_the_long_window_stays_the_rotation_does_whatever_the_short_one_an
 # ---- Attention -------------------------------------------------------------------------------------------------------
 
 def attention_and_gradients(block, window, length=24):
-    """(q, k, v, first, cotangent) -> (output, gradients of output . cotangent)."""
-    def run(q_BTN, k_BSN, v_BSN, first_BT, g_BTN):
+    """(q, k, v, gate, first, cotangent) -> (output, gradients of output . cotangent)."""
+    def run(q_BTN, k_BSN, v_BSN, gate_BTH, first_BT, g_BTN):
         cfg = config(attn_block=block)
-        y, pull = jax.vjp(lambda *qkv: attention_xla(*qkv, first_BT, rotary(length, stages(cfg)[0], cfg), window, cfg), q_BTN, k_BSN, v_BSN)
+        attend = lambda *given: attention_xla(*given, first_BT, rotary(length, stages(cfg)[0], cfg), window, cfg)
+        y, pull = jax.vjp(attend, q_BTN, k_BSN, v_BSN, gate_BTH)
         return y, pull(g_BTN)
     return run
 
@@ -414,7 +416,7 @@ def attention_inputs(window, length=24):
     q, g, k, v = (np.float32(rng.standard_normal((2, length, heads * 12))) for heads in (6, 6, 2, 2))
     begins = rng.random((2, length)) < 0.15
     first = np.maximum.accumulate(np.where(begins, np.arange(length)[None], 0), axis=1)
-    return q, k, v, np.maximum(first, np.arange(length)[None] - window) if window else first, g
+    return q, k, v, np.float32(rng.random((2, length, 6))), np.maximum(first, np.arange(length)[None] - window) if window else first, g
 
 @pytest.mark.parametrize("window", [0, 7])
 def test_blocks_of_queries_change_neither_attention_nor_its_gradients(window):
@@ -425,8 +427,8 @@ def test_blocks_of_queries_change_neither_attention_nor_its_gradients(window):
 
 def test_attention_and_its_gradients_are_those_written_out_in_float64():
     """From raw queries and keys: their norm, rotation, softmax and average, and all of it backward."""
-    q, k, v, first, g = inputs = attention_inputs(7)
-    expected = numpy_gpt.attention_and_gradients(q, k, v, first, g, BASE)
+    inputs = attention_inputs(7)
+    expected = numpy_gpt.attention_and_gradients(*inputs, BASE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), compiled_attention(8, 7)(*inputs), expected)
 
 def test_blocks_do_not_compute_the_keys_that_causality_and_window_put_out_of_reach():
