@@ -27,7 +27,7 @@ import numpy as np
 from scripts import reencode
 from train import ROOT, DataError, UsageError, errors_as, file_sha256, open_shards, parse_flags
 
-# model: of scripts.baselines, or "": train.py's. patch: the text of a diff, or ""
+# model: of scripts.baselines, or "": train.py's. patch: the path of a diff, or ""
 Entry = collections.namedtuple("Entry", "name model flags patch", defaults=("",))
 OURS = ("--seed", "--log_dir", "--resume", "--train_files", "--val_files")  # flags that this script gives
 
@@ -58,8 +58,8 @@ def read_list(path):
         need(name not in [entry.name for entry in entries], "an entry of this name is there already")
         taken = lambda prefix: flags.pop(0)[len(prefix):] if flags and flags[0].startswith(prefix) else ""
         model, patch = taken("model="), taken("patch=")
-        with errors_as(UsageError, f"{where}, {name!r}"):
-            patch = (Path(path).parent / patch).read_text() if patch else ""
+        patch = patch and Path(path).parent / patch
+        need(not patch or patch.is_file(), f"there is no file {patch}")
         flags = common + flags
         need(not (given := [flag for flag in flags if flag.split("=")[0] in OURS]), f"{given[:1]} is given by the script; leave it out")
         if not model and not patch:  # a diff may bring flags
@@ -81,8 +81,9 @@ def data_of(proxy):
     return [f"--train_files={globs[0]}", f"--val_files={globs[1]}"], hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 def key_of(entry, seed, data):
-    """Names a run whatever the state of train.py."""
-    return hashlib.sha256(json.dumps([entry.model, entry.flags, seed, data, *filter(None, [entry.patch])]).encode()).hexdigest()[:16]
+    """Names a run whatever the state of train.py, and of a diff."""
+    names = [entry.model, entry.flags, seed, data] + ([entry.patch.name] if entry.patch else [])
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 def read_records(path):
     """{key: the last line that has it}. A line that a kill cut short is passed over. Raises UsageError."""
@@ -105,14 +106,14 @@ def patched(entry, source):
     """The folder of train.py as the entry wants it, made of a snapshot if need be. Raises UsageError for a diff that does not fit."""
     if not entry.patch:
         return source
-    folder = source / f"patch-{hashlib.sha256(entry.patch.encode()).hexdigest()[:16]}"
+    folder = source / f"patch-{entry.patch.stem}"
     if not folder.exists():
         folder.mkdir()
         snapshot(folder, source)
-        made = subprocess.run(["git", "apply", "-"], input=entry.patch, text=True, capture_output=True, cwd=folder,
+        made = subprocess.run(["git", "apply", entry.patch.resolve()], text=True, capture_output=True, cwd=folder,
                               env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
         if made.returncode:
-            raise UsageError(f"{entry.name!r}: its diff does not fit this train.py ({' '.join(made.stderr.split())[:300]}); make it anew")
+            raise UsageError(f"{entry.patch}: does not fit this train.py ({' '.join(made.stderr.split())[:300]}); make it anew")
     return folder
 
 def command(entry, source):
@@ -144,7 +145,7 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
         while waiting or running:
             for slot in sorted({*range(jobs)} - {*running})[:len(waiting)]:
                 (entry, seed), folder = waiting.popleft(), Path(tempfile.mkdtemp(dir=source))
-                code = patched(entry, source)
+                code = patched(entry, source)  # made before, in run_missing
                 argv = [*command(entry, code), *entry.flags, *data[0], f"--seed={seed}", f"--log_dir={folder}"]
                 environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])}
                 if pinned:
@@ -159,7 +160,7 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
                 if process.poll() is None:
                     continue
                 row = {"name": entry.name, "seed": seed, "model": entry.model, "flags": shlex.join(entry.flags), "key": key_of(entry, seed, data[1])}
-                row |= {"patch_sha256": hashlib.sha256(entry.patch.encode()).hexdigest()} if entry.patch else {}
+                row |= {"patched_sha256": file_sha256(code / "train.py")} if entry.patch else {}
                 row |= result_of(folder, process.returncode) | {"source_sha256": source_sha256, "cores": len(shares[slot]), "date":
                                                                datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
                 with open(out, "a") as file:

@@ -105,31 +105,33 @@ def test_a_diff_beside_the_list_changes_the_copy_that_its_entry_runs_and_names_t
     assert ablate.main(args, command) == 0 and "| other | `a diff --softcap=0` |" in capsys.readouterr().out
     assert seen == {"base": ((ROOT / "train.py").read_text().splitlines()[1], True), "other": ("# a changed copy", True)}
     base, other = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    assert other["source_sha256"] == base["source_sha256"] and "patch_sha256" not in base
-    assert other["patch_sha256"] == hashlib.sha256(DIFF.encode()).hexdigest()
+    assert other["source_sha256"] == base["source_sha256"] != other["patched_sha256"] and "patched_sha256" not in base
+    assert base["source_sha256"] == hashlib.sha256((ROOT / "train.py").read_bytes()).hexdigest()
     (tmp_path / "mine.diff").write_text(DIFF.replace("changed", "twice changed"))
     seen.clear()
-    assert ablate.main(args, command) == 0 and [*seen] == ["other"]  # another diff is another run
+    assert ablate.main(args, command) == 0 and not seen  # a run is known by the diff's name, as by that of a flag
+    (tmp_path / "mine.diff").rename(tmp_path / "another.diff")
+    (tmp_path / "list.txt").write_text("all: --steps=3\nbase:\nother: patch=another.diff --softcap=0\n")
+    assert ablate.main(args, command) == 0 and [*seen] == ["other"]
 
 
 def test_a_diff_that_does_not_fit_or_is_not_there_ends_in_one_sentence_before_anything_runs(tmp_path):
     (tmp_path / "list.txt").write_text("base:\nother: patch=mine.diff\n")
     def nothing(entry, source):
         raise AssertionError("ran")
-    with pytest.raises(UsageError, match="line 2, 'other'"):
+    with pytest.raises(UsageError, match="line 2, 'other': there is no file .*mine.diff"):
         ablate.main([str(tmp_path / "list.txt"), f"--out={tmp_path / 'out.jsonl'}"], nothing)
     (tmp_path / "mine.diff").write_text(DIFF.replace("/// script", "nowhere in it"))
-    with pytest.raises(UsageError, match="'other': its diff does not fit this train.py .*make it anew"):
+    with pytest.raises(UsageError, match="mine.diff: does not fit this train.py .*make it anew"):
         ablate.main([str(tmp_path / "list.txt"), f"--out={tmp_path / 'out.jsonl'}"], nothing)
 
 
 @pytest.mark.parametrize("diff", sorted((ROOT / "records/ablations/patches").glob("*.diff")), ids=lambda path: path.stem)
 def test_each_committed_diff_fits_train_py(tmp_path, diff):
-    """Or it is said in records/ablations/README.md which commit it was made for."""
     source = tmp_path / "source"
     source.mkdir()
     ablate.snapshot(source)
-    changed = ablate.patched(ablate.Entry("x", "", [], diff.read_text()), source) / "train.py"
+    changed = ablate.patched(ablate.Entry("x", "", [], diff), source) / "train.py"
     compile(changed.read_text(), "train.py", "exec")
     assert changed.read_text() != (ROOT / "train.py").read_text()
 
