@@ -342,9 +342,7 @@ def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
         outputs.append(rearrange(y_BGNK, "B G (R T) K -> B T (G R K)", T=block))
     return gated(jnp.concatenate(outputs, axis=1), gate_BTH)
 
-def gated(y_BTN, gate_BTH):
-    y_BTHK = rearrange(y_BTN, "B T (H K) -> B T H K", H=gate_BTH.shape[2]) * gate_BTH[..., None]
-    return rearrange(y_BTHK, "B T H K -> B T (H K)").astype(y_BTN.dtype)
+def gated(y_BTN, gate_BTH): return (y_BTN.reshape(*gate_BTH.shape, -1) * gate_BTH[..., None]).reshape(y_BTN.shape).astype(y_BTN.dtype)
 
 def softmax_average(q_BGNK, k_BGSK, v_BGSK, visible_BTS):
     """softmax(q k) v over the visible keys; N is R heads of T queries. Scores of normed q and k need no maximum."""
@@ -356,7 +354,8 @@ def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     """The same by the kernels below, for rows of a multiple of 256 tokens; the table in compute_dtype."""
     length, (*table, scale) = q_BTN.shape[1], table
     band = Band(length, min(window or length, length), math.gcd(length, 1024), scale, cfg.num_heads)
-    return banded(first_BT, gate_BTH, *(z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table)), band)
+    inputs = (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table))
+    return banded(first_BT[:, None, None], gate_BTH.mT[:, :, None], *inputs, band)
 ATTENTION = {"auto": attention_xla, "xla": attention_xla, "band": attention_band}  # auto: where nothing was chosen
 
 def offset_keys(k_BSN, starts_BS, cfg):
@@ -372,8 +371,7 @@ def gate(x_BTD, w_EH):
     return 0.5 if w_EH is None else jax.nn.sigmoid(matmul("BTE,EH->BTH", x_BTD[:, :, :len(w_EH)], w_EH, f32))
 
 def attention(x_BTD, p, attend, cfg):
-    """One layer's self-attention: attend(q, k, v, gate) -> y between the projections, y's heads times their gates (modded-nanogpt,
-    record 28), which belongs into the kernel (speedrun on a v6e-8, predicted: 68.4 ms a step, 70.4 outside of it)."""
+    """One layer's self-attention: attend(q, k, v, gate) -> y between the projections, heads times gates (modded-nanogpt, record 28)."""
     gate_BTH = gate(x_BTD, p["gate"]) if "gate" in p else jnp.ones((*x_BTD.shape[:2], cfg.num_heads), f32)
     y_BTN = attend(*(matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v")), gate_BTH)
     return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype)
@@ -483,7 +481,8 @@ def next_logits(weights, tokens_BT, cfg):
     return softcapped_logits(rearrange(x_BTD, "B T D -> (B T) D"), weights["head"], cfg).reshape(*tokens_BT.shape, -1)
 
 # ---- Banded attention on TPUs ----------------------------------------------------------------------------------------
-# Two Pallas kernels, from raw queries and keys: QK norm, half-RoPE, scores, softmax, average and gate, and all of it backward.
+# Two Pallas kernels, from raw queries and keys: QK norm, half-RoPE, scores, softmax, average and gate (speedrun on a v6e-8,
+# predicted: 68.4 ms a step, 70.4 with the gate outside), and all of it backward.
 # Grid: row, head, block of queries in order; the keys and values that later blocks can reach stay in fast memory. A block
 # goes by tiles of 256 queries, the width of the matrix unit, each against the one span of keys that its window can reach.
 TILE, LN2 = 256, math.log(2)
@@ -547,7 +546,7 @@ def band_fwd(first_ref, gate_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, 
 def band_bwd(first_ref, gate_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, dy_ref, log_sum_ref,
              dq_ref, delta_ref, dk_ref, dv_ref, z_ref, values_ref, r_ref, dz_ref, dvalues_ref, *, band):
     """Scores are recomputed, keys by queries, so that only dq needs a transposition. dk and dv leave with the row's last block.
-    delta, what the softmax's gradient takes off, is y . dy of the gated y: the gate's gradient times the gate."""
+    delta, the gated y . dy, is what the softmax's gradient takes off, and the gate's gradient times the gate."""
     def tile(here, own, keys):
         table, dy_TK = band_table(cos_ref, sin_ref, own), dy_ref[0, here]
         z_ref[own], r_T1 = prepare(k_ref[0, here], *table, band.scale)
@@ -594,10 +593,9 @@ def band_call(kernel, num_matmuls, inputs, outputs, whole_rows, scratch, band):
         scratch_shapes=[pltpu.VMEM((length, size), dtype) for size, dtype in scratch], compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 << 20))(*inputs)
 
-def _banded_forward(first_BT, gate_BTH, q_BTN, k_BTN, v_BTN, cos, sin, band):
-    """Gated attention of raw queries and keys [B, T, HK] over the keys first_BT .. T. cos, sin: rotary, [T, K/2]."""
-    inputs = first_BT[:, None, None], rearrange(gate_BTH, "B T H -> B H 1 T"), q_BTN, k_BTN, v_BTN, cos, sin
-    memory = q_BTN.shape[2] // band.num_heads, q_BTN.dtype
+def _banded_forward(first_B11T, gate_BH1T, q_BTN, k_BTN, v_BTN, cos, sin, band):
+    """Gated attention of raw queries and keys [B, T, HK] over the keys first .. T. cos, sin: rotary, [T, K/2]."""
+    inputs, memory = (first_B11T, gate_BH1T, q_BTN, k_BTN, v_BTN, cos, sin), (q_BTN.shape[2] // band.num_heads, q_BTN.dtype)
     log_sum = jax.ShapeDtypeStruct((len(q_BTN), band.num_heads, 1, band.length), f32)
     y_BTN, log_sum_BH1T = band_call(band_fwd, 2, inputs, (q_BTN, log_sum), (), (memory, memory), band)
     return y_BTN, (inputs, y_BTN, log_sum_BH1T)
@@ -609,8 +607,7 @@ def _banded_backward(band, saved, dy_BTN):
     dq_BTN, delta_BH1T, *dkv_BTN = band_call(band_bwd, 5, (*inputs, y_BTN, dy_BTN, log_sum_BH1T), (q_BTN, log_sum_BH1T),
                                              (q_BTN, q_BTN), (narrow, narrow, (128, f32), wide, wide), band)
     of_group = lambda g_BTN: rearrange(g_BTN, "B T (G R K) -> B T G R K", G=k_BTN.shape[2] // head_dim, K=head_dim)
-    dgate_BTH = rearrange(delta_BH1T / gate_BH1T, "B H 1 T -> B T H")
-    return None, dgate_BTH, dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
+    return None, delta_BH1T / gate_BH1T, dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
 banded = jax.custom_vjp(lambda *arguments: _banded_forward(*arguments)[0], nondiff_argnums=(7,))
 banded.defvjp(_banded_forward, _banded_backward)
 
@@ -770,8 +767,7 @@ POOL = 64          # documents the packer chooses from
 # tokens: of each file, uint16, memory-mapped. meta: {tokenizer, vocab_size, bos_id}
 Shards = collections.namedtuple("Shards", "paths tokens meta sha256", defaults=((),))
 
-def write_shard(path, tokens):
-    """Write uint16 tokens as a shard."""
+def write_shard(path, tokens):  # uint16
     header = np.array([*SHARD_BEGIN, len(tokens)] + [0] * 253, "<i4")
     write_file(path, header.tobytes() + np.asarray(tokens, "<u2").tobytes())
 
@@ -1098,9 +1094,9 @@ PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 # ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and a manifest.json that names their SHA-256, and last its own.
 def versions():
-    flags = {key: value for key, value in os.environ.items() if key.startswith(("JAX_", "XLA_", "LIBTPU_"))}
     return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform(),
-            "backend": " ".join(jax.devices()[0].client.platform_version.split())} | COMPILER_OPTIONS.get(jax.default_backend(), {}) | flags
+            "backend": " ".join(jax.devices()[0].client.platform_version.split())} | COMPILER_OPTIONS.get(jax.default_backend(), {}) | {
+                key: value for key, value in os.environ.items() if key.startswith(("JAX_", "XLA_", "LIBTPU_"))}
 
 def facts_of(source, train, val):
     """What decides a run's bits beside its config: a checkpoint keeps it, and the hosts of a run compare it."""
@@ -1114,8 +1110,7 @@ def manifest_text(manifest):
     body = json.dumps(manifest, indent=1)
     return json.dumps(manifest | {"manifest_sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
 
-def flush(path):
-    """What a file or folder holds is on the disk before the next thing is done."""
+def flush(path):  # what a file or folder holds is on the disk before the next thing is done
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -1387,8 +1382,7 @@ class Stop:
             os._exit(128 + number if again else Preempted.exit_code)
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
-    def at(self, done):
-        """Whether to stop after this step."""
+    def at(self, done):  # whether to stop after this step
         return multihost_utils.reached_preemption_sync_point(done) if jax.distributed.is_initialized() else self.asked
 
 INIT_TIMEOUT_S, HEARTBEAT_S = 120, 30  # how long hosts wait for one that does not come, and for one that says nothing any more
@@ -1602,13 +1596,11 @@ def describe(run, source, why, argv, train, val, notes, cfg):
     """The head of the log: with it the run can be repeated."""
     run.put("log.txt", source + "\n" + "=" * 120 + "\n")
     pairs = lambda items: " ".join(f"{name}={value}" for name, value in items.items())
-    count, kind = jax.device_count(), jax.devices()[0].device_kind
     files = [f"data: {path.name} tokens:{len(tokens)} sha256:{digest}" for shards in (train, val)
              for path, tokens, digest in zip(shards.paths, shards.tokens, shards.sha256)]
     scored = hashlib.sha256(val.tokens[0][:cfg.val_tokens + 1]).hexdigest()
-    for text in (f"preset: {cfg.preset} ({why})", f"argv: {shlex.join(argv)}", f"config: {pairs(dataclasses.asdict(cfg))}",
-                 f"versions: {pairs(versions())}",
-                 f"devices: {count} x {kind}, {jax.process_count()} processes, {os.cpu_count()} host cores", *files,
+    for text in (f"preset: {cfg.preset} ({why})", f"argv: {shlex.join(argv)}", f"config: {pairs(dataclasses.asdict(cfg))}", f"versions: {pairs(versions())}",
+                 f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes, {os.cpu_count()} host cores", *files,
                  f"data: validation scores {cfg.val_tokens} targets; sha256 of these and the token before them:{scored}", *notes):
         run.line(text)
 

@@ -42,7 +42,8 @@ def run_kernels(q, k, v, gate, first, g, window, block, cfg):
     table, band = [jnp.asarray(t, cfg.compute_dtype) for t in table], Band(length, window or length, block, scale, cfg.num_heads)
     with pltpu.force_tpu_interpret_mode():
         def there_and_back(q, k, v, gate, first, g):
-            y, pull = jax.vjp(lambda q, k, v, gate: banded(first, gate, q, k, v, *table, band), q, k, v, gate)
+            y, pull = jax.vjp(lambda q, k, v, gate: banded(first[:, None, None], gate.swapaxes(1, 2)[:, :, None], q, k, v, *table, band),
+                              q, k, v, gate)
             return y, pull(g)
         return jax.block_until_ready(jit(there_and_back)(q, k, v, gate, first, g))
 

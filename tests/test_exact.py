@@ -9,6 +9,7 @@ import platform
 import re
 from pathlib import Path
 
+import conftest  # noqa: F401 (its devices, where this file is run by itself)
 import jax
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def golden_run(home):
 
 
 def test_the_tiny_preset_gives_its_known_losses_and_on_the_same_jax_and_machine_its_known_bits(tmp_path):
-    """Written by `python tests/test_exact.py`, for each minor version of JAX."""
+    """Written by `PYTHONPATH=. python tests/test_exact.py`, for each minor version of JAX."""
     jax.config.update("jax_disable_most_optimizations", False)
     found = golden_run(tmp_path)
     minor = ".".join(jax.__version__.split(".")[:2])
