@@ -147,7 +147,8 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
                 (entry, seed), folder = waiting.popleft(), Path(tempfile.mkdtemp(dir=source))
                 code = patched(entry, source)  # made before, in run_missing
                 argv = [*command(entry, code), *entry.flags, *data[0], f"--seed={seed}", f"--log_dir={folder}"]
-                environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])}
+                path = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
+                environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}  # so that an error is the last line
                 if pinned:
                     os.sched_setaffinity(0, shares[slot])  # a child has what its parent has
                 with open(folder / "said.txt", "w") as said:
@@ -160,7 +161,7 @@ def run_all(todo, out, jobs, data, source, source_sha256, command):
                 if process.poll() is None:
                     continue
                 row = {"name": entry.name, "seed": seed, "model": entry.model, "flags": shlex.join(entry.flags), "key": key_of(entry, seed, data[1])}
-                row |= {"patched_sha256": file_sha256(code / "train.py")} if entry.patch else {}
+                row |= {"patched_sha256": file_sha256(patched(entry, source) / "train.py")} if entry.patch else {}
                 row |= result_of(folder, process.returncode) | {"source_sha256": source_sha256, "cores": len(shares[slot]), "date":
                                                                datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
                 with open(out, "a") as file:

@@ -48,7 +48,7 @@ sys.addaudithook(watch)
 # What hosts may have of their own:
 MAY_DIFFER = """
 train.platform.platform = lambda: "another kernel"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = "/nowhere"
+os.environ["JAX_COORDINATOR_BIND_ADDRESS"] = "nowhere"
 """
 
 
