@@ -607,7 +607,7 @@ def _banded_backward(band, saved, dy_BTN):
     dq_BTN, delta_BH1T, *dkv_BTN = band_call(band_bwd, 5, (*inputs, y_BTN, dy_BTN, log_sum_BH1T), (q_BTN, log_sum_BH1T),
                                              (q_BTN, q_BTN), (narrow, narrow, (128, f32), wide, wide), band)
     of_group = lambda g_BTN: rearrange(g_BTN, "B T (G R K) -> B T G R K", G=k_BTN.shape[2] // head_dim, K=head_dim)
-    return None, delta_BH1T / gate_BH1T, dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
+    return None, delta_BH1T / jnp.maximum(gate_BH1T, 1e-30), dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
 banded = jax.custom_vjp(lambda *arguments: _banded_forward(*arguments)[0], nondiff_argnums=(7,))
 banded.defvjp(_banded_forward, _banded_backward)
 
@@ -1496,7 +1496,7 @@ def choose_attention(cfg, platform):
             and max(lengths, default=0) * cfg.head_dim <= 1 << 21)  # a row of one head lies in fast memory
     best = "band" if platform == "tpu" and fits else "xla"
     if platform == "tpu" and cfg.attention == "auto" and not fits:
-        print(f"--attention=xla, slower here than band, which wants --head_dim in 128s, rows in {TILE}s of tokens, and bfloat16", flush=True)
+        print(f"--attention=xla, slower here than band, which wants --head_dim in 128s, rows in {TILE}s of at most {(1 << 21) // cfg.head_dim} tokens, bfloat16", flush=True)
     if cfg.attention == "band" and best != "band":
         raise UsageError(f"--attention=band: wanted a TPU, --head_dim in 128s, rows in {TILE}s of at most "
                          f"{(1 << 21) // cfg.head_dim} tokens, bfloat16; auto takes what can run")

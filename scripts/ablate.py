@@ -13,7 +13,7 @@ LIST is a text file, a line each, # begins a comment:
     gpt2: model=gpt2 --adamw_lr=0.0006  through `python -m scripts.baselines gpt2 FLAGS`
     gelu: patch=gelu.diff               with train.py changed by a diff beside the list (git apply): what has no flag
 
-A run is a process on its own share of the cores, one JSON line when it has ended. Which runs are there is known by model, flags,
+A run is a process on its own share of the cores, one JSON line when it has ended. Which runs are there is known by model, name of the diff, flags,
 seed and data, so a list can be stopped (Ctrl-C), continued and extended. A seed gives both runs of a pair the same order of data
 and the same first value of each weight that they share. Runs go seed by seed, so that what is there early is a whole table.
 train.py and scripts/ are copied first: they can be edited while a list runs. A run that failed stays as a line with its error.
@@ -106,7 +106,7 @@ def patched(entry, source):
     """The folder of train.py as the entry wants it, made of a snapshot if need be. Raises UsageError for a diff that does not fit."""
     if not entry.patch:
         return source
-    folder = source / f"patch-{entry.patch.stem}"
+    folder = source / f"patch-{hashlib.sha256(str(entry.patch.resolve()).encode()).hexdigest()[:16]}"
     if not folder.exists():
         folder.mkdir()
         snapshot(folder, source)
@@ -241,7 +241,9 @@ def notes_of(rows):
                       ("versions", "versions of Python and packages")):
         if (count := len({json.dumps(row[key]) for row in rows if key in row})) > 1:
             notes.append(f"warning: these runs are of {count} different {what}")
-    return notes
+    made = {(row["name"], row["source_sha256"], row["patched_sha256"]) for row in rows if "patched_sha256" in row}
+    twice = [name for (name, _), count in collections.Counter(key[:2] for key in made).items() if count > 1]
+    return notes + [f"warning: the runs of {name} are of different diffs" for name in twice]
 
 def curve(own):
     """(tokens, mean validation loss) of each evaluation, over the seeds of one entry; ([], []) without a finished run."""

@@ -110,6 +110,9 @@ def test_a_diff_beside_the_list_changes_the_copy_that_its_entry_runs_and_names_t
     (tmp_path / "mine.diff").write_text(DIFF.replace("changed", "twice changed"))
     seen.clear()
     assert ablate.main(args, command) == 0 and not seen  # a run is known by the diff's name, as by that of a flag
+    assert "of different diffs" not in capsys.readouterr().out
+    assert ablate.main([*args, "--seeds=0,1"], command) == 0 and "warning: the runs of other are of different diffs" in capsys.readouterr().out
+    seen.clear()
     (tmp_path / "mine.diff").rename(tmp_path / "another.diff")
     (tmp_path / "list.txt").write_text("all: --steps=3\nbase:\nother: patch=another.diff --softcap=0\n")
     assert ablate.main(args, command) == 0 and [*seen] == ["other"]

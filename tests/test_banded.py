@@ -32,6 +32,7 @@ def random_inputs(cfg, num_rows, length, window, seed=0):
     begins = rng.random((num_rows, length)) < 0.01
     begins[0, length // 4:] = False
     gate = rng.uniform(0.05, 1, (num_rows, length, cfg.num_heads)).astype(np.float32)
+    gate[0, 1] = 1e-9
     first = np.maximum.accumulate(np.where(begins, np.arange(length)[None], 0), axis=1)
     return q, k, v, gate, np.maximum(first, np.arange(length)[None] - window) if window else first, g
 
@@ -67,6 +68,12 @@ def test_the_kernels_and_their_gradients_are_those_of_float64(rows, length, head
     cfg = config(num_heads=heads, num_kv_heads=kv_heads, head_dim=width)
     inputs = random_inputs(cfg, rows, length, window)
     assert_near(run_kernels(*inputs, window, block, cfg), numpy_gpt.attention_and_gradients(*inputs, cfg), 1e-5)
+
+def test_a_gate_that_is_0_lets_nothing_through_and_no_gradient_is_nan():
+    q, k, v, gate, first, g = random_inputs(CFG, 1, 512, 0)
+    gate[:, 100:400] = 0
+    y, gradients = run_kernels(q, k, v, gate, first, g, 0, 256, CFG)
+    assert not np.any(y[:, 100:400]) and all(np.isfinite(x).all() for x in gradients) and not np.any(gradients[3][:, 100:400])
 
 def test_in_bfloat16_the_kernels_stay_within_two_roundings_of_float64():
     cfg = config(compute_dtype="bfloat16")
