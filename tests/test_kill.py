@@ -264,7 +264,8 @@ def test_a_hundred_signals_at_random_instants_are_all_answered(home):
 
 GCLOUD = r"""#!/usr/bin/env bash
 # storage rsync [--recursive] [--exclude=REGEX] FROM TO, or storage cp FILE TO: one file after the other, each in two pieces. An object
-# is in the bucket whole or not at all, a file on the disk may be half one. After $DIE pieces the machine is gone.
+# is in the bucket whole or not at all, a file on the disk may be half one. After $DIE pieces the machine is gone. Two at once: an overlap.
+exec 9>lock; flock -n 9 || echo "$@" >> overlaps
 recursive='-maxdepth 1' exclude='^$' paths=()
 for word in "${@:3}"; do
   case $word in --recursive) recursive= ;; --exclude=*) exclude="^${word#*=}" ;; -*) echo "unknown flag $word"; exit 2 ;;
@@ -341,7 +342,7 @@ def test_ctrl_c_ends_the_printed_loop_once_the_run_has_saved_and_a_second_one_at
     assert (machine.folder / "starts").read_text() == "start\n" and (machine.folder / "saved").exists() == (presses == 1)
 
 
-RESTORE, COPY = printed("export BUCKET").split("copy() {")[0], printed("export BUCKET").split("while sleep")[0] + "copy\n"
+RESTORE, COPY = printed("export BUCKET").split("copy() {")[0], printed("export BUCKET").split("( trap")[0] + "copy\n"
 
 
 def resumed_from(logs, home):
@@ -384,6 +385,16 @@ def test_a_copy_back_that_was_cut_off_is_refused_or_verifies_and_done_again_is_w
     assert {*found} <= {None, 0, STEPS - EVERY, STEPS} and None in found and found[-1] == STEPS, found
 
 
+def test_the_last_copy_waits_for_the_one_that_is_under_way(home, tmp_path):
+    """Else an older log.txt may arrive after the newest one."""
+    script = "".join(map(printed, ("export BUCKET", "( trap", "kill $copier")))
+    machine = Machine(tmp_path / "m", script, "while [ ! -s pieces ]; do /bin/sleep 0.01; done")
+    shutil.copytree(home.alone, machine.folder / "logs")
+    assert machine.run(tmp_path / "bucket") == 0
+    assert not (machine.folder / "overlaps").exists(), (machine.folder / "overlaps").read_text()
+    assert len(list(filter(verifies, (tmp_path / "bucket/my-bucket/my-run").glob("*/ckpt/*")))) == len(list(home.alone.glob("*/ckpt/*")))
+
+
 def test_all_that_is_printed_trains_on_from_the_bucket_when_a_machine_goes(home, tmp_path):
     """With the trainer itself: the second machine ends the first one's run as if it had been left alone."""
     script = "".join(map(printed, ("export BUCKET", "( trap", "kill $copier")))
@@ -407,3 +418,4 @@ def test_all_that_is_printed_trains_on_from_the_bucket_when_a_machine_goes(home,
     run, = runs_of(second.folder / "logs")
     assert verifies(bucket / "my-bucket/my-run" / run.name / f"ckpt/step-{STEPS:06d}")
     assert (bucket / "my-bucket/my-run" / run.name / "log.txt").read_bytes() == (run / "log.txt").read_bytes()
+    assert not (second.folder / "overlaps").exists()
