@@ -53,7 +53,7 @@ def errors_as(kind, what):
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, safetensors.SafetensorError) as error:
-        raise error if hasattr(error, "exit_code") else kind(f"{what} ({error!r})") from error
+        raise error if hasattr(error, "exit_code") else kind(f"{what} ({type(error).__name__}: {error})") from error
 
 def plain(text):
     """Text that may hold what others wrote, for the terminal: one line without control characters, not too long."""
@@ -63,7 +63,7 @@ def plain(text):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Every number one can turn; the defaults are the speedrun. Each field is a flag, its comment the flag's help.
-    The speedrun is modded-nanogpt's record 58 (January 2026) with later tweaks that cost nothing (records 61 to 80), but: no embedding
+    The speedrun is modded-nanogpt's record 58 (January 2026) with later tweaks that cost nothing (records 61 to 80), except for: no embedding
     tables, no paired heads, three heads of 256 for six of 128 (attn_scale 0.1 / sqrt 2), Adam on every step, not every second,
     gradients as means over tokens, documents packed in rows of 4,096; more steps make up for it (1,775 there)."""
     # -- Run
@@ -106,7 +106,7 @@ class Config:
     window_short: str = "128,384,640,768"    # tokens a short layer looks back; 0: no limit
     window_long: str = "384,896,1408,1664"   # tokens a long layer looks back; 0: no limit. Where it grows, YaRN
     stage_lr: str = "1,1.52,1.73,1.73"       # multiplies every learning rate
-    mtp: str = "0.5,0.25"             # loss weights of the second and third next token; each falls to 0 over a stage, the last first; train_loss is the mean
+    mtp: str = "0.5,0.25"             # loss weights of the second and third next token; each falls to 0 over a stage, the last first; train_loss is their mean (short of a row's end)
     long_layers: str = "3,10"         # blocks with the long window, in every stage
     micro_tokens: int = 4096          # tokens per device and micro-step (accumulation follows); 0: all at once
     # -- Optimizers
@@ -157,29 +157,22 @@ class Config:
     padded_vocab = property(lambda self: -(-self.vocab_size // self.vocab_unit) * self.vocab_unit)
     activation_dtype = property(lambda self: self.compute_dtype if self.residual_dtype == "auto" else self.residual_dtype)
     score_scale = property(lambda self: self.attn_scale or self.head_dim ** -0.5)
-
-    @property
-    def cap(self):  # (height, width, shift) of the logits' soft cap
-        height, *rest = map(float, self.softcap.split(","))
-        width, shift = rest + [height, 0.0][len(rest):]
-        return height, width, shift
+    cap = property(lambda self: (*map(float, self.softcap.split(",")), float(self.softcap.split(",")[0]), 0.0)[:3])  # of logits: height, width, shift
 
 PRESETS = {
     "speedrun": {},
     "demo": dict(
-        steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", late_inputs="",
-        backout="2", attn_scale=0.2, offset_layers="0,1,2,3", tied_stages=0, stage_ends="0.3333,0.6667,1",
-        batch_tokens="1024,2048,3072", seq_len="256", max_doc_len="0", window_short="0", window_long="0", stage_lr="1,1.52,1.73",
-        mtp="", long_layers="", micro_tokens=1024, attn_block=128, muon_lr=0.02,
-        muon_momentum="0.85,0.95,100,20", final_frac=0.0, residual_dtype="float32", train_files="", val_files="", shuffle=1,
+        steps=750, num_layers=4, model_dim=256, num_heads=4, head_dim=64, mlp_dim=1024, mlp_only="", skips="1>3", late_inputs="", backout="2",
+        attn_scale=0.2, offset_layers="0,1,2,3", tied_stages=0, stage_ends="0.3333,0.6667,1", batch_tokens="1024,2048,3072", seq_len="256",
+        max_doc_len="0", window_short="0", window_long="0", stage_lr="1,1.52,1.73", mtp="", long_layers="", micro_tokens=1024, attn_block=128,
+        muon_lr=0.02, muon_momentum="0.85,0.95,100,20", final_frac=0.0, residual_dtype="float32", train_files="", val_files="", shuffle=1,
         val_tokens=262_144, val_every=250, val_seq_len=256, val_context=128, val_window_short=0, val_window_long=0, target_loss=1.0),
     "tiny": dict(
-        steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, mlp_only="", skips="0>2", late_inputs="0>2",
-        backout="1", offset_layers="1", gate_dims=5, attn_scale=0.3, tied_stages=1, stage_ends="0.5,1", batch_tokens="512,1024",
-        seq_len="32,64", max_doc_len="0", long_layers="1", window_short="16,24", window_long="48,0", stage_lr="1,1.2", mtp="0.5",
-        muon_momentum="0.85,0.95,10,5", final_frac=0.1, micro_tokens=0, attn_block=32, compute_dtype="float32", train_files="",
-        val_files="", shuffle=1, val_tokens=2048, val_every=10, val_seq_len=64, val_context=32, val_window_short=24,
-        val_window_long=0, target_loss=0.0, log_every=5)}
+        steps=30, num_layers=3, model_dim=32, num_heads=2, head_dim=16, mlp_dim=64, mlp_only="", skips="0>2", late_inputs="0>2", backout="1",
+        offset_layers="1", gate_dims=5, attn_scale=0.3, tied_stages=1, stage_ends="0.5,1", batch_tokens="512,1024", seq_len="32,64",
+        max_doc_len="0", long_layers="1", window_short="16,24", window_long="48,0", stage_lr="1,1.2", mtp="0.5", muon_momentum="0.85,0.95,10,5",
+        final_frac=0.1, micro_tokens=0, attn_block=32, compute_dtype="float32", train_files="", val_files="", shuffle=1, val_tokens=2048,
+        val_every=10, val_seq_len=64, val_context=32, val_window_short=24, val_window_long=0, target_loss=0.0, log_every=5)}
 MAY_DIFFER = {"log_dir", "log_every", "save_every", "val_every", "resume", "profile", "cpu_devices", "multihost"}  # when resuming
 SPEEDRUN_SHARDS = 8  # training shards that hold the speedrun's tokens and the document ends it does not read
 
@@ -189,7 +182,8 @@ def stages(cfg):
     """The stage table. Raises UsageError where a list has neither one value nor one per stage."""
     ends = [round(float(end) * cfg.steps) for end in cfg.stage_ends.split(",")]
     def column(name, kind=int):
-        values = [kind(x) for x in getattr(cfg, name).split(",")]
+        with errors_as(UsageError, f"--{name}={getattr(cfg, name)}: wanted {kind.__name__}s with commas between"):
+            values = [kind(x) for x in getattr(cfg, name).split(",")]
         if len(values) not in (1, len(ends)):
             raise UsageError(f"--{name}={getattr(cfg, name)}: wanted one value, or one for each of the {len(ends)} stages "
                              f"of --stage_ends={cfg.stage_ends}")
@@ -264,7 +258,7 @@ def param_specs(cfg):
             "w_out": Spec("I HK D", matrix, "muon"),
             "gate": Spec("I E H", constant(0.0), "gate"),
             "x_mix": Spec("I", constant(1.1 ** 0.5), "stream"),  # weight of the stream, of what is added to it,
-            "y_mix": Spec("I", constant(1.0), "mix"),            # (0.5, the record's s0 s1 pa in one: demo of 240 steps 1.169 -> 1.204)
+            "y_mix": Spec("I", constant(1.0), "mix"),            # (0.5 in the record, by three factors: demo of 240 steps 1.169 -> 1.204)
             "x0_mix": Spec("I", constant(0.0), "mix")},          # and of the first embedding, which re-enters
         "blocks": {
             "w_up": Spec("L D F", matrix, "muon"),
@@ -307,8 +301,8 @@ def rms_norm(x):
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 def rotary(num_positions, stage, cfg):
-    """(cos, sin) [S, K/2] of half-RoPE (arXiv:2104.09864), and the scale of q.k: dim j turns with dim j + K/2. A quarter of K turns
-    at rates from 1 down to 1/rope_base per token, the other pairs stand still: q.k sees only differences of position.
+    """(cos, sin) [S, K/2] of half-RoPE (arXiv:2104.09864), and the scale of q.k: dim j turns with dim j + K/2. Half of these
+    pairs turn, at rates from 1 down to 1/rope_base per token, the others stand still: q.k sees only differences of position.
     Where the long window grows from stage to stage, YaRN (arXiv:2309.00071, as in modded-nanogpt record 31) slows the rates
     that turn less than 32 times in it, by up to the growth, and sharpens the scores."""
     rate, scale = cfg.rope_base ** -np.linspace(0, 1, cfg.head_dim // 4), cfg.score_scale
@@ -361,7 +355,7 @@ ATTENTION = {"auto": attention_xla, "xla": attention_xla, "band": attention_band
 def offset_keys(k_BSN, starts_BS, cfg):
     """Partial key offset (modded-nanogpt, record 49): the dims that RoPE leaves still come from the token before, or are 0
     where a document starts, so one layer can look up what followed an earlier occurrence. The record shifts after the norm, across
-    documents; before it, the norm still bounds the score. Demo of 660 steps, validation loss: 1.041 -> 1.000."""
+    documents; before it, the norm still bounds the score. Demo of 240 steps, three seeds (records/ablations): 1.327 -> 1.177."""
     still_N = np.arange(k_BSN.shape[-1]) // (cfg.head_dim // 4) % 2 == 1
     before_BSN = jnp.pad(k_BSN, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     return jnp.where(still_N[None, None], jnp.where(starts_BS[:, :, None], 0, before_BSN), k_BSN)
@@ -984,7 +978,7 @@ def inputs_and_targets(tokens_BT1, cfg):
 
 def sum_rows(ids_N, g_ND, num_rows):
     """[V, D]: for each id the sum of its rows, float32: the gradient of a lookup. Rows are sorted by id, and what an id adds
-    to the running sum is its total: matmuls and gathers alone. What a scatter of rows costs a TPU, the compiler does not tell."""
+    to the running sum is its total: matmuls and gathers alone, whose cost on a TPU is known; that of a scatter of rows is not."""
     size = min(256, len(ids_N))
     order = jnp.argsort(ids_N)
     rows_CND = rearrange(g_ND[jnp.pad(order, (0, -len(ids_N) % size + size))], "(C N) D -> C N D", N=size)
@@ -1452,9 +1446,8 @@ def parse_flags(argv):
     def fail(message):
         raise UsageError(f"{message} (python train.py --help lists all flags)")
     parser = argparse.ArgumentParser(
-        usage="python train.py [--preset=NAME] [--FIELD=VALUE ...] [@FILE]", description=__doc__.split("\n\nIn order")[0],
-        fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        usage="python train.py [--preset=NAME] [--FIELD=VALUE ...] [@FILE]", description=__doc__.split("\n\nIn order")[0], allow_abbrev=False,
+        fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, parser.convert_arg_line_to_args = fail, lambda line: shlex.split(line, comments=True)
     fields = {field.name: field for field in dataclasses.fields(Config)}
     source = Path(__file__).read_text().split("class Config:")[1].split("PRESETS = ")[0]
@@ -1464,7 +1457,7 @@ def parse_flags(argv):
         else:
             kind, words = fields[name].type, f"{words} (default: {fields[name].default!r})".replace("%", "%%")
             group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=words)
-    with errors_as(UsageError, "a file of flags cannot be read"):  # an open quote
+    with errors_as(UsageError, f"{' '.join(word for word in argv if word.startswith('@'))} cannot be read"):  # an open quote
         given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
@@ -1494,12 +1487,12 @@ def choose_attention(cfg, platform):
     lengths = [int(length) for length in f"{cfg.seq_len},{cfg.val_seq_len}".split(",") if length.isdigit()]
     fits = (cfg.head_dim % 128 == 0 and all(length % TILE == 0 for length in lengths) and cfg.compute_dtype == "bfloat16"
             and max(lengths, default=0) * cfg.head_dim <= 1 << 21)  # a row of one head lies in fast memory
+    wants = f"--head_dim in 128s, rows in {TILE}s of at most {(1 << 21) // max(cfg.head_dim, 1)} tokens, bfloat16"
     best = "band" if platform == "tpu" and fits else "xla"
     if platform == "tpu" and cfg.attention == "auto" and not fits:
-        print(f"--attention=xla, slower here than band, which wants --head_dim in 128s, rows in {TILE}s of at most {(1 << 21) // cfg.head_dim} tokens, bfloat16", flush=True)
+        print(f"--attention=xla, slower here than band, which wants {wants}", flush=True)
     if cfg.attention == "band" and best != "band":
-        raise UsageError(f"--attention=band: wanted a TPU, --head_dim in 128s, rows in {TILE}s of at most "
-                         f"{(1 << 21) // cfg.head_dim} tokens, bfloat16; auto takes what can run")
+        raise UsageError(f"--attention=band: wanted a TPU, {wants}; auto takes what can run")
     return cfg if cfg.attention != "auto" else dataclasses.replace(cfg, attention=best)
 
 def validate(cfg):
@@ -1507,18 +1500,25 @@ def validate(cfg):
     def need(ok, name, wanted):
         if not ok:
             raise UsageError(f"--{name}={getattr(cfg, name)}: wanted {wanted}")
-    with errors_as(UsageError, "a flag's value cannot be read"):
-        table, ends, _ = stages(cfg), [float(x) for x in cfg.stage_ends.split(",")], muon_momentum(0, cfg)
-        layers = {name: layer_list(getattr(cfg, name)) for name in ("mlp_only", "offset_layers", "long_layers", "backout")}
-        pairs = {name: layer_pairs(getattr(cfg, name)) for name in ("skips", "late_inputs")}
-        trace, _ = [int(x) for x in (cfg.profile or "0:1").split(":")], (cfg.cap, loss_shares(0, table[0], cfg))
-    ones = "steps num_layers model_dim num_heads mlp_dim val_tokens log_every max_epochs".split()
-    for name in (*ones, *("seed num_kv_heads ns_steps vocab_size gate_dims tied_stages val_every save_every warmup_steps attn_block "
-                          "head_block micro_tokens val_window_short val_window_long window_short window_long max_doc_len").split()):
-        need(min(map(int, str(getattr(cfg, name)).split(","))) >= (name in ones), name, f"at least {int(name in ones)}")
+    def read(name, parse, wanted):
+        with errors_as(UsageError, f"--{name}={getattr(cfg, name)}: wanted {wanted}"):
+            return parse(str(getattr(cfg, name)))
+    numbers = {}
+    for low, high, names in (
+            (1, 2**31 - 1, "steps num_layers model_dim num_heads mlp_dim val_tokens val_seq_len log_every max_epochs rope_base"),
+            (0, 2**31 - 1, "seed num_kv_heads vocab_size gate_dims tied_stages val_every save_every warmup_steps attn_block head_block micro_tokens "
+             "val_window_short val_window_long window_short window_long max_doc_len batch_tokens seq_len"), (0, len(POLAR_EXPRESS), "ns_steps"),
+            (0, 1e38, "stage_lr mtp embed_lr head_lr scalar_lr gate_lr adamw_lr muon_lr muon_wd muon_momentum embed_std adam_eps adam_wd final_lr_scale"),
+            (0, 1, "cooldown_frac final_frac stage_ends"), (0, 0.999999, "muon_beta2 adam_beta1 adam_beta2"), (-1e6, 1e6, "softcap")):
+        for name in names.split():
+            numbers[name] = read(name, lambda text: [float(x) for x in text.split(",") if x or name != "mtp"], "numbers with commas between")
+            need(all(low <= x <= high for x in numbers[name]), name, f"at least {low}, at most {high}")
+    layers = {name: read(name, layer_list, "blocks with commas between") for name in ("mlp_only", "offset_layers", "long_layers", "backout")}
+    pairs = {name: read(name, layer_pairs, "A>B,...") for name in ("skips", "late_inputs")}
+    trace, table, ends = read("profile", lambda text: [int(x) for x in (text or "0:1").split(":")], "START:STOP"), stages(cfg), numbers["stage_ends"]
+    need(len(numbers["muon_momentum"]) == 4, "muon_momentum", "FROM,TO,STEPS,STEPS")
+    need(len(numbers["softcap"]) in (1, 3) and (cfg.cap[0] == 0 or min(cfg.cap[:2]) > 0), "softcap", "A,B,C or one number, A and B above 0, or 0")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
-    need(cfg.ns_steps <= len(POLAR_EXPRESS), "ns_steps", f"at most {len(POLAR_EXPRESS)}")
-    need(cfg.rope_base > 0, "rope_base", "a positive number")
     need(cfg.gate_dims <= cfg.model_dim, "gate_dims", f"at most --model_dim={cfg.model_dim}")
     need(cfg.num_heads % cfg.kv_heads == 0, "num_kv_heads", f"a divisor of --num_heads={cfg.num_heads}")
     for name, listed in pairs.items():
@@ -1646,7 +1646,7 @@ def train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg):
                 if not math.isfinite(row["val_loss"]):
                     raise NonFiniteLoss(f"the validation loss after step {done} is {row['val_loss']}; {run.folder} stands as it is")
                 if row["val_loss"] <= cfg.target_loss and not run.reached:
-                    run.reached = {"step": done, "train_time_s": run.seconds()[0]}
+                    run.reached = {"step": done, "train_time_s": row["train_time_s"]}
             if evaluates or due(cfg.log_every, done):
                 run.write(row)
             saved = saves and run.save(state, mesh, row)

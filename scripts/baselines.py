@@ -7,9 +7,8 @@ record2025: modded-nanogpt-jax at commit 0316a10 (value residual, embedding shor
 nanogpt: nanoGPT at commit 3adf61e (LayerNorm, learned positions, GELU, tied head, AdamW, clipping, cosine; no dropout).
 --preset=speedrun gives them their own sizes: those of the record, and GPT-2 of 124M parameters; --preset=demo that of the demo.
 
-What differs on purpose is what train.py does for every model: weights, optimizer state, norms and softmax in float32 (the record
-kept all in bfloat16, and added that format's 0.0078 in its norms), and no logits for ids that pad the vocabulary. A recipe's
-numbers are flags (FLAGS below), put before yours: yours win, and any can be swept.
+What differs on purpose is train.py's for every model: weights, optimizer state, norms and softmax in float32 (the record: bfloat16,
+and 0.0078 added in its norms), no logits for ids that pad the vocabulary. A recipe's numbers are flags (FLAGS), put before yours.
 """
 import functools, sys
 
@@ -19,9 +18,8 @@ import numpy as np
 from einops import rearrange
 
 import train
-from train import (
-    Model, Rule, Spec, adam_direction, capped, constant, f32, log_partition, lookup, lr_scale, matmul, muon_direction, normal,
-    product, relu_squared, rms_norm, rotate, shape_of, softcapped_logits, split_axis, stages, uniform)
+from train import (Model, Rule, Spec, adam_direction, capped, constant, f32, log_partition, lookup, lr_scale, matmul, muon_direction,
+                   normal, product, relu_squared, rms_norm, rotate, shape_of, softcapped_logits, split_axis, stages, uniform)
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------
 # By recipe and preset, after those for all presets. Neither recipe reads OFF, so other values are refused.
@@ -242,6 +240,8 @@ def with_recipe(name, argv):
 def main(argv=None):
     """Train a baseline: its name, then flags of train.py. Returns the run's folder; raises as train.main does."""
     name, *argv = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        return print(__doc__)
     if name not in MODELS:
         raise train.UsageError(f"{name!r}: wanted {' or '.join(MODELS)}, then flags of train.py")
     return train.main(with_recipe(name, argv), model=MODELS[name])

@@ -96,8 +96,11 @@ def one_of_chain(last_grid_size):
     return weights
 
 def one_of_chain_then_last(last_grid_size):
-    """Weights of such a chain, taken in order, before a branch that runs in the last step of a row."""
+    """Weights of such a chain, taken in order, before a branch that runs in the last step of a row. In a row of one step none of them
+    is a branch any more."""
     def weights(branches):
+        if not branches and last_grid_size == 1:
+            return []
         most = max(len(branches) - 2, 0)
         return [number / last_grid_size for number in [1] * most + [last_grid_size - most, 1]]
     return weights

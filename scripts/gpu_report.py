@@ -1,4 +1,4 @@
-"""What does this machine make of the speedrun? One command, less than ten minutes, for one GPU; any other device will do.
+"""What does this machine make of the speedrun? One command, less than ten minutes, on one GPU. A CPU would need hours: there, --smoke.
 
     python -m scripts.gpu_report                                    step time, MFU and memory of each stage, full size
     python -m scripts.gpu_report --micro_tokens=8192,32768 -- --preset=speedrun --attn_block=1024

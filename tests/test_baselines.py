@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import train
-from scripts.baselines import FLAGS, MODELS, OFF, nanogpt_lr, newton_schulz, record_rotary, with_recipe
+from scripts.baselines import FLAGS, MODELS, OFF, main, nanogpt_lr, newton_schulz, record_rotary, with_recipe
 from train import gather, make_init, make_mesh, make_train_step, name_of, shape_of, split_axis, stages, state_shardings, to_devices, unstack
 
 ROOT, ROWS, LENGTH, BOS = Path(train.__file__).parent, 2, 13, 7
@@ -278,6 +278,10 @@ def svd_quintic(g):
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
     return (u * s) @ vt
+
+def test_help_says_what_the_two_recipes_are(capsys):
+    assert train.command(lambda: main(["--help"])) is None and "python -m scripts.baselines nanogpt" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_the_record_step_is_muon_and_adam_as_in_float64(num_devices):

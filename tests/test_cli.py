@@ -231,6 +231,11 @@ RULES = [  # flags on top of tiny, the first of which is at fault; a word of wha
     ("--attention=flash", "xla or band"), ("--attention=band", "a TPU"),
     ("--max_doc_len=0,32", "all"), ("--seq_len=48,64", "divisors of the longest"), ("--seq_len=1 --batch_tokens=64", "wanted"),
     ("--batch_tokens=500,1024", "--seq_len=32,64"), ("--batch_tokens=0", "multiples"),
+    ("--softcap=10,0,0", "A and B above 0"), ("--softcap=1,2", "A,B,C"), ("--softcap=nan", "at most"), ("--mtp=-1", "at least 0"), ("--mtp=nan", "at least 0"),
+    ("--seed=9223372036854775808", "at most 2147483647"), ("--window_long=99999999999999999999", "at most 2147483647"), ("--stage_lr=1,nan", "at least 0"),
+    ("--adam_beta1=1.0", "at most 0.99"), ("--adam_beta2=1.5", "at most 0.99"), ("--muon_beta2=-1.0", "at least 0"), ("--final_frac=2.0", "at most 1"),
+    ("--cooldown_frac=-1.0", "at least 0"), ("--muon_lr=-0.1", "at least 0"), ("--rope_base=0.5", "at least 1"), ("--ns_steps=6", "at most 5"),
+    ("--muon_momentum=0.85", "FROM,TO,STEPS,STEPS"), ("--mtp=a", "numbers"), ("--window_short=1.5", "ints"), ("--val_seq_len=0", "at least 1"),
     ("--window_short=1,2,3", "the 2 stages"), ("--batch_tokens=64,64 --stage_ends=0.2,0.3,1 --window_short=16 --window_long=0", "--stage_ends=0.2,0.3,1"),
 ]
 

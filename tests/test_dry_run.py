@@ -1,4 +1,5 @@
 """scripts/dry_run.py: what a TPU program of this file must and must not hold, read off the compiler's output. No TPU is used."""
+import collections
 import importlib.util
 import json
 import re
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 
 import train
 from scripts import dry_run
-from scripts.estimate import CHIPS, Module, UncostedKernel, Walk
+from scripts.estimate import CHIPS, Module, Row, UncostedKernel, Walk
 from train import ROOT, Model, UsageError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='no TPU compiler: pip install "jax[tpu]"')
@@ -193,6 +194,14 @@ def test_twice_the_work_in_a_kernel_is_twice_the_bundles_beside_those_of_its_pip
     counts = sorted(int(n) for n in re.findall(r"kernel band_fwd: grid \(2, 8\), (\d+) bundles per grid step", said))
     assert len(counts) == 3 and "in 4 calls, by their bundles" in said  # alike kernels are counted once
     assert counts[2] - counts[1] == pytest.approx(2 * (counts[1] - counts[0]), rel=0.05) and counts[1] - counts[0] > counts[0] / 2
+
+def test_kernels_whose_bundles_could_not_be_counted_are_told():
+    rows = [Row("band_fwd.1", "kernel", 3, est_s=1e-3), Row("band_bwd.1", "kernel", 2, est_s=1e-3)]
+    cost = collections.defaultdict(float, rows=rows, kernel_s=5e-3, unknown_trip_counts=[])
+    job = dry_run.Job("train_0", None, (), None, 1, 8, 0.0, None)
+    said = lambda *counted: dry_run.describe(job, collections.defaultdict(float), cost, cost, dict.fromkeys(counted, 1e-3), CHIPS["v6e"])
+    assert "kernels 5.00 ms in 5 calls, by their bundles\n" in said("band_fwd.1", "band_bwd.1")
+    assert "5 calls, 3 of them by their bundles, the others by their cost_estimate" in said("band_fwd.1")
 
 def test_a_kernel_without_a_cost_estimate_stops_the_run():
     with pytest.raises(UncostedKernel, match="band_fwd.* has no cost_estimate"):

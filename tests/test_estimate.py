@@ -141,6 +141,9 @@ def test_a_branch_counts_as_often_as_it_runs():
     assert count(listing(), one_of_chain(8)) == FIXED + 70 / 8 + 80 / 8 + 90 * 6 / 8
     assert count(listing(), one_of_chain_then_last(9)) == pytest.approx(FIXED + (70 + 80 * 8 + 90) / 9)
 
+def test_in_a_row_of_one_step_there_are_no_branches_left_to_weigh():
+    assert one_of_chain_then_last(1)([]) == [] == one_of_chain(1)([])
+
 def test_a_branch_or_loop_that_nobody_described_is_an_error():
     with pytest.raises(ValueError, match="4 weights for 3 branches"):
         count(listing(), [1] * 4)
