@@ -281,7 +281,7 @@ def parse(argv):
     flag("--jobs", type=int, default=2, metavar="N", help="runs at a time, each on its share of the cores (default: %(default)s)")
     flag("--seeds", default="0,1,2", metavar="LIST", help="(default: %(default)s)")
     flag("--out", metavar="FILE", help="where the lines are (default: records/ablations/NAME.jsonl for NAME.txt)")
-    flag("--only", metavar="A,B", help="of the entries besides base only these")
+    flag("--only", metavar="A,B", action="append", help="of the entries besides base only these; once for each name that has a comma")
     flag("--proxy", metavar="DIR", help="folder of the shards to train on (default: the demo's text)")
     flag("--reach", metavar="NAME", help="also print when each entry reaches the final loss of this one")
     flag("--table", action="store_true", help="run nothing")
@@ -302,9 +302,10 @@ def main(argv=None, command=command):
     args = parse(argv)
     entries, sense = read_list(args.list)
     if args.only:
-        wanted, names = args.only.split(","), [entry.name for entry in entries]
+        names = [entry.name for entry in entries]
+        wanted = [name for given in args.only for name in ([given] if given in names else given.split(","))]
         if unknown := [name for name in wanted if name not in names]:
-            raise UsageError(f"--only={args.only}: no entry {unknown[0]} in {args.list}; there are {', '.join(names)}")
+            raise UsageError(f"--only={','.join(args.only)}: no entry {unknown[0]} in {args.list}; there are {', '.join(names)}")
         entries = [entry for entry in entries if entry.name in ("base", *wanted)]
     rows, interrupted = run_missing(entries, data_of(args.proxy), args, command)
     print(table_of(entries, rows, sense), "\n".join([JUDGED, *notes_of(rows)]), sep="\n\n", flush=True)

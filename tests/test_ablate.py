@@ -156,6 +156,8 @@ def test_runs_go_seed_by_seed_and_a_second_invocation_runs_only_what_is_new(fake
     assert fake(LIST, "--seeds=0,1") == 0 and not fake.started
     assert fake(LIST + "more: --softcap=7\n", "--seeds=1,0") == 0 and fake.started == ["more", "more"]
     assert fake(LIST + "more: --softcap=8\nother: --softcap=9\n", "--seeds=0", "--only=other") == 0 and fake.started == ["other"]
+    assert fake(LIST + "more, by far: --softcap=8\nother: --softcap=9\n", "--seeds=5", "--only=more, by far", "--only=base,other") == 0
+    assert fake.started == ["base", "more, by far", "other"]
     assert fake(LIST.replace("steps=3", "steps=4"), "--seeds=0", "--table") == 0 and not fake.started
     with pytest.raises(UsageError, match="no entry nobody"):
         fake(LIST, "--only=nobody")
