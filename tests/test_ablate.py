@@ -211,7 +211,7 @@ def test_a_stopped_list_keeps_what_has_ended_and_continues(fake, tmp_path, sent)
             break
     time.sleep(0.5)
     process.send_signal(sent)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     if sent != signal.SIGKILL:
         assert process.returncode == 130 and "interrupted" in said and cells(said, "no softcap")[2] == "1"
     assert [row["name"] for row in fake.lines()] == ["base", "no softcap"]

@@ -55,7 +55,7 @@ def run(start):
     """run(*arguments) -> (exit status, stdout, stderr); a failure must be exactly one line on stderr."""
     def run(*arguments, **kwargs):
         process = start(*arguments, **kwargs)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
         assert len(err.splitlines()) == (process.returncode != 0), err
         return process.returncode, out, err
     return run
@@ -269,12 +269,12 @@ def interrupted(hub, start, shards, signum):
     # A shell that starts pytest in the background would have SIGINT ignored here too.
     process = start(1, prelude="import signal; signal.signal(signal.SIGINT, signal.default_int_handler)")
     part = shards / ".incoming" / f"{ONE}.{hashlib.sha256(hub.files[ONE]).hexdigest()[:16]}.part"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not (part.exists() and part.stat().st_size > 100_000 and VAL in names_in(shards)):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signum)
-    process.wait(timeout=3)
+    process.wait(timeout=30)
     assert ONE not in names_in(shards)
     return process, part.stat().st_size
 
@@ -288,7 +288,7 @@ def test_two_downloads_at_once_share_the_work(hub, start, shards):
     assert second.stdout.readline().startswith(REPO)
     assert second.stdout.readline() == f"another download is at work in {shards}; waiting for it\n"
     hub.released.set()
-    assert (first.wait(20), second.wait(20)) == (0, 0)
+    assert (first.wait(100), second.wait(100)) == (0, 0)
     assert "0 fetched, 2 skipped" in second.stdout.read()
     assert len(hub.bodies()) == 2
     assert_complete(shards, hub, [VAL, ONE])
@@ -455,7 +455,7 @@ def test_without_a_network_a_damaged_shard_is_named_and_kept(run, shards):
 def test_without_a_network_or_shards_the_failure_comes_soon(run, shards):
     began = time.monotonic()
     status, _, err = run(prelude="time.sleep = nap", HF_ENDPOINT="http://127.0.0.1:9")  # at its true pace
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 12
     assert status == 3
     assert "9 of 9 shards" in err and "the hub could not be reached (ConnectError" in err and "9 missing" in err
     assert names_in(shards) == []

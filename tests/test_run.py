@@ -793,7 +793,7 @@ def test_on_a_terminal_a_progress_line_is_replaced_by_the_next_and_validation_st
     with open(slave, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         folder = train.main([*SIZES, *EVERY, *finished.data, f"--log_dir={tmp_path}/logs"])
-    reader.join(timeout=20)
+    reader.join(timeout=100)
     os.close(master)
     text = b"".join(received).decode()
     shown = [line for line in screen_of(text) if line.startswith("step:")]

@@ -47,7 +47,7 @@ def chain(tmp_path):
     fake.chmod(0o755)
     def run(*flags, **environment):
         (tmp_path / "calls.txt").write_text("")
-        done = subprocess.run(["bash", "scripts/speedrun.sh", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        done = subprocess.run(["bash", "scripts/speedrun.sh", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=200,
                               env=os.environ | {"PYTHON": str(fake)} | environment)
         return done.returncode, done.stdout + done.stderr, (tmp_path / "calls.txt").read_text().splitlines()
     run.codes = lambda name, *codes: (tmp_path / f"{name}.codes").write_text(" ".join(map(str, codes)))

@@ -118,6 +118,6 @@ def test_a_stopped_sweep_keeps_what_has_ended_and_continues(fake, tmp_path):
             break
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command continues" in said and cells(said, "3")[1] == "1" and cells(said, "99")[1] == "0"
     assert fake("--steps=3,98,4") == 0 and fake.started == [["--steps=98"], ["--steps=4"]]

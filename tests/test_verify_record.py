@@ -385,7 +385,7 @@ def test_the_shell_sees_the_verdict_as_exit_code_and_jax_is_not_needed(record, t
     (tmp_path / "jax.py").write_text("raise ImportError")
     def shell(*argv):
         return subprocess.run([sys.executable, "-m", "scripts.verify_record", *argv], cwd=ROOT, capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=60)
+                              env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=200)
     done = shell(str(record.folder), f"--tracks={record.tracks}")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     record.edit(("val_loss:", "val_loss:1"))
