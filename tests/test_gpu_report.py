@@ -23,7 +23,7 @@ def report(*argv):
 @pytest.mark.parametrize("flags, words", [
     (["--part=x"], "--part"), (["--part=ablate"], "wanted --list"), (["--steps=0"], "more than 0 steps"), (["--micro_tokens=a"], "--micro_tokens=a"),
     (["--minutes=0"], "minutes"), (["--stepz=1"], "--stepz"), (["--smoke", "--", "--num_layer=1"], "the nearest is --num_layers"),
-    (["--smoke", "--", "--stage_ends=2,1"], "rising shares")])
+    (["--smoke", "--", "--stage_ends=1,0.5"], "rising shares")])
 def test_a_wrong_flag_is_an_error_before_anything_is_timed(flags, words, tmp_path, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # what main sets is for its own process
     with pytest.raises(UsageError, match=words):
