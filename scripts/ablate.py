@@ -18,7 +18,7 @@ seed and data, so a list can be stopped (Ctrl-C), continued and extended. A seed
 and the same first value of each weight that they share. Runs go seed by seed, so that what is there early is a whole table.
 train.py and scripts/ are copied first: they can be edited while a list runs. A run that failed stays as a line with its error.
 """
-import argparse, collections, contextlib, datetime, hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys, tempfile
+import argparse, collections, contextlib, datetime, glob, hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys, tempfile
 import time
 from pathlib import Path
 
@@ -202,36 +202,57 @@ def run_missing(entries, data, args, command=command):
 
 # ---- The table ----
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t by number of pairs, two-sided p = 0.05; then 2.5
-JUDGED = ("Differences are between runs of the same seed: mean ± standard error. helps, hurts: beyond t standard errors, t of Student's "
-          "two-sided p < 0.05 (" + ", ".join(f"n={n}: {t:.2f}" for n, t in T95.items()) + "; from n=7 on 2.5).")
-
 def paired(differences):
-    """(mean, standard error or nan, word) of one difference per seed."""
-    n, mean = len(differences), float(np.mean(differences)) if len(differences) else math.nan
-    error = float(np.std(differences, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    seen = n > 1 and abs(mean) > T95.get(n, 2.5) * error
-    return mean, error, ("helps" if mean > 0 else "hurts") if seen else "not seen at this scale" if n > 1 else "-"
+    """(mean, standard error or nan) of one difference per seed."""
+    n = len(differences)
+    return float(np.mean(differences)) if n else math.nan, float(np.std(differences, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+
+def p_of(t, df):
+    """Two-sided p of Student's t: the share of cos^(df - 1) that lies beyond the angle atan(t / sqrt(df))."""
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    weights = np.cos(angles) ** (df - 1)
+    return float(weights[angles > math.atan(abs(t) / math.sqrt(df))].sum() / weights.sum())
+
+def judge(differences):
+    """({name: word}, a sentence that says how) of {name: [a difference per seed]}. Few seeds tell little of one entry's noise, so its
+    standard error counts as at least that of the whole list; as many comparisons as entries, so p by their number (Bonferroni)."""
+    many = {name: own for name, own in differences.items() if len(own) > 1}
+    df = sum(len(own) - 1 for own in many.values())
+    pooled = math.sqrt(sum(float(np.var(own)) * len(own) for own in many.values()) / df) if df else math.nan
+    words = dict.fromkeys(differences, "-")
+    for name, own in many.items():
+        mean, error = paired(own)
+        error = max(error, pooled / math.sqrt(len(own)))
+        seen = p_of(mean / error if error else math.inf, df) * len(many) < 0.05
+        words[name] = ("helps" if mean > 0 else "hurts") if seen else "not seen at this scale"
+    return words, "Differences are between runs of the same seed: mean ± standard error." + (
+        f" helps, hurts: two-sided p < 0.05 / {len(many)}, by Student's t ({df} degrees of freedom) over the larger of that error and the "
+        f"list's, {pooled:.4f} / sqrt(n)." if df else "")
 
 def table_of(entries, rows, sense):
     """Markdown. rows: {name: {seed: line}}."""
     good = {name: {seed: row for seed, row in own.items() if "error" not in row} for name, own in rows.items()}
+    gains = {name: [sense * (own[seed]["val_loss"] - good["base"][seed]["val_loss"]) for seed in sorted(own.keys() & good["base"].keys())]
+             for name, own in good.items() if name != "base"}
+    words, how = judge(gains)
+    time_s = "cpu_time_s" if all(" cpu," in row["devices"] for own in good.values() for row in own.values()) else "train_time_s"
     shared = os.path.commonprefix([entry.flags for entry in entries])
     out = [f"Flags of all: `{' '.join(shared)}`", "",
-           "| name | flags | n | mean val loss | loss without it minus loss with it | CPU time / base | parameters | verdict |",
+           f"| name | flags | n | mean val loss | loss without it minus loss with it | {time_s.split('_')[0].replace('cpu', 'CPU')} time / base "
+           "| parameters | verdict |",
            "|---|---|---|---|---|---|---|---|"]
     for name, model, flags, patch in entries:
         own, base, failed = good[name], good["base"], len(rows[name]) - len(good[name])
         both = sorted(own.keys() & base.keys())
-        difference, error, word = paired([sense * (own[seed]["val_loss"] - base[seed]["val_loss"]) for seed in both])
+        difference, error = paired(gains.get(name, []))
         said = " ".join([f"model={model}"] * bool(model) + ["a diff"] * bool(patch) + flags[len(shared):]).replace("|", "\\|")
         cells = [name, f"`{said}`" if said else "", f"{len(own)}" + (f" ({failed} failed)" if failed else ""),
                  f"{np.mean([row['val_loss'] for row in own.values()]):.4f}" if own else "-",
                  f"{difference:+.4f}" + (f" ± {error:.4f}" if len(both) > 1 else "") + f" (n={len(both)})" if both and name != "base" else "-",
-                 f"{sum(own[s]['cpu_time_s'] for s in both) / sum(base[s]['cpu_time_s'] for s in both):.2f}" if both else "-",
-                 next((str(row["params"]) for row in own.values()), "-"), word if name != "base" else "-"]
+                 f"{sum(own[s][time_s] for s in both) / sum(base[s][time_s] for s in both):.2f}" if both else "-",
+                 next((str(row["params"]) for row in own.values()), "-"), words.get(name, "-")]
         out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out)
+    return "\n".join([*out, "", how])
 
 def notes_of(rows):
     """What the table's reader must know: failures, mixed sources, data or versions."""
@@ -278,7 +299,9 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, flag = fail, parser.add_argument
     flag("list", metavar="LIST", help="the file that lists the variants")
-    flag("--jobs", type=int, default=2, metavar="N", help="runs at a time, each on its share of the cores (default: %(default)s)")
+    chip = any(map(glob.glob, ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")))
+    flag("--jobs", type=int, default=1 if chip else 2, metavar="N", help="runs at a time, each on its share of the cores (default: 2; 1 beside an accelerator, "
+         "whose memory goes to the first)")
     flag("--seeds", default="0,1,2", metavar="LIST", help="(default: %(default)s)")
     flag("--out", metavar="FILE", help="where the lines are (default: records/ablations/NAME.jsonl for NAME.txt)")
     flag("--only", metavar="A,B", action="append", help="of the entries besides base only these; once for each name that has a comma")
@@ -308,7 +331,7 @@ def main(argv=None, command=command):
             raise UsageError(f"--only={','.join(args.only)}: no entry {unknown[0]} in {args.list}; there are {', '.join(names)}")
         entries = [entry for entry in entries if entry.name in ("base", *wanted)]
     rows, interrupted = run_missing(entries, data_of(args.proxy), args, command)
-    print(table_of(entries, rows, sense), "\n".join([JUDGED, *notes_of(rows)]), sep="\n\n", flush=True)
+    print("\n".join([table_of(entries, rows, sense), *notes_of(rows)]), flush=True)
     if args.reach:
         print("\n" + reach(args.reach, rows))
     return 130 if interrupted else 0

@@ -2,15 +2,18 @@
 
     python -m scripts.gpu_report                                    step time, MFU and memory of each stage, full size
     python -m scripts.gpu_report --micro_tokens=8192,32768 -- --preset=speedrun --attn_block=1024
-    python -m scripts.gpu_report --part=ablate --list=LIST --proxy=DIR     short trainings of LIST, by scripts/ablate.py
+    python -m scripts.gpu_report --part=ablate --proxy=DIR          short trainings at full size, records/ablations/gpu.txt
     python -m scripts.gpu_report --smoke                            the same at tiny shapes, to see that it works
 
 A step is the whole global batch, accumulated on the devices there are, optimizer included. --micro_steps=N times a shorter
 accumulation and scales the time to the whole batch, which counts the optimizer too often: a bound from above. What follows
 -- are flags of train.py. Batches come from --train_files where there are such shards, else from documents of random tokens: what
-a step costs does not depend on them. The report is printed, and written to OUT.txt and OUT.json with versions and devices.
+a step costs does not depend on them; the loss of these few steps begins near log(vocabulary). A part ablate that the time cut off is
+continued by the same command, until each difference has its three seeds. The report is printed, and after each row written to
+OUT.txt and OUT.json, with versions and devices.
 """
-import argparse, dataclasses, json, re, signal, subprocess, sys, tempfile, time
+import argparse, dataclasses, json, math, re, signal, subprocess, sys, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -21,10 +24,11 @@ from scripts import ablate
 from scripts.bench import generate_shards
 from train import ROOT, DataError, UsageError
 
+FULL_SIZE = ROOT / "records/ablations/gpu.txt"
 SMOKE = ["--preset=tiny"]
 SMOKE_LIST = "all: --preset=tiny\nbase:\nno skips: --skips=\n"
 HEAD = """\
-  micro  stage  rows of   tokens  compile  median      min      max  thousand    MFU   GiB, by the  peak GiB,
+  micro  stage  rows of   tokens  compile  median      min      max  thousand    MFU   GiB, by the  peak GiB,    loss
  tokens                   a step        s      ms       ms       ms  tokens/s          compiler     so far"""
 
 # ---- Steps ----
@@ -33,6 +37,8 @@ def config(flags, micro_tokens, micro_steps):
     """(cfg of a few steps in each stage, tokens of a whole step by stage). Raises UsageError, DataError."""
     cfg, _ = train.configure([*flags, f"--micro_tokens={micro_tokens}"])
     table = train.stages(cfg)
+    if any(max(micro_tokens, stage.seq_len) % stage.seq_len for stage in table):
+        raise UsageError(f"--micro_tokens={micro_tokens}: wanted whole rows of --seq_len={cfg.seq_len}")
     short = lambda stage: micro_steps * max(micro_tokens or stage.batch_tokens, stage.seq_len) * jax.device_count() or stage.batch_tokens
     batches = ",".join(str(min(stage.batch_tokens, short(stage))) for stage in table)
     ends = ",".join(str((i + 1) / len(table)) for i in range(len(table)))  # as many steps in each
@@ -58,15 +64,25 @@ def batches_of(cfg, mesh, folder):
             own.append(train.to_devices(rows, stage, mesh, cfg))
     return batches, cfg
 
-def time_stage(stage, whole_tokens, listed, batches, specs, mesh, cfg, args):
-    """A stage's row."""
-    device, (_, function, arguments), start = mesh.devices.flat[0], listed[stage.index], time.perf_counter()
-    program = function.lower(*arguments).compile(compiler_options=train.COMPILER_OPTIONS.get(device.platform, {}))
-    compile_s, state, seconds = time.perf_counter() - start, listed["init"][1](), []
+def compile_stage(stage, listed, mesh, cfg):
+    """(program, seconds), or the runtime's error."""
+    (_, function, arguments), start = listed[stage.index], time.perf_counter()
+    try:
+        return function.lower(*arguments).compile(compiler_options=train.compiler_options(mesh, cfg)), time.perf_counter() - start
+    except jax.errors.JaxRuntimeError as error:
+        return error
+
+def time_stage(stage, compiled, whole_tokens, init, batches, specs, mesh, cfg, args):
+    """A stage's row. Raises JaxRuntimeError, FloatingPointError for a loss that is not finite."""
+    if isinstance(compiled, Exception):
+        raise compiled
+    (program, compile_s), state, seconds, device = compiled, init(), [], mesh.devices.flat[0]
     for i in range(args.warmup + args.steps):
         start = time.perf_counter()
         state, loss = jax.block_until_ready(program(state, batches[i % len(batches)]))
         seconds.append(time.perf_counter() - start)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss after {len(seconds)} steps is {loss}")
     scale = whole_tokens / stage.batch_tokens
     step_ms = 1e3 * scale * np.array(seconds[args.warmup:])
     tokens_per_s = 1e3 * whole_tokens / float(np.median(step_ms))
@@ -79,32 +95,37 @@ def time_stage(stage, whole_tokens, listed, batches, specs, mesh, cfg, args):
             "peak_gib": used / 2**30 if used else None, "loss": float(loss)}
 
 def part_steps(args, say):
-    """Rows of each stage and --micro_tokens, smallest first, since memory's peak is the process's; until the time is up."""
+    """Rows of each stage and --micro_tokens, smallest first, since memory's peak is the process's; until the time is up. Raises UsageError."""
     rows, mesh, start, model = [], None, time.perf_counter(), train.Model()
+    over = lambda: time.perf_counter() - start > 60 * args.minutes and (say(f"{args.minutes:g} minutes are over, what is left was not timed") or True)
     with tempfile.TemporaryDirectory() as folder:
-        for micro_tokens in sorted(args.micro_tokens):
+        for micro_tokens in sorted(args.micro_tokens, key=lambda tokens: tokens or math.inf):
             cfg, whole = config(args.flags, micro_tokens, args.micro_steps)
             mesh = mesh or train.make_mesh()
             batches, cfg = batches_of(cfg, mesh, Path(folder))
             specs, listed = model.specs(cfg), train.list_programs(model, mesh, cfg)
+            if over():
+                return rows
             if not rows:
                 say(f"{train.count_params(specs, cfg)} parameters, attention {cfg.attention}; {args.steps} steps timed after {args.warmup}")
                 say(HEAD)
+            print(f"compiling {len(listed) - 2} programs side by side ...", file=sys.stderr, flush=True)
+            with ThreadPoolExecutor() as pool:
+                compiled = list(pool.map(lambda stage: compile_stage(stage, listed, mesh, cfg), train.stages(cfg)))
             for stage in train.stages(cfg):
-                if time.perf_counter() - start > 60 * args.minutes:
-                    say(f"{args.minutes:g} minutes are over, what is left was not timed")
+                if over():
                     return rows
                 rows.append(row := {"micro_tokens": micro_tokens, "stage": stage.index})
                 try:
-                    row |= time_stage(stage, whole[stage.index], listed, batches[stage.index], specs, mesh, cfg, args)
-                except jax.errors.JaxRuntimeError as error:
+                    row |= time_stage(stage, compiled[stage.index], whole[stage.index], listed["init"][1], batches[stage.index], specs, mesh, cfg, args)
+                except (jax.errors.JaxRuntimeError, FloatingPointError) as error:
                     row["error"] = str(error).split("\n")[0][:200]
-                    say(f"{micro_tokens:7}{stage.index:7}  {row['error']}")
+                    say(f"{micro_tokens:7}{stage.index:7}  {row['error']}", rows)
                     continue
                 say("{micro_tokens:7}{stage:7}{seq_len:9}{tokens:9}{compile_s:9.1f}{median_ms:8.1f}{min_ms:9.1f}{max_ms:9.1f}{k:10.1f}{mfu:>7}"
-                    "{compiled_gib:14.2f}{peak_gib:>11}".format(**row | {
+                    "{compiled_gib:14.2f}{peak_gib:>11}{loss:10.3f}".format(**row | {
                         "k": row["tokens_per_s"] / 1e3, "mfu": f"{row['mfu']:.1%}" if row["mfu"] else "-",
-                        "peak_gib": f"{row['peak_gib']:.2f}" if row["peak_gib"] else "-"}))
+                        "peak_gib": f"{row['peak_gib']:.2f}" if row["peak_gib"] else "-"}), rows)
     if any(row.get("timed_tokens") != row.get("tokens") for row in rows):
         say(f"times are scaled from steps of {args.micro_steps} micro-steps to the whole batch")
     return rows
@@ -121,13 +142,14 @@ def part_ablate(args, say):
         argv = [str(args.list), "--jobs=1", f"--seeds={args.seeds}", f"--out={out}", *([f"--proxy={args.proxy}"] if args.proxy else [])]
         print(f"running {args.list}, at most {args.minutes:g} minutes ...", flush=True)
         process = subprocess.Popen([sys.executable, "-m", "scripts.ablate", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        try:
-            said, _ = process.communicate(timeout=60 * args.minutes)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            said, _ = process.communicate()
+        timer = threading.Timer(60 * args.minutes, process.send_signal, [signal.SIGINT])
+        timer.daemon = True
+        timer.start()
+        for line in process.stdout:
+            say(line.rstrip("\n"), list(ablate.read_records(out).values()))
+        if process.wait() and not timer.is_alive():
             say(f"{args.minutes:g} minutes were over before the list; the same command continues")
-    say(said)
+        timer.cancel()
     if process.returncode not in (0, 130, -signal.SIGINT):
         raise UsageError(f"--list={args.list}: scripts.ablate ended with exit code {process.returncode}")
     return list(ablate.read_records(out).values())
@@ -143,42 +165,51 @@ def parse(argv):
     parser.error, flag = fail, parser.add_argument
     flag("--part", choices=("steps", "ablate"), default="steps", help="(default: %(default)s)")
     flag("--out", metavar="PATH", help="the report's path without .txt, .json (default: logs/gpu_report/PART)")
-    flag("--minutes", type=float, default=9, metavar="N", help="nothing is begun after (default: %(default)s)")
+    flag("--minutes", type=float, default=9, metavar="N", help="nothing is begun after, and no training goes on (default: %(default)s)")
     flag("--smoke", action="store_true", help="tiny shapes")
-    flag("--micro_tokens", metavar="LIST", help="steps: tokens of a micro-step (default: 8192,16384,32768)")
+    flag("--micro_tokens", metavar="LIST", help="steps: tokens of a micro-step (default: 32768)")
     flag("--micro_steps", type=int, default=0, metavar="N", help="steps: time only so many of a step (default: 0, all)")
     flag("--steps", type=int, default=5, metavar="N", help="steps: so many are timed (default: %(default)s)")
     flag("--warmup", type=int, default=2, metavar="N", help="steps: after so many (default: %(default)s)")
-    flag("--list", metavar="LIST", help="ablate: as of scripts/ablate.py")
+    flag("--list", metavar="LIST", default=FULL_SIZE, help="ablate: as of scripts/ablate.py (default: records/ablations/gpu.txt)")
     flag("--proxy", metavar="DIR", help="ablate: folder of the shards (default: the demo's text)")
-    flag("--seeds", default="0", metavar="LIST", help="ablate: (default: %(default)s)")
+    flag("--seeds", default="0,1,2", metavar="LIST", help="ablate: (default: %(default)s)")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     args.out = args.out or str(ROOT / "logs/gpu_report" / args.part)
-    args.micro_tokens = args.micro_tokens or ("256" if args.smoke else "8192,16384,32768")
-    if not re.fullmatch(r"\d+(,\d+)*", args.micro_tokens) or min(args.steps, args.minutes) <= 0 or min(args.warmup, args.micro_steps) < 0:
+    args.micro_tokens = args.micro_tokens or ("256" if args.smoke else "32768")
+    if not re.fullmatch(r"\d+(,\d+)*", args.micro_tokens) or not 0 < args.minutes < 1e6 or args.steps <= 0 or min(args.warmup, args.micro_steps) < 0:
         fail(f"--micro_tokens={args.micro_tokens} --steps={args.steps} --minutes={args.minutes:g} --warmup={args.warmup} "
              f"--micro_steps={args.micro_steps}: wanted whole numbers with commas between them, more than 0 steps and minutes")
-    if args.part == "ablate" and not (args.list or args.smoke):
-        fail("--part=ablate: wanted --list=LIST")
     args.micro_tokens = [*map(int, args.micro_tokens.split(","))]
     args.flags = (SMOKE if args.smoke else ["--preset=speedrun"]) + argv[split + 1:]
     return args
+
+def need_accelerator():
+    """Raises UsageError. Asks in a process of its own, since a GPU's memory goes to the first that asks."""
+    done = subprocess.run([sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True)
+    if done.stdout.split()[-1:] in ([], ["cpu"]):
+        raise UsageError(f"JAX sees no accelerator{done.stderr.strip()[-200:] and ': ' + done.stderr.strip()[-200:]}; wanted a GPU and "
+                         'pip install "jax[cuda13]>=0.10,<0.13"; --smoke does the same at tiny shapes')
 
 def main(argv=None):
     """Raises UsageError and DataError."""
     argv, lines = sys.argv[1:] if argv is None else argv, []
     args = parse(argv)
-    def say(text):
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    result = {"part": args.part, "argv": argv, "rows": []}
+    def say(text, rows=None):  # and keep it, with the rows so far
         print(text, flush=True)
         lines.append(text)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        result["rows"] = result["rows"] if rows is None else rows
+        Path(f"{args.out}.txt").write_text("\n".join(lines) + "\n")
+        Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not args.smoke and (args.part == "steps" or args.list == FULL_SIZE):
+        need_accelerator()
     jax.config.update("jax_enable_compilation_cache", False)  # the time that compilation takes is wanted
-    result = {"part": args.part, "argv": argv, "rows": (part_steps if args.part == "steps" else part_ablate)(args, say)}
+    result["rows"] = (part_steps if args.part == "steps" else part_ablate)(args, say)
     result |= {"versions": train.versions(), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}  # now that no run wants them
     say(f"{result['devices']}; " + " ".join(f"{name}={value}" for name, value in result["versions"].items()))
-    Path(f"{args.out}.txt").write_text("\n".join(lines) + "\n")
-    Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def table_of(own, rows, common, data_flags=()):
     for name in order:
         runs, failed = good[name], len(rows[name]) - len(good[name])
         both = sorted(runs.keys() & best.keys())
-        above, error, _ = ablate.paired([runs[seed]["val_loss"] - best[seed]["val_loss"] for seed in both])
+        above, error = ablate.paired([runs[seed]["val_loss"] - best[seed]["val_loss"] for seed in both])
         cells = [*(str(own[name].get(column, "")).replace("|", "\\|") for column in columns),
                  f"{len(runs)}" + (f" ({failed} failed)" if failed else ""),
                  f"{mean[name]:.4f}" if runs else "-",

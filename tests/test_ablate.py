@@ -31,7 +31,7 @@ folder.mkdir()
 rows = [{"step": i, "tokens": 100 * i, "train_loss": 1, "val_loss": 5 - i + seed + 0.1 * (seed + 1) * (softcap == 0)} for i in (1, 2, 3)]
 last = {key: rows[-1][key] for key in ("step", "tokens", "val_loss")} | {"train_time_s": 2.0, "cpu_time_s": 4.0 + (softcap == 0)}
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in [*rows, {"step": 4, "train_loss": 1}, last]))
-lines = ["data: nothing", "=" * 120, "versions: python=3.11.1 jax=0.10.2 numpy=2.0.0 platform=x", "devices: 1 x fake",
+lines = ["data: nothing", "=" * 120, "versions: python=3.11.1 jax=0.10.2 numpy=2.0.0 platform=x", "devices: 1 x cpu, 1 processes",
          "data: train_000000.bin tokens:7 sha256:" + flags.get("data", "abc"), "parameters: 77"]
 (folder / "log.txt").write_text("\\n".join(lines))
 if steps == 13:
@@ -244,19 +244,35 @@ def test_a_tiny_real_list_trains_and_compares(tmp_path, capfd, monkeypatch):
 # ---- The table ----
 
 @pytest.mark.parametrize("n", range(2, 12))
-def test_differences_errors_and_the_t_are_those_of_scipy(n):
+def test_differences_errors_and_p_are_those_of_scipy(n):
     differences = np.random.default_rng(n).normal(0.5, 1, n)
-    mean, error, _ = ablate.paired(differences)
+    mean, error = ablate.paired(differences)
     assert mean == pytest.approx(differences.mean()) and error == pytest.approx(scipy.stats.sem(differences))
-    assert ablate.T95.get(n, 2.5) == pytest.approx(max(2.5, scipy.stats.t.ppf(0.975, n - 1)), abs=1e-3)
-    noise = differences - differences.mean()
-    for share, word in ((1.01, "helps"), (-1.01, "hurts"), (0.99, "not seen at this scale"), (-0.99, "not seen at this scale")):
-        assert ablate.paired(noise + share * ablate.T95.get(n, 2.5) * error)[2] == word
-    assert ablate.paired([0.3])[0] == 0.3 and math.isnan(ablate.paired([0.3])[1]) and ablate.paired([0.3])[2] == "-"
+    for t in (0.3, -2.0, 4.0, 12.0):
+        assert ablate.p_of(t, n - 1) == pytest.approx(2 * scipy.stats.t.sf(abs(t), n - 1), rel=2e-3, abs=2e-5)
+    assert ablate.paired([0.3])[0] == 0.3 and math.isnan(ablate.paired([0.3])[1]) and math.isnan(ablate.paired([])[0])
+
+
+@pytest.mark.parametrize("n, others", [(3, 0), (3, 1), (3, 14), (2, 5), (8, 0)])
+def test_an_effect_is_judged_by_the_larger_of_its_own_noise_and_the_lists(n, others):
+    """Against scipy: one entry of given noise among others that are quieter or louder, its mean just above and below the bar."""
+    noise = np.random.default_rng(n).normal(0, 1, n)
+    noise -= noise.mean()
+    for loud in (0.1, 10.0):
+        rest = {f"other {i}": (loud * np.random.default_rng(i + 1).normal(0, 1, n)).tolist() for i in range(others)}
+        df = (n - 1) * (others + 1)
+        squares = sum(np.sum((np.array(own) - np.mean(own)) ** 2) for own in [noise, *rest.values()])
+        error = max(scipy.stats.sem(noise), math.sqrt(squares / df / n))
+        bar = scipy.stats.t.isf(0.05 / (others + 1) / 2, df) * error
+        for share, word in ((1.01, "helps"), (-1.01, "hurts"), (0.99, "not seen at this scale"), (-0.99, "not seen at this scale")):
+            words, how = ablate.judge({"it": (noise + share * bar).tolist()} | rest)
+            assert words["it"] == word and f"0.05 / {others + 1}" in how and f"({df} degrees" in how, (loud, share)
+    words, _ = ablate.judge({"it": [1.0, 1.0, 1.0], "once": [5.0], "never": []})  # no noise at all
+    assert words == {"it": "helps", "once": "-", "never": "-"} and ablate.judge({"once": [5.0]})[0] == {"once": "-"}
 
 
 @pytest.mark.parametrize("sense, sign, word", [("minus", "+", "helps"), ("plus", "-", "hurts")])
-def test_the_table_pairs_runs_of_one_seed(fake, capsys, sense, sign, word):
+def test_the_table_pairs_runs_of_one_seed(fake, capsys, tmp_path, sense, sign, word):
     """A seed moves the fake's loss by 1, no softcap by 0.1, 0.2, 0.3, 0.4: only in pairs is that seen."""
     text = f"sense: {sense}\n" + LIST
     fake(text, "--seeds=0,1,2,3", "--only=base")
@@ -266,6 +282,12 @@ def test_the_table_pairs_runs_of_one_seed(fake, capsys, sense, sign, word):
     printed = capsys.readouterr().out
     assert "Flags of all: `--steps=3`" in printed and cells(printed, "base")[1] == ""
     assert cells(printed, "no softcap") == ["no softcap", "`--softcap=0`", "4", "3.7500", f"{sign}0.2500 ± {expected:.4f} (n=4)", "1.25", "77", word]
+    assert "| CPU time / base |" in printed
+    out = tmp_path / "out.jsonl"  # an accelerator works while the CPU waits
+    out.write_text(out.read_text().replace("1 x cpu,", "1 x NVIDIA H200,"))
+    fake(text.replace("0\n", "0\nhalf: --softcap=0 --log_every=7\n"), "--seeds=0,1,2,3", "--table")
+    printed = capsys.readouterr().out
+    assert "| train time / base |" in printed and cells(printed, "no softcap")[5] == "1.00"
 
 
 def test_pairs_are_of_the_seeds_that_both_have(fake, capsys, tmp_path):

@@ -390,6 +390,13 @@ def test_a_long_window_without_limit_counts_for_yarn_as_the_row():
     _, _, scale = rotary(1, stages(cfg)[1], cfg)
     np.testing.assert_allclose(scale, 0.25 * (1 + 0.2 * math.log(4)))
 
+def test_a_long_window_that_shrinks_leaves_the_rotation_as_it_was_until_it_grows_past_the_largest():
+    cfg = config(stage_ends="0.25,0.5,0.75,1", batch_tokens="64", seq_len="64", window_short="4", window_long="32,8,32,48")
+    *before, after = (rotary(30, stage, cfg) for stage in stages(cfg))
+    for found in before[1:]:
+        assert all(np.array_equal(x, y) for x, y in zip(found, before[0]))
+    np.testing.assert_allclose(after[2] / before[0][2], 1 + 0.2 * math.log(1.5))
+
 def test_while_the_long_window_stays_the_rotation_does_whatever_the_short_one_and_the_batch_do():
     cfg = config(stage_ends="0.5,1", batch_tokens="44,88", window_short="4,9", window_long="13")
     for first, second in zip(rotary(30, stages(cfg)[0], cfg), rotary(30, stages(cfg)[1], cfg)):
