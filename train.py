@@ -259,7 +259,7 @@ def param_specs(cfg):
             "w_out": Spec("I HK D", matrix, "muon"),
             "gate": Spec("I E H", constant(0.0), "gate"),
             "x_mix": Spec("I", constant(1.1 ** 0.5), "stream"),  # weight of the stream; all of these: gain 0.042
-            "y_mix": Spec("I", constant(1.0), "mix"),            # of what is added to it (0.5 in the record, by three factors)
+            "y_mix": Spec("I", constant(1.0), "mix"),            # of what is added (0.5 in the record, by three factors: as good)
             "x0_mix": Spec("I", constant(0.0), "mix")},          # of the first embedding, which re-enters: gain 0.000
         "blocks": {
             "w_up": Spec("L D F", matrix, "muon"),
