@@ -6,21 +6,25 @@
 A record is `<track>/<date>_<Name>/` with a README.md and `seed<k>.txt`, the untouched log.txt of every run that came to its
 end; of one that did not, `failed<k>.txt`. What a track asks for stands in the table of records/README.md and nowhere else:
 no target, count or hash is taken from a log. records/README.md also says what each level of this check proves.
-Exit codes: 0 accepted, 1 rejected, each reason on a line, 2 usage.
+Exit codes: 0 accepted, 1 rejected, each reason on a line, 2 usage, or a folder or an output that fails.
 """
-import argparse, hashlib, itertools, math, re, shlex, statistics, subprocess, sys, tempfile
+import argparse, ast, contextlib, functools, hashlib, itertools, math, os, re, shlex, statistics, subprocess, sys, tempfile, warnings
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 16 << 20  # of a file; a log of train.py has some 100 kB, and 150 bytes per written step
+MAX_SOURCE, MAX_LINE, MAX_STAGES = 1 << 19, 20_000, 1000  # characters of a log's source, of another line; stages of a schedule
 P_VALUE = 0.01
 BAR = "\n" + "=" * 120 + "\n"  # between the source and the rest
-HEADER = ("preset", "argv", "config", "versions", "devices", "data", "parameters", "compiled")
+HEADER = {  # the lines from there to the first step line, in this order; those of data and compiled are several
+    "preset": r"\S+ \(.+\)", "argv": ".*", "config": ".+", "versions": ".+",
+    "devices": r"\d{1,6} x [^,]+, \d{1,6} processes, \d{1,6} host cores", "data": ".+", "parameters": r"\d{1,18}", "compiled": r"\w+ in \d+\.\ds.*"}
 MAY_DIFFER = {"seed", "log_dir", "save_every", "resume"}           # fields, between the runs of a record
 ELSEWHERE = {"platform", "JAX_COMPILATION_CACHE_DIR"}              # versions, likewise
-SETTLED = {"vocab_size", "bos_id"}                                 # fields that the data settles; those of default "auto" too
-FIELDS = {"steps", "seed", "log_every", "val_every", "val_tokens", "batch_tokens", "stage_ends", "target_loss"}  # what is read here
+SETTLED = {"vocab_size", "bos_id"}                                 # fields that the data settles, to a number; those of default "auto" too
+FIELDS = {"preset", "steps", "seed", "log_every", "val_every", "val_tokens", "batch_tokens", "stage_ends", "target_loss", "max_epochs",
+          "log_dir", "resume"}  # what is read here
 SLACK = 1.002         # of a rounding error, for the arithmetic on it
 INT, LOSS, SECONDS, TENTHS = r"(\d{1,12})", r"(\d{1,6}\.\d{4}|nan|inf)", r"(\d{1,9}\.\d{3})s", r"(\d{1,12}\.\d)"
 STEP = re.compile(rf"step:{INT}/{INT} train_loss:{LOSS}(?: val_loss:{LOSS})? train_time:{SECONDS} step:{TENTHS}ms "
@@ -28,8 +32,9 @@ STEP = re.compile(rf"step:{INT}/{INT} train_loss:{LOSS}(?: val_loss:{LOSS})? tra
 FINAL = re.compile(rf"final: step:{INT}/{INT} tokens:(\d{{1,18}}) val_loss:{LOSS} train_time:{SECONDS} "
                    rf"cpu_time:{TENTHS}s wall:{TENTHS}s(?: peak_memory:\d+\.\d\dGiB)?"
                    rf"(?: target:(\S+) (?:not reached|reached at step {INT} after {SECONDS}))?", re.ASCII)
-
 SAVED = re.compile(rf"saved: step-\d{{6,9}} in {TENTHS}s", re.ASCII)  # off the clock
+RESULT = re.compile(r"final:\s*step:\d|step:(\d{1,12})/\1 .{,200}val_loss:", re.ASCII)  # wherever it stands
+SVG = re.compile(rb"\s*(?:<[?!][^>]*>\s*)*<svg\b")
 
 class UsageError(ValueError): pass
 class Rejected(ValueError):
@@ -45,31 +50,37 @@ class Track(NamedTuple):
 
 class Run(NamedTuple):
     name: str
-    source_sha256: str
+    source: str
     argv: dict        # {flag: value}
     config: dict      # {field: value}, all text
     versions: dict
     devices: list
+    parameters: str
     files: list       # (name, tokens, SHA-256) of training files and, last, the validation file
     scored: tuple     # (targets, SHA-256)
     losses: tuple     # all that were written: (step, training loss, validation loss or None)
     train_time: float
     cpu_time: float
     folder: str       # where it ran
+    sha256 = property(lambda self: hashlib.sha256(self.source.encode()).hexdigest())  # of its source
 
 def need(ok, reason):
     if not ok:
         raise Rejected(reason)
 
+def show(text):
+    """What a log says, within a reason: quoted, ASCII, not too long."""
+    return ascii(text if len(text) <= 80 else f"{text[:77]}...")
+
 # ---- The table of tracks ----
 def read_track(path, name):
     """The Track of a name, from the Markdown table in path whose first column is headed `track`. Raises UsageError."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: the table of tracks cannot be read ({error!r})") from error
-    rows = [[cell.strip().strip("`") for cell in line.strip().strip("|").split("|")] for line in lines]
-    table = list(itertools.dropwhile(lambda row: row[0] != "track", rows))
+    lines = itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(lambda line: not re.match(r"\| *track *\|", line), lines))
+    table = [[cell.strip().strip("`") for cell in line.strip().strip("|").split("|")] for line in lines]
     found = {row[0]: dict(zip(table[0], row)) for row in table[2:]}
     if name not in found:
         raise UsageError(f"{name}: no such track in {path}; wanted DIR to be <track>/<YYYY-MM-DD>_<Name>, <track> one of "
@@ -82,12 +93,12 @@ def read_track(path, name):
         raise UsageError(f"{path}: the row of {name} lacks a column or a number ({error!r})") from error
 
 # ---- One log ----
-def read_bytes(path):
-    """At most MAX_BYTES of a regular file. Raises Rejected."""
+def read_bytes(path, most=MAX_BYTES):
+    """All of a regular file. Raises Rejected."""
     need(path.is_file() and not path.is_symlink(), "not a plain file")
     with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    need(len(data) <= MAX_BYTES, f"more than {MAX_BYTES >> 20} MiB, longer than any log of train.py")
+        data = file.read(most + 1)
+    need(len(data) <= most, f"more than {most >> 20} MiB, longer than any that train.py writes")
     return data
 
 def read_log(path):
@@ -96,33 +107,41 @@ def read_log(path):
     need(re.fullmatch(rb"[0-9a-f]{64}\n", digest), "its last line is not its digest: cut off, or a run without a result, whose log is "
          "named failed<k>.txt and told of in README.md")
     need(hashlib.sha256(body + b"\n").hexdigest() == digest[:64].decode(), "its digest is not that of the bytes above it")
+    need(not re.search(rb"\nsha256:[0-9a-f]{64}\n", body), "a digest in its midst: more than one log")
     try:
         source, bar, rest = body.decode().partition(BAR)
     except UnicodeDecodeError:
         raise Rejected("not text in UTF-8") from None
-    need(bar, "no source of train.py with a line of 120 = below it")
+    need(bar and len(source) <= MAX_SOURCE, f"no source of train.py, of at most {MAX_SOURCE} characters, with a line of 120 = below it")
     return source, rest.split("\n")
 
+@functools.lru_cache(8)
 def source_defaults(source, preset):
-    """{field: value} of the Config in a source's text, and of its preset. Read, never executed. Raises Rejected."""
-    fields, _, rest = source.partition("class Config:")[2].partition("PRESETS = ")
-    found = [re.match(r"    (\w+): \w+ = (.*?) +# ", line) for line in fields.splitlines() if len(line) < 400]
-    defaults = {match[1]: match[2].strip('"') for match in found if match}
-    need(rest and FIELDS <= {*defaults}, "its source has no Config and PRESETS as train.py has")
-    changes = rest.partition(f'"{preset}": dict(')[2].partition(")")[0]
-    return defaults, {name: value.strip('"') for name, value in re.findall(r'\b(\w+)=("[^"]*"|[^",\s]+)', changes)}
+    """{field: value} of the Config in a source, and of its preset. Its literals are parsed, nothing is executed. Raises Rejected."""
+    fields, presets = {}, {}
+    with warnings.catch_warnings(), contextlib.suppress(SyntaxError, ValueError, AttributeError, TypeError, RecursionError, MemoryError):
+        warnings.simplefilter("ignore")  # the parser's, of escapes
+        body = ast.parse(source).body
+        config, = (node.body for node in body if isinstance(node, ast.ClassDef) and node.name == "Config")
+        table, = (node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS")
+        fields = {node.target.id: str(ast.literal_eval(node.value)) for node in config if isinstance(node, ast.AnnAssign)}
+        presets = {key.value: {} if ast.unparse(call) == "{}" else {word.arg: str(ast.literal_eval(word.value)) for word in call.keywords}
+                   for key, call in zip(table.keys, table.values)}
+    need(FIELDS <= {*fields} and presets, "its source has no Config and PRESETS as train.py has")
+    need(preset in presets, f"preset: {show(preset)} is none of its source")
+    return fields, presets[preset]
 
 def parse_argv(text):
     """{flag: value}. Raises Rejected for what the log alone does not repeat."""
     try:
-        words, flags = iter(shlex.split(text)), {}
+        words, flags = shlex.split(text), {}
     except ValueError:
         raise Rejected("argv has an open quote") from None
-    for word in words:
+    need(not any(word.startswith("@") for word in words), "argv reads flags from a file, which is not in the log: write them out")
+    for word in (words := iter(words)):
         name, equals, value = word.partition("=")
         value = value if equals else next(words, None)
-        need(not name.startswith("@"), "argv reads flags from a file, which is not in the log: write them out")
-        need(name.startswith("--") and value is not None, f"argv: {name!a} is no --flag=value")
+        need(name.startswith("--") and value is not None, f"argv: {show(name)} is no --flag=value")
         flags[name[2:]] = value
     return flags
 
@@ -138,30 +157,36 @@ def parse_config(text, fields):
 
 def alike(a, b):
     """Equal as text, or as numbers: 10_485_760 and 10485760, .02 and 0.02."""
-    try:
-        return a == b or float(a) == float(b)
-    except ValueError:
-        return False
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return a == b or number(a) == number(b)
+    return False
 
-def check_config(config, argv, defaults, changes):
+def check_config(config, argv, source, preset):
     """The config is what argv makes of the source, as far as its text tells. Raises Rejected."""
+    defaults, changes = source_defaults(source, preset)
+    need(config["preset"] == preset, f"preset: {show(preset)}, but the config's is {show(config['preset'])}")
     for name in argv:
-        need(name in config, f"argv: --{name} is no field of the config")
+        need(name in config, f"argv: {show('--' + name)} is no field of the config")
     for name, value in config.items():
         asked = argv.get(name, changes.get(name, defaults[name]))
-        settled = asked == defaults[name] and (name in SETTLED or asked == "auto")
-        need(settled or alike(value, asked), f"config: {name}={value!a}, but argv and the source make it {asked!a}")
+        settled = asked == defaults[name] and (name in SETTLED and re.fullmatch("[0-9]+", value) or asked == "auto" and f'"{value}"' in source)
+        need(settled or alike(value, asked), f"config: {name}={show(value)}, but argv and the source make it {show(asked)}")
+    need(config["resume"] in ("", "auto"), "config: resume is a path, but a resumed run's clock has a gap: not for records")
 
-def read_data(lines):
+def read_data(lines, epochs):
     """(files, scored, tokens trained on) of a header's data lines, less `data: `. Raises Rejected."""
     wanted = [r"(.+) tokens:(\d{1,15}) sha256:([0-9a-f]{64})"] * (len(lines) - 2) + [
         r"validation scores (\d{1,15}) targets; sha256 of these and the token before them:([0-9a-f]{64})",
-        r"\d{1,15} tokens read for (\d{1,15}) trained on, .*"]
+        r"(\d{1,15}) tokens read for (\d{1,15}) trained on, .*"]
     found = [re.fullmatch(pattern, line, re.ASCII) for pattern, line in zip(wanted, lines)]
     need(len(lines) >= 4 and all(found), "its data lines are not those of files, of what validation scores and of what was read")
-    *files, scored, read = [match.groups() for match in found]
+    *files, (count, digest), (read, trained) = [match.groups() for match in found]
     need(len({digest for _, _, digest in files}) == len(files), "data: the same file twice, perhaps to train and to validate on")
-    return files, (int(scored[0]), scored[1]), int(read[0])
+    *sizes, held_out = [int(tokens) for _, tokens, _ in files]
+    need(held_out > int(count), f"data: {count} targets scored of a file with {held_out} tokens")
+    need(int(trained) <= int(read) <= epochs * sum(sizes), f"data: {read} tokens read for {trained}, of {epochs} times {sum(sizes)} that there are")
+    return files, (int(count), digest), int(trained)
 
 class Schedule(NamedTuple):
     steps: int
@@ -181,17 +206,17 @@ def read_schedule(config):
     ends = [round(float(end) * steps) for end in config["stage_ends"].split(",")]
     sizes = [int(size) for size in config["batch_tokens"].split(",")]
     sizes *= len(ends) if len(sizes) == 1 else 1
-    need(min(steps, log_every) > 0 and len(sizes) == len(ends) and ends == sorted(ends) and ends[-1] == steps,
+    need(min(steps, log_every) > 0 and len(sizes) == len(ends) <= MAX_STAGES and ends == sorted(ends) and ends[-1] == steps,
          "config: a schedule that cannot be")
     return Schedule(steps, log_every, val_every, ends, sizes)
 
-def check_steps(lines, schedule):
-    """The step lines are those of the schedule, in its order, with finite losses and a clock that adds up: step is the mean over
-    the steps since the line before. Returns ((step, training loss, validation loss or None), ...), train_time. Raises Rejected."""
-    losses, before, before_s = [], 0, 0.0
+def check_steps(lines, schedule, on_cpu):
+    """The step lines are those of the schedule, in its order, with finite losses and a clock that adds up: step is the mean over the steps
+    since the line before. Returns ((step, training loss, validation loss or None), ...), {step: train_time}. Raises Rejected."""
+    losses, clock, before, before_s = [], {}, 0, 0.0
     for line in lines:
         match = STEP.fullmatch(line)
-        need(match, f"{line[:80]!a} stands among the step lines")
+        need(match, f"{show(line)} stands among the step lines")
         step, due = int(match[1]), schedule.written_after(before)
         train_loss, val_loss, now_s, step_ms = (float(text or 0) for text in match.group(3, 4, 5, 6))
         need(before < schedule.steps and (step, int(match[2])) == (due, schedule.steps),
@@ -207,60 +232,73 @@ def check_steps(lines, schedule):
         rate, half = float(f"{match[7]}.{match[8]}") * scale, 0.5 * SLACK * scale / 10 ** len(match[8])
         need((rate - half) * (step_ms - 0.05 * SLACK) <= 1e3 * size <= (rate + half) * (step_ms + 0.05 * SLACK),
              f"step {step}: {rate:.0f} tok/s are not {size:g} tokens in {step_ms}ms")
+        left = (schedule.tokens() - schedule.tokens(step)) / size
+        need(abs(int(match[12]) - left * step_ms / 1e3) <= SLACK * (0.5 + left * 0.05e-3),
+             f"step {step}: eta {match[12]}s is not {left:g} times {step_ms}ms: the clock is inconsistent")
+        need(float(match[11]) <= step_ms + 0.1 * SLACK, f"step {step}: it waited {match[11]}ms for data, of {step_ms}ms")
+        need(not (on_cpu and match[10]), f"step {step}: an mfu, but no peak of a CPU is known")
         losses.append((step, train_loss, val_loss if match[4] else None))
-        before, before_s = step, now_s
+        clock[step] = before_s = now_s
+        before = step
     need(before == schedule.steps, f"the steps end at {before} of {schedule.steps}")
-    return tuple(losses), before_s
+    return tuple(losses), clock
 
-def check_final(line, config, losses, train_time, tokens, cores):
+def check_final(line, config, losses, clock, tokens, cores):
     """The final line repeats the last step line, and says truly when the log's own target was reached. Returns cpu_time."""
     match = FINAL.fullmatch(line)
-    need(match, f"{line[:80]!a} is not a final line")
-    step, steps, count, val_loss, time, cpu, wall, target, reached, _ = match.groups()
-    last = losses[-1][0], losses[-1][0], losses[-1][2], train_time
-    need((int(step), int(steps), float(val_loss), float(time)) == last, "its final line is not that of its last step")
+    need(match, f"{show(line)} is not a final line")
+    step, steps, count, val_loss, time, cpu, wall, target, reached, after = match.groups()
+    (end, _, loss), train_time = losses[-1], clock[losses[-1][0]]
+    need((int(step), int(steps), float(val_loss), float(time)) == (end, end, loss, train_time), "its final line is not that of its last step")
     need(int(count) == tokens, f"final: {count} tokens, but the config's stages train on {tokens}")
     need(float(wall) + 0.05 * SLACK >= train_time, f"final: wall {wall}s is less than the train_time in it")
     need(float(cpu) <= train_time * cores + 0.05 * SLACK,
          f"final: cpu_time {cpu}s is more than {cores} cores have in {time}s: the clock is inconsistent")
     goal, half = float(config["target_loss"]), 0.5e-4 * SLACK
-    need(alike(target or "0", config["target_loss"]), "final: its target is not the config's target_loss")
+    need(math.isfinite(goal) and alike(target or "0", f"{goal:g}"), "final: its target is not the config's target_loss")
     may, must = ([at for at, _, loss in losses if loss is not None and loss <= goal + side] for side in (half, -half))
     told = int(reached) if reached else math.inf
     need(not target or (not reached or told in may) and told <= min(must, default=math.inf),
          f"final: target {target} was not reached where it says")
+    need(not reached or abs(clock[told] - float(after)) <= 0.05, f"final: step {reached} was reached after {clock.get(told)}s, not {after}s")
     return float(cpu)
+
+def read_header(lines):
+    """({key: value}, the values of its data lines) of all lines between the source and the first step line. Raises Rejected."""
+    found = [line.partition(": ")[::2] for line in lines]
+    keys = [key for key, _ in found]
+    for line, (key, value) in zip(lines, found):
+        need(re.fullmatch(HEADER.get(key, "(?!)"), value, re.ASCII), f"{show(line)} is no line of train.py's header")
+    for key in HEADER:
+        need(key in keys and (key in ("data", "compiled") or keys.count(key) == 1), f"its header has {keys.count(key)} lines {key}:")
+    need([key for key, _ in itertools.groupby(keys)] == [*HEADER], f"its header's order is not {', '.join(HEADER)}")
+    return dict(found), [value for key, value in found if key == "data"]
 
 def read_run(path):
     """The Run that a complete log tells of. Raises Rejected, and ValueError or OverflowError for numbers that are none."""
     source, lines = read_log(path)
-    lines = [line for line in lines if not SAVED.fullmatch(line)]
     first = next((i for i, line in enumerate(lines) if line.startswith("step:")), None)
     final = next((i for i, line in enumerate(lines) if line.startswith("final: ")), None)
     need(first is not None and final is not None and first < final, "no step lines and final line in it")
+    need(all(len(line) <= MAX_LINE and line.isprintable() for line in lines[:final + 1]),
+         f"a line of control characters, or of more than {MAX_LINE}, before its end")
     need(not any(line.startswith("resumed: ") for line in lines[:final]), "a resumed run, whose clock has a gap: not for records")
-    header = [(key, value) for key, _, value in (line.partition(": ") for line in lines[:first]) if key in HEADER]
-    keys = [key for key, _ in header]
-    for key in HEADER:
-        need(key in keys and (key in ("data", "compiled") or keys.count(key) == 1), f"its header has {keys.count(key)} lines {key}:")
-    need([key for key, _ in itertools.groupby(keys)] == [*HEADER], f"its header's order is not {', '.join(HEADER)}")
-    one = dict(header)
-    defaults, changes = source_defaults(source, one["preset"].partition(" ")[0])
-    argv, config = parse_argv(one["argv"]), parse_config(one["config"], [*defaults])
-    check_config(config, argv, defaults, changes)
-    files, scored, reads = read_data([value for key, value in header if key == "data"])
+    one, data = read_header(lines[:first])
+    preset, devices = one["preset"].partition(" ")[0], one["devices"].split(", ")
+    argv, config = parse_argv(one["argv"]), parse_config(one["config"], [*source_defaults(source, preset)[0]])
+    check_config(config, argv, source, preset)
+    files, scored, trained = read_data(data, int(config["max_epochs"]))
     schedule = read_schedule(config)
-    tokens = schedule.tokens()
-    need(reads == tokens, f"data: {reads} tokens trained on, but the config's stages train on {tokens}")
-    losses, train_time = check_steps(lines[first:final], schedule)
-    devices = one["devices"].split(", ")
-    cores = re.fullmatch(r"(\d{1,6}) host cores", devices[-1], re.ASCII)
-    need(cores, "devices: no number of host cores")
-    cpu_time = check_final(lines[final], config, losses, train_time, tokens, int(cores[1]))
-    need(len(lines) > final + 2 and lines[-2].startswith("wrote: ") and lines[-1].startswith("next: "), "its end is not train.py's")
+    need(trained == schedule.tokens(), f"data: {trained} tokens trained on, but the config's stages train on {schedule.tokens()}")
+    losses, clock = check_steps([line for line in lines[first:final] if not SAVED.fullmatch(line)], schedule, devices[0].endswith(" x cpu"))
+    cpu_time = check_final(lines[final], config, losses, clock, trained, cores=int(devices[2].split()[0]))
+    wrote = re.fullmatch(r"wrote: (.+)/ckpt/step-([0-9]{6,12}), .*", lines[-2])
+    need(wrote and lines[-1].startswith("next: ") and lines[final + 1].startswith(("sample: ", "wrote: ")), "its end is not train.py's")
+    need((Path(wrote[1]).parent, int(wrote[2])) == (Path(config["log_dir"]), schedule.steps), "its end is of another folder or step")
     pairs = re.split(r"(?:^| )([A-Za-z]\w*)=", one["versions"])[1:]
-    return Run(path.name, hashlib.sha256(source.encode()).hexdigest(), argv, config, dict(zip(pairs[::2], pairs[1::2])), devices, files,
-               scored, losses, train_time, cpu_time, lines[-2].partition("/ckpt/")[0])
+    need(len({*pairs[::2]}) == len(pairs) // 2, "versions: a name twice")
+    return Run(path.name, source, argv, config, dict(zip(pairs[::2], pairs[1::2])), devices, one["parameters"], files, scored, losses,
+               clock[schedule.steps], cpu_time, wrote[1])
 
 # ---- The set ----
 def check_track(run, track):
@@ -273,28 +311,33 @@ def check_track(run, track):
     need(not track.files or {*trained} <= {*track.files}, "a training file is none of the track's")
     need(held_out not in track.files, "its last file, the validation file, is a training file of the track")
     release = run.versions.get("python", "none")
-    need(track.python == "any" or f"{release}.".startswith(f"{track.python}."), f"Python {release!a}, the track is for {track.python}")
+    need(track.python == "any" or f"{release}.".startswith(f"{track.python}."), f"Python {show(release)}, the track is for {track.python}")
     for part in track.devices:
-        need(part in run.devices, f"devices: {', '.join(run.devices)!a}, the track is for {', '.join(track.devices)}")
+        need(part in run.devices, f"devices: {show(', '.join(run.devices))}, the track is for {', '.join(track.devices)}")
+    need("1 x cpu" not in run.devices or run.train_time <= 10 or run.cpu_time >= run.train_time / 2, f"final: cpu_time {run.cpu_time}s is less "
+         f"than half of {run.train_time}s on a CPU: an inconsistent clock, or a machine with other work")
 
 def compare(run, first, fields=MAY_DIFFER):
     """What two runs must have in common, as reasons why not."""
-    if run.source_sha256 != first.source_sha256:
+    if run.source != first.source:
         yield f"another source than {first.name}"
     pairs = ((name, first.config.get(name), run.config.get(name)) for name in first.config | run.config if name not in fields)
-    if differing := [f"{name}={theirs!a} there, {ours!a} here" for name, theirs, ours in pairs if theirs != ours]:
+    if differing := [f"{name}={show(theirs)} there, {show(ours)} here" for name, theirs, ours in pairs if theirs != ours]:
         yield f"another config than {first.name}: {differing[0]}"
     if (run.files, run.scored) != (first.files, first.scored):
         yield f"other data than {first.name}"
+    if run.parameters != first.parameters:
+        yield f"{run.parameters} parameters, {first.name} has {first.parameters}"
 
 def check_together(runs):
     """(name, reason) of runs that are not repetitions of the first with other seeds."""
-    for i, run in enumerate(runs):
-        twins = [other.name for other in runs[:i] if run.folder == other.folder or run.losses == other.losses]
+    trained = [{(step, loss) for step, loss, _ in run.losses} for run in runs]
+    for i, (run, ours) in enumerate(zip(runs, trained)):
+        twins = [other.name for other, theirs in zip(runs[:i], trained) if run.folder == other.folder or 2 * len(ours & theirs) > len(ours)]
         if run.name != f"seed{run.config['seed']}.txt":
-            yield run.name, f"its seed is {run.config['seed']!a}: misnamed, or one run twice"
+            yield run.name, f"its seed is {show(run.config['seed'])}: misnamed, or one run twice"
         elif twins:
-            yield run.name, f"the same run as {twins[0]}: same folder or same losses"
+            yield run.name, f"the same run as {twins[0]}: same folder, or the same training loss in most lines"
     for run in runs[1:]:
         yield from ((run.name, reason) for reason in compare(run, runs[0]))
         ours, theirs = ({k: v for k, v in each.versions.items() if k not in ELSEWHERE} for each in (run, runs[0]))
@@ -303,10 +346,10 @@ def check_together(runs):
 
 def check_failed(path, readme):
     """failed<k>.txt is of a run without a result, and README.md tells of it. Raises Rejected."""
-    rest = read_bytes(path).decode(errors="replace").rpartition(BAR)[2]
-    need(not re.search(r"^(?:final: |step:(\d{1,12})/\1 .*val_loss:)", rest, re.MULTILINE | re.ASCII),
-         "a run that came to its end: it counts, as seed<k>.txt")
-    need(path.name in readme, "README.md does not tell of it")
+    text = read_bytes(path).decode(errors="replace")
+    rest = text.partition(BAR)[2] or text
+    need(not RESULT.search(rest), "a run that came to its end: it counts, as seed<k>.txt")
+    need(re.search(rf"\b{re.escape(path.name)}\b", readme), "README.md does not tell of it")
     print(f"failed: {path.name}, which ends with {rest.strip().rpartition(chr(10))[2][-120:]!a}")
 
 def read_record(folder, track):
@@ -325,11 +368,12 @@ def read_record(folder, track):
             elif re.fullmatch(r"failed[0-9]+\.txt", path.name):
                 check_failed(path, readme)
             else:
-                need(path.suffix == ".svg", "not part of a record: README.md, seed<k>.txt, failed<k>.txt, *.svg")
+                need(path.suffix == ".svg" and SVG.match(read_bytes(path, 1 << 20)), "not part of a record: README.md, seed<k>.txt, "
+                     "failed<k>.txt, *.svg that are pictures")
         except Rejected as error:
             reasons.append(f"{path.name!a}: {error}")
         except (ValueError, OverflowError, OSError) as error:
-            reasons.append(f"{path.name!a}: cannot be read as a log ({str(error)[:100]!a})")
+            reasons.append(f"{path.name!a}: cannot be read as a log ({show(str(error))})")
     return runs, reasons + [f"{name!a}: {reason}" for name, reason in check_together(runs)]
 
 def judge(runs, track):
@@ -353,15 +397,14 @@ def judge(runs, track):
     return [] if p < P_VALUE else [f"p = {p:.2g}, wanted below {P_VALUE}: too few runs, too near the target or too far apart"]
 
 # ---- Running one again ----
-def rerun(path, logged, tolerance):
+def rerun(logged, tolerance):
     """Train with the source in a log, in a temporary folder; relative paths of data are looked up from here. Returns reasons."""
     flags = {name: value for name, value in logged.argv.items() if name not in ("log_dir", "resume")}
     with tempfile.TemporaryDirectory(prefix="rerun-") as folder:
         script = Path(folder) / "train.py"
-        script.write_bytes(read_log(path)[0].encode())
+        script.write_bytes(logged.source.encode())
         command = [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items()), f"--log_dir={folder}/logs"]
-        digest = hashlib.sha256(script.read_bytes()).hexdigest()
-        print(f"rerun: this now executes the program in {path.name} (sha256:{digest}), with all that you may do on this machine: "
+        print(f"rerun: this now executes the program in {logged.name} (sha256:{logged.sha256}), with all that you may do on this machine: "
               f"{shlex.join(command)}", flush=True)
         code = subprocess.run(command).returncode
         if code:
@@ -369,7 +412,7 @@ def rerun(path, logged, tolerance):
         try:
             again = read_run(next(Path(folder).glob("logs/*/log.txt")))
         except (StopIteration, ValueError, OverflowError, OSError) as error:
-            return [f"rerun: it left no log that can be read ({str(error)[:200]!a})"]
+            return [f"rerun: it left no log that can be read ({show(str(error))})"]
     reasons = [f"rerun: {reason}" for reason in compare(again, logged, {"log_dir", "resume"})]
     if differing := [name for name in logged.versions | again.versions if logged.versions.get(name) != again.versions.get(name)]:
         print(f"rerun: not the same here as in the log: {', '.join(differing)}")
@@ -381,7 +424,7 @@ def rerun(path, logged, tolerance):
     return reasons + ([f"rerun: the final losses are {off:.4f} apart, tolerated are {tolerance:g}"] if off > tolerance + 1e-9 else [])
 
 def main(argv=None):
-    """Returns 0 where the record is accepted, 1 where not. Raises UsageError."""
+    """Returns 0 where the record is accepted, 1 where not. Raises UsageError, and OSError where a folder or the output fails."""
     parser = argparse.ArgumentParser(prog="python -m scripts.verify_record", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -394,7 +437,9 @@ def main(argv=None):
         import scipy  # now, rather than after the work
     except ImportError:
         raise UsageError("scipy is missing: pip install -r scripts/requirements.txt") from None
-    folder, path = args.folder.resolve(), args.folder / f"seed{args.rerun}.txt"
+    if not 0 <= args.tolerance < math.inf:
+        raise UsageError(f"--tolerance={args.tolerance}: wanted nats, 0 or more")
+    folder, path = Path(os.path.realpath(args.folder)), args.folder / f"seed{args.rerun}.txt"
     if not folder.is_dir() or not re.fullmatch(r"\d{4}-\d\d-\d\d_\w[\w.-]*", folder.name):
         raise UsageError(f"{args.folder}: wanted a folder <track>/<YYYY-MM-DD>_<Name>")
     track = read_track(args.tracks, folder.parent.name)
@@ -405,20 +450,31 @@ def main(argv=None):
     against = judge(runs, track)
     reasons = reasons or against  # what some of the runs show is no reason against all
     if runs:
-        print(f"source of {runs[0].name}: sha256:{runs[0].source_sha256}")
+        print(f"source of {runs[0].name}: sha256:{runs[0].sha256}")
     for what, known in (("which validation tokens were scored", track.scored), ("which files were trained on", track.files)):
         if not known:
             print(f"NOT CHECKED: {what}; the table of tracks knows no SHA-256 yet")
     if args.rerun is not None and reasons:
         print("rerun: not done, since the record is rejected as it stands")
     elif args.rerun is not None:
-        reasons += rerun(path, next(run for run in runs if run.name == path.name), args.tolerance)
+        reasons += rerun(next(run for run in runs if run.name == path.name), args.tolerance)
     print("\n".join([*(f"rejected: {reason}" for reason in reasons), "REJECTED" if reasons else "ACCEPTED"]))
     return 1 if reasons else 0
 
-if __name__ == "__main__":
+def command():
+    """main() for the shell: one sentence for what it raises, and for an output that is full or closed, instead of a traceback."""
     try:
-        sys.exit(main())
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            return main()
+        finally:
+            print(end="", flush=True)
+    except (UsageError, OSError) as error:
+        with contextlib.suppress(OSError):
+            print("error:", "".join(c if c.isprintable() else "?" for c in str(error)[:1000]), file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written is not tried again at the exit
+        return 2
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -23,6 +23,10 @@ TABLE = """Words before it.
 |---|---|---|---|---|---|---|---|
 | `other` | 1.5 | 7 | not yet known | not yet known | any | 8 x TPU v6 lite | none |
 | `tiny` | {target} | 2,048 | `{scored}` | `{trained}` | {python} | `1 x cpu, 1 processes` | any |
+
+| level | of another table |
+|---|---|
+| digest | none |
 """
 
 def reseal(text):
@@ -136,6 +140,38 @@ def cut(record, seed, start, name=None):
     record.path(seed).unlink()
     (record.folder / (name or f"seed{seed}.txt")).write_text(text[:text.rindex(f"\n{start}") + 1])
 
+def call_failed(record, seed, change=lambda data: data, readme="failed{}.txt: the machine went away"):
+    """A run that came to its end under the name of one that did not."""
+    record.path(seed).rename(record.folder / f"failed{seed}.txt")
+    write(record, f"failed{seed}.txt", change((record.folder / f"failed{seed}.txt").read_bytes()))
+    write(record, "README.md", readme.format(seed).encode())
+
+def slow(record, factor, eta=True, cpu=True):
+    """One log's clock times factor, its arithmetic kept; of eta and the CPU time where asked for."""
+    before = 0, 0.0
+    def step_line(match):
+        nonlocal before
+        step, now = int(match[1]), round(float(match[3]) * factor, 3)
+        (since, since_s), before = before, (step, now)
+        done, was = (2048 * at + 2048 * max(at - 15, 0) for at in (step, since))
+        ms, rate = 1e3 * (now - since_s) / (step - since), (done - was) / (now - since_s)
+        left = f"{(92160 - done) / rate:.0f}s" if eta else match[5]
+        return f"step:{step}/30{match[2]}train_time:{now:.3f}s step:{ms:.1f}ms tok/s:{rate / 1e3:.1f}k{match[4]}eta:{left}"
+    times = lambda match: f"{match[1]}{float(match[2]) * factor:.{len(match[2].partition('.')[2])}f}s"
+    record.edit((r"^step:(\d+)/30(.*)train_time:(\S+)s step:\S+ tok/s:\S+( .*)eta:(\S+)", step_line),
+                (r"(wall:)(\S+)s", times), *[(r"(cpu_time:)(\S+)s", times)] * cpu)
+    end = re.findall(r"^step:(\d+)/.*train_time:(\S+)s step", record.path(1).read_text(), re.M)
+    record.edit((rf"{FINAL}train_time:\S+", rf"\1train_time:{end[-1][1]}s"), (r"at step (\d+) after \S+", lambda m: f"at step {m[1]} after {dict(end)[m[1]]}s"))
+
+def decoy(record, text):
+    """Text in the source's Config that only looks like more of it, and a config that follows it."""
+    record.edit_source("    kv_heads = property", f"{text}    kv_heads = property", seeds=SEEDS)
+    record.edit((" rope_base=1024.0 ", " rope_base=5.0 "), seeds=SEEDS)
+
+def big_seed(record):
+    record.edit(("--seed 10", "--seed 9007199254740993"), (" seed=10 ", " seed=9007199254740992 "), seeds=(10,))
+    record.path(10).rename(record.path(9007199254740992))
+
 FINAL = r"(^final: .*)"
 TAMPERED = {
     "edited loss": (lambda r: r.edit((r"val_loss:\d\.\d{4}", "val_loss:3.0000"), seal=False), "seed1.txt.*digest is not that of"),
@@ -163,7 +199,7 @@ TAMPERED = {
     "a step after the last": (lambda r: r.edit((r"^(step:30/.*\n)", r"\1\1")), "seed1.txt.*step:30/30 stands where"),
     "no training file": (lambda r: r.edit(("^data: train_.*\n", "")), "seed1.txt.*its data lines are not"),
     "scored line of another form": (lambda r: r.edit(("targets; sha256", "targets, sha256")), "seed1.txt.*its data lines are not"),
-    "no host cores": (lambda r: r.edit((r", \d+ host cores", "")), "seed1.txt.*no number of host cores"),
+    "no host cores": (lambda r: r.edit((r", \d+ host cores", "")), "seed1.txt': 'devices: 1 x cpu, 1 processes' is no line of train.py's header"),
     "flag without a value": (lambda r: r.edit((r"^(argv: .*)", r"\1 --muon_lr")), "seed1.txt.*argv: '--muon_lr' is no --flag"),
     "config of other beginning": (lambda r: r.edit((r"^config: preset=", "config: presets=")), "seed1.txt.*config: preset or steps is not where"),
     "no steps": (lambda r: r.edit((" log_every=5 ", " log_every=0 "), ("--seed", "--log_every=0 --seed")), "seed1.txt.*a schedule that cannot be"),
@@ -191,7 +227,8 @@ TAMPERED = {
     "truncated": (lambda r: cut(r, 1, "sha256:"), "seed1.txt.*its last line is not its digest"),
     "truncated within a line": (lambda r: r.path(1).write_text(r.path(1).read_text()[:-3]), "seed1.txt.*its last line is not its digest"),
     "empty": (lambda r: write(r, "seed1.txt", b""), "seed1.txt.*its last line is not its digest"),
-    "target raised in the log": (lambda r: (r.edit(("target_loss=3.6", "target_loss=9"), ("target:3.6 reached at step 20 after", "target:9 reached at step 10 after"),
+    "target raised in the log": (lambda r: (r.edit(("target_loss=3.6", "target_loss=9"),
+                                                   (r"(^step:10/.*train_time:)(\S+)( (?:.*\n)*.*)target:3.6 .*", r"\1\2\3target:9 reached at step 10 after \2"),
                                             seeds=SEEDS), r.table(target="2.0")), r"^mean \d\.\d+ is above the track's target 2$"),
     "target raised in the final line": (lambda r: r.edit(("target:3.6 ", "target:3.2 ")), "seed1.txt.*its target is not the config's"),
     "target reached elsewhere": (lambda r: r.edit(("reached at step 20", "reached at step 10")), "seed1.txt.*not reached where it says"),
@@ -208,13 +245,13 @@ TAMPERED = {
     "wall below train time": (lambda r: r.edit((r"wall:\S+s", "wall:0.0s")), "seed1.txt.*wall 0.0s is less"),
     "tokens per second edited": (lambda r: r.edit((r"(^step:20/.*tok/s:)", r"\g<1>1")), "seed1.txt.*step 20: 1.* tok/s are not 4096 tokens in"),
     "tokens edited": (lambda r: r.edit((r"tokens:92160", "tokens:92161")), "seed1.txt.*final: 92161 tokens"),
-    "tokens trained on edited": (lambda r: r.edit((r"for 92160", "for 92161")), "seed1.txt.*data: 92161 tokens trained on"),
+    "tokens trained on edited": (lambda r: r.edit((r"92160 tokens read for 92160", "92161 tokens read for 92161")), "seed1.txt.*data: 92161 tokens trained on"),
     "not finite": (lambda r: r.edit((r"^(step:15/.*train_loss:)\S+", r"\1nan")), "seed1.txt.*step 15: a loss that is not finite"),
     "resumed": (lambda r: r.edit((r"^step:15/", "resumed: logs/a/ckpt/step-000010 at step 10\nstep:15/")), "seed1.txt.*a resumed run"),
     "other validation tokens": (lambda r: r.edit((r"(before them:)\w{4}", r"\g<1>0000"), seeds=SEEDS), "the scored tokens have SHA-256 0000"),
     "other training file": (lambda r: r.edit((r"(train_000000.*sha256:)\w{4}", r"\g<1>0000"), seeds=SEEDS), "a training file is none of the track's"),
     "validation file in training": (lambda r: (r.edit((r"^(data: )val_000000(.*\n)", r"\g<1>train_000001\2\1val_000000\2"))), "seed1.txt.*the same file twice"),
-    "validation file is a training file": (lambda r: r.edit((r"^data: val_000000.*\n", ""), (r"^data: train_000000(.*)", lambda m: "data: train_000000 tokens:1 sha256:"
+    "validation file is a training file": (lambda r: r.edit((r"^data: val_000000.*\n", ""), (r"^data: train_000000(.*)", lambda m: "data: train_000000 tokens:99999 sha256:"
                                            + "0" * 64 + "\ndata: val_000000" + m[1])) or r.table(trained=r.cells["trained"] + "` `" + "0" * 64),
                                            "seed1.txt.*the validation file, is a training file of the track"),
     "other validation file in one": (lambda r: r.edit((r"(val_000000.*sha256:)\w{4}", r"\g<1>0000")), "seed1.txt': other data than seed0.txt"),
@@ -223,9 +260,9 @@ TAMPERED = {
     "config edited against the source": (lambda r: r.edit(("muon_lr=0.023", "muon_lr=0.03"), seeds=SEEDS), "config: muon_lr='0.03', but .* make it '0.023'"),
     "config edited against the preset": (lambda r: r.edit(("model_dim=32", "model_dim=64"), seeds=SEEDS), "config: model_dim='64', but .* make it '32'"),
     "config without a field": (lambda r: r.edit((" ns_steps=5", "")), "seed1.txt.*config: muon_momentum or ns_steps is not where"),
-    "preset edited": (lambda r: r.edit(("^preset: tiny", "preset: demo")), "seed1.txt.*config: .* but argv and the source make it"),
+    "preset edited": (lambda r: r.edit(("^preset: tiny", "preset: demo")), "seed1.txt': preset: 'demo', but the config's is 'tiny'"),
     "flags of a file": (lambda r: r.edit(("--seed", "@my.args --seed")), "seed1.txt.*argv reads flags from a file"),
-    "unknown flag": (lambda r: r.edit(("--seed", "--sed=1 --seed")), "seed1.txt.*argv: --sed is no field"),
+    "unknown flag": (lambda r: r.edit(("--seed", "--sed=1 --seed")), "seed1.txt.*argv: '--sed' is no field"),
     "argv of words": (lambda r: r.edit(("--seed", "now --seed")), "seed1.txt.*argv: 'now' is no --flag"),
     "argv with an open quote": (lambda r: r.edit(("--seed", "' --seed")), "seed1.txt.*argv has an open quote"),
     "other Python": (lambda r: r.edit((r"python=3\.\d+", "python=3.1"), seeds=SEEDS), "Python '3.1.*the track is for 3"),
@@ -252,6 +289,58 @@ TAMPERED = {
     "astronomic steps": (lambda r: r.edit((" steps=30 ", " steps=1" + "0" * 11 + " "), ("--seed", "--steps=1" + "0" * 11 + " --seed")), "seed1.txt.*data: 92160 tokens trained on"),
     "steps that are no number": (lambda r: r.edit((" steps=30 ", " steps=many "), ("--seed", "--steps=many --seed")), "seed1.txt.*cannot be read as a log"),
     "infinite stage": (lambda r: r.edit((" stage_ends=0.5,1 ", " stage_ends=inf,1 "), ("--seed", "--stage_ends=inf,1 --seed")), "seed1.txt.*cannot be read as a log"),
+    "one run under two seeds, one loss changed": (lambda r: copy_run(r, 3, 4, (r"(seed[= ])3\b", r"\g<1>4"), ("Z-000003", "Z-000004"),
+                                                                     (r"(^step:5/30 train_loss:)\S+", r"\g<1>5.4321")), "seed4.txt': the same run as seed3.txt"),
+    "source behind the bar": (lambda r: r.edit((r"\Apreset", f"import os{verify_record.BAR}preset")), "seed1.txt': 'import os' is no line of train.py's header"),
+    "note in the header": (lambda r: r.edit((r"^step:5/", "note: of another run\nstep:5/")), "seed1.txt': 'note: of another run' is no line of"),
+    "line of the header that says nothing": (lambda r: r.edit((r"^compiled: init.*", "compiled: never")), "seed1.txt': 'compiled: never' is no line of"),
+    "other number of parameters": (lambda r: r.edit((r"^parameters: \d+", "parameters: 7")), "seed1.txt': 7 parameters, seed0.txt has "),
+    "parameters that are no number": (lambda r: r.edit((r"^parameters: .*", "parameters: few")), "seed1.txt': 'parameters: few' is no line of"),
+    "devices twice": (lambda r: r.edit((r"^(devices: .*)", r"\1, 64 host cores")), "seed1.txt': 'devices: .*' is no line of"),
+    "other devices before the track's": (lambda r: r.edit(("^devices: ", "devices: 8 x NVIDIA H200, "), seeds=SEEDS), "'devices: .*' is no line of"),
+    "version twice": (lambda r: r.edit((r"^versions: (.*)", r"versions: jax=0 \1")), "seed1.txt.*versions: a name twice"),
+    "digest in the midst": (lambda r: r.path(1).write_text(reseal(r.path(1).read_text() + "step:5/30\n" + "sha256:" + "0" * 64 + "\n")),
+                            "seed1.txt.*a digest in its midst"),
+    "bad run called a failure, a bar behind it": (lambda r: call_failed(r, 10, lambda data: data + verify_record.BAR.encode() + b"killed\n"), "failed10.txt.*it counts, as seed"),
+    "bad run called a failure, in one line": (lambda r: call_failed(r, 10, lambda data: data.replace(b"\n", b"\r")), "failed10.txt.*it counts, as seed"),
+    "bad run called a failure, its result moved": (lambda r: call_failed(r, 10, lambda data: re.sub(rb"\n(final: |step:30/)", rb"\n \1", data)), "failed10.txt.*it counts, as seed"),
+    "failure of another name told": (lambda r: (write(r, "README.md", b"notfailed10.txt.bak"), cut(r, 10, "step:25/", "failed10.txt")), "failed10.txt.*README.md does not tell"),
+    "bad run called a picture": (lambda r: r.path(10).rename(r.folder / "seed10.svg"), "seed10.svg.*not part of a record"),
+    "folder called a picture": (lambda r: (r.folder / "a.svg").mkdir(), "a.svg.*not a plain file"),
+    "link called a picture": (lambda r: (r.folder / "a.svg").symlink_to("/etc/passwd"), "a.svg.*not a plain file"),
+    "pipe called a picture": (lambda r: os.mkfifo(r.folder / "a.svg"), "a.svg.*not a plain file"),
+    "huge picture": (lambda r: write(r, "a.svg", b"<svg" + b" " * (1 << 20)), "a.svg.*more than 1 MiB"),
+    "resumed, its line taken out": (lambda r: r.edit((" resume= ", " resume=logs/a "), ("--seed", "--resume=logs/a --seed")), "seed1.txt.*config: resume is a path"),
+    "clock slowed but for eta": (lambda r: slow(r, 100, eta=False), r"seed1.txt.*step 5: eta \d+s is not .*the clock is inconsistent"),
+    "eta edited": (lambda r: r.edit((r"(^step:10/.*eta:)\S+", r"\g<1>999s")), "seed1.txt.*step 10: eta 999s is not"),
+    "clock slowed but for the CPU": (lambda r: slow(r, 1000, cpu=False), "seed1.txt.*cpu_time .* is less than half"),
+    "waited longer than it took": (lambda r: r.edit((r"(^step:10/.*wait:)\S+", r"\g<1>9999.0ms")), "seed1.txt.*step 10: it waited 9999.0ms for data, of"),
+    "mfu of a CPU": (lambda r: r.edit((r"(^step:10/.*mfu:)-", r"\g<1>99.9%")), "seed1.txt.*step 10: an mfu, but no peak of a CPU"),
+    "target reached at another time": (lambda r: r.edit((r"at step 20 after \S+", "at step 20 after 999.000s")), "seed1.txt.*final: step 20 was reached after .*not 999.000s"),
+    "target that is no number": (lambda r: r.edit((" target_loss=3.6 ", " target_loss=nan "), ("--target_loss=3.6", "--target_loss=nan"), ("target:3.6 .*", "target:nan not reached")),
+                                 "seed1.txt.*its target is not the config's"),
+    "preset that the source has not": (lambda r: r.edit(("^preset: tiny", "preset: nosuch"), ("^config: preset=tiny", "config: preset=nosuch")), "seed1.txt.*preset: 'nosuch' is none of its source"),
+    "preset of the config alone": (lambda r: r.edit(("^config: preset=tiny", "config: preset=speedrun"), ("--preset=tiny ", "")), "seed1.txt.*preset: 'tiny', but the config's is 'speedrun'"),
+    "default within a string": (lambda r: decoy(r, '    NOTE = """\n    rope_base: float = 5.0   # of a string\n    """\n'), "config: rope_base='5.0', but .* make it '1024.0'"),
+    "default behind another line's end": (lambda r: decoy(r, "    # \u2028    rope_base: float = 5.0   # of a comment\n"), "config: rope_base='5.0', but .* make it '1024.0'"),
+    "preset within a string": (lambda r: decoy(r, '    NOTE = """\nPRESETS = \n    "tiny": dict(rope_base=5.0)\n"""\n'), "config: rope_base='5.0', but .* make it '1024.0'"),
+    "default that is not written out": (lambda r: r.edit_source("rope_base: float = 1024.0", "rope_base: float = 2.0 ** 10"), "seed1.txt.*its source has no Config"),
+    "source that is no program": (lambda r: r.edit_source("import jax\n", "import import\n"), "seed1.txt.*its source has no Config"),
+    "source without an end": (lambda r: r.edit_source("import jax\n", "import jax\n" + "# of no use\n" * 50000), "seed1.txt.*no source of train.py, of at most"),
+    "validation file shorter than what is scored": (lambda r: r.edit((r"(val_000000.* tokens:)\d+", r"\g<1>2048")), "seed1.txt.*2048 targets scored of a file with 2048 tokens"),
+    "fewer tokens read than trained on": (lambda r: r.edit((r"^data: \d+ tokens read", "data: 92159 tokens read")), "seed1.txt.*data: 92159 tokens read for 92160"),
+    "more tokens read than there are": (lambda r: r.edit((r"(train_000000.* tokens:)\d+", r"\g<1>10")), "seed1.txt.*tokens read for 92160, of 1 times 10 that there are"),
+    "seed that is another as a whole number": (big_seed, "seed9007199254740992.txt.*config: seed='9007199254740992', but .* make it '9007199254740993'"),
+    "words within what the data settles": (lambda r: r.edit((r" (vocab_size=\d+) ", r" \1 num_layers=1 ")), "seed1.txt.*config: vocab_size='257 num_layers=1'"),
+    "automatic choice that the source has not": (lambda r: r.edit((" attention=xla ", " attention=flash ")), "seed1.txt.*config: attention='flash', but"),
+    "flags of a file as a value": (lambda r: r.edit(("--seed", "--log_dir @my.args --seed")), "seed1.txt.*argv reads flags from a file"),
+    "end of another step": (lambda r: r.edit(("ckpt/step-000030", "ckpt/step-000020")), "seed1.txt.*its end is of another folder or step"),
+    "end of another folder": (lambda r: r.edit((r"^wrote: .*(?=/\d+T)", "wrote: logs")), "seed1.txt.*its end is of another folder or step"),
+    "two final lines": (lambda r: r.edit((f"{FINAL}\n", r"\1\n\1\n")), "seed1.txt.*its end is not"),
+    "long line": (lambda r: r.edit(("^(argv: .*)", lambda m: f"{m[1]} --log_dir={'a' * 20000}")), "seed1.txt.*a line of control characters, or of more than 20000"),
+    "control characters": (lambda r: r.edit(("--seed", "--\x1b[8m=1 --seed")), "seed1.txt.*a line of control characters"),
+    "stages without number": (lambda r: r.edit((" stage_ends=0.5,1 ", f" stage_ends={'1,' * 1000}1 "), (" batch_tokens=2048,4096 ", " batch_tokens=2048 "),
+                                               ("^(argv: .*)", lambda m: f"{m[1]} --stage_ends={'1,' * 1000}1 --batch_tokens=2048"), ("92160", "61440")), "seed1.txt.*a schedule that cannot be"),
     "stages that fall": (lambda r: r.edit((" stage_ends=0.5,1 ", " stage_ends=2,1 "), ("--seed", "--stage_ends=2,1 --seed")), "seed1.txt.*a schedule that cannot be"),
 }
 
