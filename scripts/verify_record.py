@@ -333,11 +333,11 @@ def check_together(runs):
     """(name, reason) of runs that are not repetitions of the first with other seeds."""
     trained = [{(step, loss) for step, loss, _ in run.losses} for run in runs]
     for i, (run, ours) in enumerate(zip(runs, trained)):
-        twins = [other.name for other, theirs in zip(runs[:i], trained) if run.folder == other.folder or 2 * len(ours & theirs) > len(ours)]
+        twins = (other for other, theirs in zip(runs[:i], trained) if run.folder == other.folder or 2 * len(ours & theirs) > len(ours))
         if run.name != f"seed{run.config['seed']}.txt":
             yield run.name, f"its seed is {show(run.config['seed'])}: misnamed, or one run twice"
-        elif twins:
-            yield run.name, f"the same run as {twins[0]}: same folder, or the same training loss in most lines"
+        elif twin := next(twins, None):
+            yield run.name, f"the same run as {twin.name}: same folder, or the same training loss in most lines"
     for run in runs[1:]:
         yield from ((run.name, reason) for reason in compare(run, runs[0]))
         ours, theirs = ({k: v for k, v in each.versions.items() if k not in ELSEWHERE} for each in (run, runs[0]))

@@ -388,6 +388,17 @@ def test_what_may_differ_between_the_runs_of_a_record_does_not_count_against_it(
     record.edit(*changes, count=1)
     assert record.check() == 0
 
+@pytest.mark.parametrize("changes", [
+    [(r" log_dir=.*? log_every", " log_dir=/a/ckpt/b log_every"), (r"^(argv: .*)", r"\1 --log_dir=/a/ckpt/b"), (r"^wrote: .*(?=/\d+T)", "wrote: /a/ckpt/b")],
+    [(" target_loss=3.6 ", " target_loss=3.6000001 "), ("--target_loss=3.6", "--target_loss=3.6000001")]])  # the final line says 3.6
+def test_runs_in_a_folder_called_ckpt_and_a_target_of_many_digits_are_no_tampering(changes, record):
+    record.edit(*changes, seeds=SEEDS)
+    assert record.check() == 0
+
+def test_the_clock_of_a_slow_machine_is_no_tampering(record):
+    slow(record, 1000)
+    verify_record.read_run(record.path(1))
+
 def test_garbled_logs_are_told_from_runs_without_a_traceback(record):
     rng = random.Random(0)
     text, path = record.path(1).read_text(), record.path(1)
@@ -452,14 +463,15 @@ def test_the_source_in_a_log_runs_only_with_rerun_and_only_when_all_else_is_acce
 def test_usage_errors_say_what_was_wanted(record, tmp_path):
     for folder, flags, words in ((tmp_path / "none", (), "wanted a folder"), (record.folder.parent, (), "wanted a folder"),
                                  (record.folder, ("--tracks=/nowhere/t.md",), "the table of tracks cannot be read"),
-                                 (record.folder, ("--rerun=7",), "there is no .*seed7.txt")):
+                                 (record.folder, ("--rerun=7",), "there is no .*seed7.txt"), (record.folder, ("--tolerance=nan",), "wanted nats, 0 or more"),
+                                 (record.folder, ("--tolerance=-1",), "wanted nats"), (record.folder, ("--tolerance=inf",), "wanted nats")):
         with pytest.raises(UsageError, match=words):
             main([str(folder), f"--tracks={record.tracks}", *flags])
     record.table(target="low")
     with pytest.raises(UsageError, match="the row of tiny lacks a column or a number"):
         record.check()
     record.tracks.write_text(record.tracks.read_text().replace("`tiny`", "`small`"))
-    with pytest.raises(UsageError, match="tiny: no such track in .*one of other, small"):
+    with pytest.raises(UsageError, match="tiny: no such track in .*one of other, small$"):
         record.check()
     record.tracks.write_text("no table")
     with pytest.raises(UsageError, match="one of none"):
@@ -482,6 +494,23 @@ def test_the_shell_sees_the_verdict_as_exit_code_and_jax_is_not_needed(record, t
     done = shell(str(record.folder))  # of no track of this repository
     assert done.returncode == 2 and done.stderr.startswith("error: tiny: no such track") and done.stderr.count("\n") == 1
     assert shell("--help").stdout.startswith("usage: python -m scripts.verify_record") and shell().returncode == 2
+
+def test_what_cannot_be_read_or_written_costs_one_sentence_and_exit_code_2(record, tmp_path):
+    def shell(folder, *flags, before=(), **options):
+        done = subprocess.run([*before, sys.executable, "-m", "scripts.verify_record", str(folder), f"--tracks={record.tracks}", *flags], cwd=ROOT,
+                              stderr=subprocess.PIPE, text=True, timeout=200, **{"stdout": subprocess.DEVNULL} | options)
+        assert done.returncode == 0 and not done.stderr or done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        return done.returncode
+    loop = record.folder.parent / "2026-01-31_Loop"
+    loop.symlink_to(loop.name)
+    read, closed = os.pipe()
+    os.close(read)
+    assert shell(loop) == shell(record.folder, f"--rerun={10**300}") == shell(f"{record.folder}{'x' * 400}") == 2
+    assert shell(f"{record.folder}\x1b[2J") == shell(record.folder, stdout=closed) == 2
+    assert shell(record.folder, before=("sh", "-c", 'exec "$@" >&-', "sh")) == 0
+    if os.path.exists("/dev/full"):
+        assert shell(record.folder, before=("sh", "-c", 'exec "$@" >/dev/full', "sh")) == 2
+    assert shell(record.folder.rename(record.folder.parent / "2026-01-31_Récord"), env=os.environ | {"PYTHONIOENCODING": "ascii"}) == 0
 
 def test_the_tracks_of_this_repository_ask_for_what_its_presets_score():
     table = ROOT / "records/README.md"
