@@ -206,7 +206,7 @@ def read_schedule(config):
     ends = [round(float(end) * steps) for end in config["stage_ends"].split(",")]
     sizes = [int(size) for size in config["batch_tokens"].split(",")]
     sizes *= len(ends) if len(sizes) == 1 else 1
-    need(min(steps, log_every) > 0 and len(sizes) == len(ends) <= MAX_STAGES and ends == sorted(ends) and ends[-1] == steps,
+    need(min(steps, log_every, *sizes) > 0 and len(sizes) == len(ends) <= MAX_STAGES and ends == sorted(ends) and ends[-1] == steps,
          "config: a schedule that cannot be")
     return Schedule(steps, log_every, val_every, ends, sizes)
 
