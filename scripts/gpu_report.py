@@ -2,7 +2,7 @@
 
     python -m scripts.gpu_report                                    step time, MFU and memory of each stage, full size
     python -m scripts.gpu_report --micro_tokens=8192,32768 -- --preset=speedrun --attn_block=1024
-    python -m scripts.gpu_report --part=ablate --proxy=DIR          short trainings at full size, records/ablations/gpu.txt
+    python -m scripts.gpu_report --part=ablate          short trainings at full size, records/ablations/gpu.txt, on fineweb10B/ or --proxy=DIR
     python -m scripts.gpu_report --smoke                            the same at tiny shapes, to see that it works
 
 A step is the whole global batch, accumulated on the devices there are, optimizer included. --micro_steps=N times a shorter
@@ -172,10 +172,11 @@ def parse(argv):
     flag("--steps", type=int, default=5, metavar="N", help="steps: so many are timed (default: %(default)s)")
     flag("--warmup", type=int, default=2, metavar="N", help="steps: after so many (default: %(default)s)")
     flag("--list", metavar="LIST", default=FULL_SIZE, help="ablate: as of scripts/ablate.py (default: records/ablations/gpu.txt)")
-    flag("--proxy", metavar="DIR", help="ablate: folder of the shards (default: the demo's text)")
+    flag("--proxy", metavar="DIR", help="ablate: folder of the shards (default: fineweb10B; for a list of your own the demo's text)")
     flag("--seeds", default="0,1,2", metavar="LIST", help="ablate: (default: %(default)s)")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
+    args.proxy = args.proxy or ("fineweb10B" if args.list == FULL_SIZE and not args.smoke else None)
     args.out = args.out or str(ROOT / "logs/gpu_report" / args.part)
     args.micro_tokens = args.micro_tokens or ("256" if args.smoke else "32768")
     if not re.fullmatch(r"\d+(,\d+)*", args.micro_tokens) or not 0 < args.minutes < 1e6 or args.steps <= 0 or min(args.warmup, args.micro_steps) < 0:

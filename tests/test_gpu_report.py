@@ -45,6 +45,8 @@ def test_the_list_of_full_size_is_of_configs_that_can_run():
         train.validate(dataclasses.replace(cfg, vocab_size=50257))
         assert train.count_params(train.param_specs(dataclasses.replace(cfg, vocab_size=50257)), dataclasses.replace(cfg, vocab_size=50257)) > 1.2e8
     assert len(entries) >= 6 and sense == 1
+    asked = [gpu_report.parse(["--part=ablate", *flags]).proxy for flags in ([], ["--proxy=here"], ["--list=mine.txt"], ["--smoke"])]
+    assert asked == ["fineweb10B", "here", None, None]
 
 def test_smoke_times_each_stage_and_writes_text_and_json(tmp_path):
     done = report("--smoke", f"--out={tmp_path / 'new' / 'r'}", "--micro_tokens=128", "--micro_steps=2", "--steps=3", "--", *SMALL,
