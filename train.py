@@ -626,9 +626,10 @@ def muon_momentum(step, cfg):
     return ramp(step, [0.0, max(up, 1.0)], [low, high]) + ramp(step, [cfg.steps - down, float(cfg.steps)], [0.0, low - high])
 
 def loss_shares(step, stage, cfg):
-    """Weights of the second and later next tokens in the loss: the last falls to 0 over stage 0, the one before over the next."""
+    """Weights of the second and later next tokens in the loss: the last falls to 0 over stage 0, the one before over the next.
+    What there is no stage for is left out, so that the run ends on the next token alone."""
     shares = [float(share) for share in cfg.mtp.split(",") if share]
-    shares = shares[:max(0, len(shares) - stage.index)]
+    shares = shares[:max(0, min(len(shares), len(stages(cfg))) - stage.index)]
     return [*shares[:-1], shares[-1] * ramp(step, [stage.first, stage.last], [1.0, 0.0])] if shares else []
 
 def stage_at(step, table): return next(stage for stage in table if step < stage.last)
@@ -1536,7 +1537,6 @@ def validate(cfg):
         need(str(getattr(cfg, name)) in allowed.split(" or "), name, allowed)
     need(sorted(ends) == ends and ends[0] > 0 and ends[-1] == 1, "stage_ends", "rising shares of the steps, the last 1")
     need(0 <= cfg.val_context < cfg.val_seq_len, "val_context", f"less than --val_seq_len={cfg.val_seq_len}")
-    need(sum(x > 0 for x in numbers["mtp"]) <= len(table), "mtp", f"as many weights as stages at most, which are {len(table)}")
     need(len(trace) == 2 and 0 <= trace[0] < trace[1], "profile", "START:STOP")
     need(len({bool(stage.max_doc_len) for stage in table}) == 1, "max_doc_len", "a length in all stages, or 0 in all")
     for stage in table:

@@ -65,7 +65,7 @@ def test_smoke_times_each_stage_and_writes_text_and_json(tmp_path):
 
 def test_the_part_ablate_trains_a_list_and_stops_when_the_time_is_up(tmp_path):
     (tmp_path / "list.txt").write_text(f"all: --preset=tiny --steps=2 {' '.join(SMALL)}\nbase: --stage_ends=1 --stage_lr=1 --window_long=0 --seq_len=64 --batch_tokens=512\n")
-    ours = ["--part=ablate", f"--list={tmp_path / 'list.txt'}", f"--out={tmp_path / 'r'}"]
+    ours = ["--part=ablate", "--seeds=0", f"--list={tmp_path / 'list.txt'}", f"--out={tmp_path / 'r'}"]
     done = report(*ours)
     assert done.returncode == 0 and "| base |" in done.stdout, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())

@@ -89,7 +89,8 @@ class Host:
         self.process.join(within)
         assert self.process.exitcode is not None, f"still runs after {within} s\n{self.out}\n{self.err}"
         assert "Traceback" not in self.err
-        own = [line for line in self.err.splitlines() if not line.lower().startswith(("[gloo]", "[external/gloo"))]  # its threads speak when they like
+        theirs = re.compile(r"\[(external/)?gloo|[EWIF]\d{4} |.*\bgrpc", re.IGNORECASE)  # the runtime's threads speak when they like
+        own = [line for line in self.err.splitlines() if not theirs.match(line)]
         return self.process.exitcode, (own or [""])[-1]
 
     def steps(self):
