@@ -107,7 +107,7 @@ class Config:
     window_short: str = "128,384,640,768"    # tokens a short layer looks back; 0: no limit
     window_long: str = "384,896,1408,1664"   # tokens a long layer looks back; 0: no limit. Where it grows, YaRN
     stage_lr: str = "1,1.52,1.73,1.73"       # multiplies every learning rate
-    mtp: str = "0.5,0.25"             # loss weights of the second and third next token; each falls to 0 over a stage, the last first; train_loss is their mean (short of a row's end)
+    mtp: str = "0.5,0.25"             # loss weights of the second and third next token; each falls to 0 over a stage, the last first, so give no more than stages; train_loss is their mean (short of a row's end)
     long_layers: str = "3,10"         # blocks with the long window, in every stage
     micro_tokens: int = 4096          # tokens per device and micro-step (accumulation follows); 0: all at once
     # -- Optimizers
@@ -626,10 +626,9 @@ def muon_momentum(step, cfg):
     return ramp(step, [0.0, max(up, 1.0)], [low, high]) + ramp(step, [cfg.steps - down, float(cfg.steps)], [0.0, low - high])
 
 def loss_shares(step, stage, cfg):
-    """Weights of the second and later next tokens in the loss: the last falls to 0 over stage 0, the one before over the next.
-    What there is no stage for is left out, so that the run ends on the next token alone."""
+    """Weights of the second and later next tokens in the loss: the last falls to 0 over stage 0, the one before over the next."""
     shares = [float(share) for share in cfg.mtp.split(",") if share]
-    shares = shares[:max(0, min(len(shares), len(stages(cfg))) - stage.index)]
+    shares = shares[:max(0, len(shares) - stage.index)]
     return [*shares[:-1], shares[-1] * ramp(step, [stage.first, stage.last], [1.0, 0.0])] if shares else []
 
 def stage_at(step, table): return next(stage for stage in table if step < stage.last)

@@ -376,7 +376,7 @@ def test_the_downloader_fetches_as_many_shards_as_the_speedrun_reads():
 
 def test_train_py_stays_one_reading():
     """The end is 1,200 lines with everything the project asks; what comes in from here on must push something out."""
-    assert len(SOURCE.read_text().splitlines()) <= 1750
+    assert len(SOURCE.read_text().splitlines()) <= 1749
 
 
 def test_no_function_is_longer_than_80_lines():
