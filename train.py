@@ -15,10 +15,10 @@ In order: facts (config, weight table), mathematics (model, schedules, optimizer
 One letter, one axis, in array names, einsum strings and the weight table alike:
     A micro-batches of a step   B rows   T query position   S key position   L layer   D model width   V vocabulary
     H query heads   G key/value heads   R query heads per key/value head   K head width   F mlp width   J skips
-    I layers with attention   E inputs of a gate   C chunks of tokens   N tokens, or R heads of T queries, in one axis   M, N any matrix's two
+    I layers with attention   E inputs of a gate   C chunks of tokens   M, N any matrix's two, or N several letters in one axis: tokens, heads and their width
 
 Every device runs the same program on its own rows. Weights and optimizer state live split over the devices; a step
-gathers compute copies once, accumulates gradients locally, and reduces each gradient element once.
+gathers compute copies once, accumulates gradients locally, and reduces each gradient element once (layers with --fsdp=1: per micro-step).
 """
 import argparse, bisect, collections, contextlib, ctypes, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os
 import platform, re, shlex, shutil, signal, sys, sysconfig, threading, time, zlib
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from einops import rearrange
+from einops import rearrange, reduce
 from jax.experimental import multihost_utils
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -66,7 +66,8 @@ class Config:
     The speedrun is modded-nanogpt's record 58 (January 2026) with the free tweaks of records 61 to 80. Different here: no embedding
     tables, no paired heads, three heads of 256 for six of 128 (attn_scale 0.1 / sqrt 2), Adam on every step, not every second,
     gradients as means over tokens, documents packed in rows of 4,096; more steps make up for it (1,775 there). A "gain" in a comment
-    is validation loss without it minus loss with it: English text, 5M parameters, 2M tokens, three seeds (records/ablations)."""
+    is validation loss without it minus loss with it: English text, 5M parameters, three seeds, and 2M tokens if it names no others
+    (records/ablations)."""
     # -- Run
     preset: str = "auto"              # demo, speedrun, tiny; auto: demo on a CPU, else speedrun
     steps: int = 1906                 # optimizer steps
@@ -109,7 +110,7 @@ class Config:
     stage_lr: str = "1,1.52,1.73,1.73"       # multiplies every learning rate
     mtp: str = "0.5,0.25"             # loss weights of the second and third next token; each falls to 0 over a stage, the last first, so give no more than stages; train_loss is their mean (short of a row's end)
     long_layers: str = "3,10"         # blocks with the long window, in every stage
-    micro_tokens: int = 4096          # tokens per device and micro-step (accumulation follows); 0: all at once
+    micro_tokens: int = 4096          # tokens per device and micro-step (accumulation follows); 0: all at once, in evaluation 65536
     # -- Optimizers
     muon_lr: float = 0.023            # Muon: spectral norm of a step, times sqrt(longer/shorter side), w_down twice that
     muon_wd: float = 1.2              # where a step shrinks a weight, it shrinks by lr^2 * wd times that root more (cautious decay)
@@ -122,8 +123,8 @@ class Config:
     scalar_lr: float = 0.04           # Adam, learned scalars
     gate_lr: float = 0.008            # Adam, gates
     adamw_lr: float = 0.001           # AdamW, everything, with --optimizer=adamw
-    adam_beta1: float = 0.5           # decay of the gradient's mean, embedding and head; scalars and gates 0.9
-    adam_beta2: float = 0.95          # decay of its square's mean, embedding and head; scalars and gates 0.99, those of sublayers 0.95
+    adam_beta1: float = 0.5           # decay of the gradient's mean, embedding and head; scalars and gates 0.9; with --optimizer=adamw this one everywhere
+    adam_beta2: float = 0.95          # decay of its square's mean, embedding and head; scalars and gates 0.99, those of sublayers 0.95; with adamw everywhere
     adam_eps: float = 1e-10           # added to the root of the square's mean
     adam_wd: float = 0.75             # embedding and head: as muon_wd; with --optimizer=adamw by lr * wd, everywhere
     warmup_steps: int = 0             # linear learning rate warmup
@@ -158,7 +159,7 @@ class Config:
     padded_vocab = property(lambda self: -(-self.vocab_size // self.vocab_unit) * self.vocab_unit)
     activation_dtype = property(lambda self: self.compute_dtype if self.residual_dtype == "auto" else self.residual_dtype)
     score_scale = property(lambda self: self.attn_scale or self.head_dim ** -0.5)
-    cap = property(lambda self: (*map(float, self.softcap.split(",")), float(self.softcap.split(",")[0]), 0.0)[:3])  # of logits: height, width, shift
+    cap = property(lambda self: tuple(map(float, [*self.softcap.split(","), self.softcap, "0"][:3])))  # of logits: height, width, shift
 
 PRESETS = {
     "speedrun": {},
@@ -259,7 +260,7 @@ def param_specs(cfg):
             "w_out": Spec("I HK D", matrix, "muon"),
             "gate": Spec("I E H", constant(0.0), "gate"),
             "x_mix": Spec("I", constant(1.1 ** 0.5), "stream"),  # weight of the stream; all of these: gain 0.042
-            "y_mix": Spec("I", constant(1.0), "mix"),            # of what is added (0.5 in the record, by three factors: as good)
+            "y_mix": Spec("I", constant(1.0), "mix"),            # of what is added (in the record 0.5)
             "x0_mix": Spec("I", constant(0.0), "mix")},          # of the first embedding, which re-enters: gain 0.000
         "blocks": {
             "w_up": Spec("L D F", matrix, "muon"),
@@ -393,8 +394,8 @@ def attend_row(tokens_BT, stage, cfg):
     return attend
 
 def forward(weights, tokens_BT, stage, cfg, attend=None):
-    """tokens -> normed final activations x_BTD. weights: compute copies, layers unstacked. attend: another attention than that
-    over whole rows, attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH) -> y_BTN of raw projections: one with a cache, say.
+    """tokens -> normed final activations x_BTD. weights: compute copies, layers unstacked. attend(layer, q_BTN, k_BTN, v_BTN,
+    gate_BTH) -> y_BTN of raw projections: in place of attend_row's, one with a cache, say.
     Each sublayer: x <- x_mix x + y_mix f(rms_norm(x)) (+ x0_mix x0), learned scalars (modded-nanogpt, records 9 and 73)."""
     attend, fetch = attend or attend_row(tokens_BT, stage, cfg), weights.get("fetch", lambda p, name: p)
     mix = lambda *terms: sum(scale * x.astype(f32) for scale, x in terms).astype(cfg.activation_dtype)
@@ -451,10 +452,10 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
         loss, scale_N1 = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1)), weight_N1 / sum_N1 * (height / width if height else 1)
         dhead_DV = product("DN,NV->DV", (x_DN * scale_N1.T).astype(head_VD.dtype), p_NV)
         return (totals[0] + loss, totals[1] + dhead_DV), product("NV,VD->ND", p_NV, head_VD) * scale_N1
-    x_AND, weight_AN1 = rearrange(x_ND, "(A N) D -> A N D", N=size), rearrange(weight_N, "(A N) -> A N 1", N=size)
+    x_CND, weight_CN1 = rearrange(x_ND, "(C N) D -> C N D", N=size), rearrange(weight_N, "(C N) -> C N 1", N=size)
     # x goes in both ways round: XLA's CPU would widen to float32 a bf16 matmul that sums over the first axis
-    (loss, dhead_DV), dx_AND = jax.lax.scan(block, (f32(0), jnp.zeros(head_VD.shape[::-1], f32)), (x_AND, x_AND.mT, weight_AN1))
-    return loss, (dx_AND.reshape(x_ND.shape).astype(x_ND.dtype), dhead_DV.T.astype(head_VD.dtype))
+    (loss, dhead_DV), dx_CND = jax.lax.scan(block, (f32(0), jnp.zeros(head_VD.shape[::-1], f32)), (x_CND, x_CND.mT, weight_CN1))
+    return loss, (dx_CND.reshape(x_ND.shape).astype(x_ND.dtype), dhead_DV.T.astype(head_VD.dtype))
 log_partition = jax.custom_vjp(lambda *arguments: _log_partition_forward(*arguments)[0], nondiff_argnums=(3,))
 log_partition.defvjp(_log_partition_forward, lambda cfg, saved, g: (*((g * grad).astype(grad.dtype) for grad in saved), None))
 
@@ -510,12 +511,8 @@ def prepare_backward(dz_TK, z_TK, r_T1, cos, sin, scale):
 
 def visible(weights, first, keys_axis):
     """Zero the weights of keys before `first`, and in the last TILE keys, which are the queries' own, of later ones."""
-    iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-    weights, size = jnp.where(iota(weights.shape, keys_axis) >= first, weights, 0.0), weights.shape[keys_axis]
-    own = jax.lax.slice_in_dim(weights, size - TILE, size, axis=keys_axis)
-    own = jnp.where(iota(own.shape, keys_axis) <= iota(own.shape, 1 - keys_axis), own, 0.0)
-    earlier = [jax.lax.slice_in_dim(weights, 0, size - TILE, axis=keys_axis)] if size > TILE else []
-    return jnp.concatenate([*earlier, own], axis=keys_axis)
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, weights.shape, axis) for axis in (keys_axis, 1 - keys_axis))
+    return jnp.where((key >= first) & (key <= query + weights.shape[keys_axis] - TILE), weights, 0.0)
 
 def each_tile(tile, band):
     """Run tile(its place in the block, the queries' own rows, the rows of all keys they can reach) for the tiles of this block."""
@@ -603,8 +600,8 @@ def _banded_backward(band, saved, dy_BTN):
     narrow, wide = (head_dim, q_BTN.dtype), (head_dim, f32)
     dq_BTN, delta_BH1T, *dkv_BTN = band_call(band_bwd, 5, (*inputs, y_BTN, dy_BTN, log_sum_BH1T), (q_BTN, log_sum_BH1T),
                                              (q_BTN, q_BTN), (narrow, narrow, (128, f32), wide, wide), band)
-    of_group = lambda g_BTN: rearrange(g_BTN, "B T (G R K) -> B T G R K", G=k_BTN.shape[2] // head_dim, K=head_dim)
-    return None, delta_BH1T / jnp.maximum(gate_BH1T, 1e-30), dq_BTN, *(of_group(g_BTN).sum(axis=3).reshape(k_BTN.shape) for g_BTN in dkv_BTN), None, None
+    of_group = lambda g_BTN: reduce(g_BTN, "B T (G R K) -> B T (G K)", "sum", G=k_BTN.shape[2] // head_dim, K=head_dim)
+    return None, delta_BH1T / jnp.maximum(gate_BH1T, 1e-30), dq_BTN, *map(of_group, dkv_BTN), None, None
 banded = jax.custom_vjp(lambda *arguments: _banded_forward(*arguments)[0], nondiff_argnums=(7,))
 banded.defvjp(_banded_forward, _banded_backward)
 
@@ -623,7 +620,8 @@ def lr_scale(step, stage, cfg):
 
 def muon_momentum(step, cfg):
     low, high, up, down = map(float, cfg.muon_momentum.split(","))
-    return ramp(step, [0.0, max(up, 1.0)], [low, high]) + ramp(step, [cfg.steps - down, float(cfg.steps)], [0.0, low - high])
+    rise = lambda step: ramp(step, [0.0, max(up, 1.0)], [low, high])  # in a short run not all the way, and no more of it is taken back
+    return rise(step) + ramp(step, [cfg.steps - down, float(cfg.steps)], [0.0, low - rise(int(cfg.steps - down))])
 
 def loss_shares(step, stage, cfg):
     """Weights of the second and later next tokens in the loss: the last falls to 0 over stage 0, the one before over the next."""
@@ -741,7 +739,7 @@ def update(params, grads, opt_state, step, stage, specs, rules, num_devices, cfg
             over, split = unit_axis(specs[i])[0], axis if num_devices > 1 else None
             directions[i], slots[i]["square"] = equalize_units(direction, slots[i]["square"], over, split, rules[i].beta2)
     scale = lr_scale(step, stage, cfg)
-    def move(p, direction, rule, spec):  # cautious decay (arXiv:2510.12402; records 43, 50; gain 0.004): only where the step shrinks the weight
+    def move(p, direction, rule, spec):  # decay (gain 0.004), only where the step shrinks the weight (arXiv:2510.12402; records 43, 50; gain -0.004)
         lr, sides = scale * rule.lr, shape_of(spec, cfg)[-2:] if rule.kind == "muon" else (1,)
         stretch = (max(sides) / min(sides)) ** 0.5
         return p - lr * stretch * (direction + rule.wd * p * (1.0 if rule.plain else lr * (direction * p > 0)))
@@ -817,7 +815,8 @@ def open_shards(pattern):
 
 def plan_stream(shards, cfg):
     """Yield (rows, tokens read) of steps 0, 1, ... from the plain stream: each token once per epoch, in order or, with
-    cfg.shuffle, by blocks of the longest row in random order. A row is a list of uint16 views, T + 1 tokens in all."""
+    cfg.shuffle, by blocks of the longest row in random order; what a shard ends with that fills none is left out. A row is a list
+    of uint16 views, T + 1 tokens in all."""
     block = max(stage.seq_len for stage in stages(cfg))
     blocks = [tokens[start:start + block + 1] for tokens in shards.tokens for start in range(0, len(tokens) - block, block)]
     order, position = np.arange(len(blocks)), 0
@@ -909,7 +908,7 @@ def embedded_corpus():
     """The interpreter's own standard library as byte shards (BOS 256), in the cache. Returns globs (train, val); val are
     the files whose relative path's SHA-256 begins with a byte below 13, about 5 %. DataError under 300 files."""
     root, parts = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py") if path.is_file()):
         *folders, base = name.split("/")
         if not (NOT_CORPUS.intersection(folders) or base.startswith("_sysconfigdata") or (root / name).stat().st_size > 200_000):
             split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
@@ -927,7 +926,7 @@ def embedded_corpus():
 
 def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
     """The prompt's (ids) next num_tokens ids, on one device, each from a whole forward pass: a picture of the training."""
-    ids = jnp.zeros(len(prompt) + num_tokens, jnp.int32).at[:len(prompt)].set(jnp.array(prompt))
+    ids = jnp.array([*prompt, *[0] * num_tokens], jnp.int32)
     @jax.jit
     def step(weights, ids, i):
         logits_V = model.logits(weights, ids[None], cfg)[0, i - 1]
@@ -963,7 +962,7 @@ def gather(params, specs, num_devices, cfg, fetched=True):
 
 def reduce_grads(grads, specs, num_devices, cfg):
     """Sum over the devices in compute_dtype, each element once: what is kept split arrives split."""
-    def reduce(path, spec, g):
+    def total(path, spec, g):
         axis, g = split_axis(spec, cfg, num_devices), g if spec.group in SCALARS else g.astype(cfg.compute_dtype)
         if axis is None:
             return jax.lax.psum(g, "data").astype(f32)
@@ -971,7 +970,7 @@ def reduce_grads(grads, specs, num_devices, cfg):
             return g.astype(f32)  # reduced where it was gathered
         share = jax.lax.psum_scatter(jnp.moveaxis(g, axis, 0), "data", scatter_dimension=0, tiled=True)  # v6e: 0.17 ms less than in place
         return jnp.moveaxis(share, 0, axis).astype(f32)
-    return jax.tree.map_with_path(reduce, specs, grads) if num_devices > 1 else grads
+    return jax.tree.map_with_path(total, specs, grads) if num_devices > 1 else grads
 
 def inputs_and_targets(tokens_BT1, cfg):
     """uint16 rows of T + 1 -> inputs, targets, weights [B, T]: the target is the next token, NO_TOKEN weighs nothing."""
@@ -996,7 +995,7 @@ def make_train_step(stage, model, mesh, cfg):
     """(state, tokens uint16 [A, B, T+1]) -> (state, mean loss in nats per token). The state is donated."""
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
     tables = {use: name for use, name in (("inputs", "embed"), ("targets", "head")) if name in specs and specs[name].axes == "V D"}
-    tied = stage.index < cfg.tied_stages and len(tables) == 2  # records 51, 53; gain 0.013. rows: zeros that `lookup` adds, for their gradient
+    tied = stage.index < cfg.tied_stages and len(tables) == 2  # records 51, 53; gain 0.013
     as_one = lambda weights: weights | ({"embed": weights["head"]} if tied else {})
     def step_on_device(state, tokens_ABT1):
         weights = as_one(unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp)))
@@ -1005,7 +1004,7 @@ def make_train_step(stage, model, mesh, cfg):
         def micro_step(totals, tokens_BT1):
             here, tokens_BT1 = jax.lax.optimization_barrier((weights, tokens_BT1)) if cfg.fsdp else (weights, tokens_BT1)
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
-            rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}
+            rows = {use: jnp.zeros((*tokens_BT.shape, cfg.model_dim), cfg.compute_dtype) for use in tables}  # `lookup` adds them
             loss, (grads, row_grads) = jax.value_and_grad(lambda weights, rows: model.loss(
                 as_one(weights) | rows | extra, tokens_BT, target_BT, weight_BT, stage, cfg), argnums=(0, 1))(here, rows)
             grads = jax.lax.optimization_barrier(grads) if cfg.fsdp else grads  # else XLA moves gathers out, or fails to
@@ -1062,7 +1061,7 @@ def memory_of(program):
     use = program.memory_analysis()
     return use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
 
-# By platform, in the log. Gradients and weights travel by the SparseCores (predicted: 1.5 ms of 67 less)
+# By platform, in the log. Gradients and weights travel by the SparseCores (predicted: 1.4 ms of 67 less)
 COMPILER_OPTIONS = {"tpu": {"xla_enable_async_all_reduce": "true", "xla_enable_async_all_gather": "true"} | {
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}}
 def compiler_options(mesh, cfg):
@@ -1358,7 +1357,7 @@ def loss_svg(rows, cfg):
         f'<path class="train" d="M{"L".join(f"{x(step)} {y(loss)}" for step, loss in train)}"/>',
         *(f'<circle cx="{x(step)}" cy="{y(loss)}" r="3.5"/>' + text(x(step), y(loss, 8), f"{loss:.3f}") for step, loss in val),
         text(410, 18, f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {seconds:.1f} s of training"),
-        text(410, 402, f"step; dots: validation, line: training batch, nats per token; dashes: target {cfg.target_loss:g}"),
+        text(410, 402, f"step; dots: validation, line: training batch, nats per token; dashes: target {cfg.target_loss or 'none'}"),
         "</svg>"])
 
 # ---- Signals, hosts, memory ------------------------------------------------------------------------------------------
@@ -1383,6 +1382,7 @@ class Stop:
     def at(self, done):  # whether to stop after this step
         return multihost_utils.reached_preemption_sync_point(done) if jax.distributed.is_initialized() else self.asked
 
+GONE = "another host of this run is gone, or the runtime failed: see each host's output; start all again with --resume=auto"
 INIT_TIMEOUT_S, HEARTBEAT_S = 120, 30  # how long hosts wait for one that does not come, and for one that says nothing any more
 
 def join_hosts(where):
@@ -1392,8 +1392,7 @@ def join_hosts(where):
         if where != "auto" and not (":" in address and 0 <= index < count):
             raise ValueError("an INDEX from 0 to COUNT - 1 of a process at HOST:PORT")
     def give_up(number=0):
-        why = f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
-        why = "another host of this run is gone, or the runtime failed: see each host's output; start all again with --resume=auto" if number else why
+        why = GONE if number else f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
         with contextlib.suppress(OSError):
             os.write(2, f"error: --multihost={where}: {why}\n".encode())
         os._exit(Preempted.exit_code)
@@ -1413,9 +1412,7 @@ def join_hosts(where):
 
 def compare_hosts(facts, folder=""):
     """Host 0's folder. Raises UsageError on every host where one has an error, or other facts: code, config, data, versions, checkpoint."""
-    text = np.zeros(1 << 16, np.uint8)
-    said = json.dumps([facts, str(folder)]).encode()
-    text[:len(said)] = np.frombuffer(said, np.uint8)
+    text = np.frombuffer(json.dumps([facts, str(folder)]).encode().ljust(1 << 16, b"\0"), np.uint8)
     hosts = [json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(text)]
     ours, folder = hosts[0]
     problems = [f"host {i} cannot begin: {theirs['error']}" for i, (theirs, _) in enumerate(hosts) if "error" in theirs] or [
@@ -1439,8 +1436,7 @@ def runtime_errors(cfg):
                              f"--head_block={half(math.gcd(cfg.head_block, micro))}, and {third}: the update stays the same "
                              f"({str(error).splitlines()[0][:200]})") from error
         if jax.distributed.is_initialized():
-            raise Preempted(f"another host of this run is gone, or the runtime failed: see each host's output; start all again with --resume=auto "
-                            f"({str(error).splitlines()[0][:200]})") from error
+            raise Preempted(f"{GONE} ({str(error).splitlines()[0][:200]})") from error
         raise
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -1466,17 +1462,17 @@ def parse_flags(argv):
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), fields, n=1, cutoff=0)[0]
         fail(f"{unknown[0]}: there is no such flag; the nearest is --{near}")
     for name, value in vars(given).items():
-        if type(value) is not fields[name].type or fields[name].type is float and not math.isfinite(value):
-            fail(f"--{name}={value}: wanted a finite {fields[name].type.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{name}={value}: wanted a finite float")
     return vars(given)
 
 def choose_preset(given):
     """(preset, why). Raises UsageError, and DataError on an accelerator without shards."""
     asked, real = given.get("preset", "auto"), f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`"
-    if asked != "auto" and asked not in PRESETS:
-        raise UsageError(f"--preset={asked}: wanted {', '.join(PRESETS)} or auto")
-    if asked != "auto":
+    if asked in PRESETS:
         return asked, "asked for"
+    if asked != "auto":
+        raise UsageError(f"--preset={asked}: wanted {', '.join(PRESETS)} or auto")
     if jax.default_backend() == "cpu":
         return "demo", ("JAX sees only a CPU, so a small byte-level model learns Python from this machine's standard library. "
                         f"The real thing, on a TPU VM or a GPU machine: {real}")
@@ -1487,10 +1483,10 @@ def choose_preset(given):
 
 def choose_attention(cfg, platform):
     """The config with --attention=auto settled for a platform. Raises UsageError where band is asked for and cannot run."""
-    lengths = [int(length) for length in f"{cfg.seq_len},{cfg.val_seq_len}".split(",") if length.isdigit()]
+    lengths = [stage.seq_len for stage in (*stages(cfg), val_stage(cfg))]
     fits = (cfg.head_dim % 128 == 0 and all(length % TILE == 0 for length in lengths) and cfg.compute_dtype == "bfloat16"
-            and max(lengths, default=0) * cfg.head_dim <= 1 << 21)  # a row of one head lies in fast memory
-    wants = f"--head_dim in 128s, rows in {TILE}s of at most {(1 << 21) // max(cfg.head_dim, 1)} tokens, bfloat16"
+            and max(lengths) * cfg.head_dim <= 1 << 21)  # a row of one head lies in fast memory
+    wants = f"--head_dim in 128s, rows in {TILE}s of at most {(1 << 21) // cfg.head_dim} tokens, bfloat16"
     best = "band" if platform == "tpu" and fits else "xla"
     if platform == "tpu" and cfg.attention == "auto" and not fits:
         print(f"--attention=xla, slower here than band, which wants {wants}", flush=True)
@@ -1508,7 +1504,7 @@ def validate(cfg):
             return parse(str(getattr(cfg, name)))
     numbers = {}
     for low, high, names in (
-            (1, 2**31 - 1, "steps num_layers model_dim num_heads mlp_dim val_tokens val_seq_len log_every max_epochs rope_base"),
+            (1, 999_999, "steps"), (1, 2**31 - 1, "num_layers model_dim num_heads mlp_dim val_tokens val_seq_len log_every max_epochs rope_base"),
             (0, 2**31 - 1, "seed num_kv_heads vocab_size gate_dims tied_stages val_every save_every warmup_steps attn_block head_block micro_tokens "
              "val_window_short val_window_long window_short window_long max_doc_len batch_tokens seq_len"), (0, len(POLAR_EXPRESS), "ns_steps"),
             (0, 1e38, "stage_lr mtp embed_lr head_lr scalar_lr gate_lr adamw_lr muon_lr muon_wd muon_momentum embed_std adam_eps adam_wd final_lr_scale"),
@@ -1540,10 +1536,11 @@ def validate(cfg):
     need(len({bool(stage.max_doc_len) for stage in table}) == 1, "max_doc_len", "a length in all stages, or 0 in all")
     for stage in table:
         need(stage.seq_len >= 2 and max(s.seq_len for s in table) % stage.seq_len == 0, "seq_len", "divisors of the longest")
+        need(len(numbers["mtp"]) < stage.seq_len, "mtp", "fewer weights than a row has tokens")
         need(stage.batch_tokens >= 1 and stage.batch_tokens % stage.seq_len == 0, "batch_tokens", f"multiples of --seq_len={cfg.seq_len}")
     scales = [rotary(1, stage, cfg)[2] for stage in table]
     need(0 <= min(scales) and max(scales) * cfg.head_dim <= 60, "attn_scale",
-         f"at most {60 / cfg.head_dim * cfg.score_scale / max(scales, key=abs):.4g}: exp must not overflow")
+         f"at least 0, at most {60 / cfg.head_dim * cfg.score_scale / max(scales, key=abs):.4g}: exp must not overflow")
 
 def set_up_jax(cfg):
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -1563,10 +1560,10 @@ def configure(argv):
     if given.get("multihost"):
         join_hosts(given["multihost"])
     preset, why = choose_preset(given)
-    cfg = choose_attention(Config(**PRESETS[preset] | given | {"preset": preset}), jax.default_backend())
+    cfg = Config(**PRESETS[preset] | given | {"preset": preset})
     validate(cfg)
     set_up_jax(cfg)
-    return cfg, why
+    return choose_attention(cfg, jax.default_backend()), why
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 def open_data(cfg):
@@ -1588,9 +1585,9 @@ def open_data(cfg):
     reads = [read for _, read in plan(train, cfg)]  # once through before anything is compiled: seconds per billion tokens
     if len(reads) < cfg.steps:
         fits = lambda n: sum(1 for _ in plan(train, dataclasses.replace(cfg, steps=n))) == n  # stages shrink with --steps
-        most = bisect.bisect(range(1, cfg.steps), False, key=lambda n: not fits(n))
-        raise DataError(f"{sum(map(len, train.tokens))} training tokens in {len(train.paths)} shards are too few for {cfg.steps} "
-                        f"steps: --steps={most} fits; or fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
+        most = bisect.bisect_left(range(1, cfg.steps), True, key=lambda n: not fits(n))
+        raise DataError(f"{sum(map(len, train.tokens))} training tokens in {len(train.paths)} shards are too few for {cfg.steps} steps: "
+                        f"{f'--steps={most} fits' if most else 'not one fits'}; or fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
     trained = tokens_before(cfg.steps, stages(cfg))
     return train, val, f"data: {reads[-1]} tokens read for {trained} trained on, {1 - trained / reads[-1]:.1%} cut off", cfg
 
@@ -1694,8 +1691,8 @@ def main(argv=None, model=None, stop=None):
             with contextlib.suppress(Exception):
                 compare_hosts({"error": plain(error)})  # the others say it too
         raise
-    folder = Path(cfg.log_dir) / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
-    mesh, specs, folder = make_mesh(), model.specs(cfg), checkpoint.parent.parent if checkpoint else folder
+    new = Path(cfg.log_dir) / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
+    mesh, specs, folder = make_mesh(), model.specs(cfg), checkpoint.parent.parent if checkpoint else new
     with runtime_errors(cfg):
         if jax.distributed.is_initialized():
             flags = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items() if name != "multihost"}

@@ -305,8 +305,8 @@ def config(flags):
     cfg = Config(**train.PRESETS[preset] | given | {"preset": preset})
     vocab_size, bos_id = (50257, 50256) if cfg.train_files and cfg.val_files else (257, 256)
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or vocab_size, bos_id=cfg.bos_id if cfg.bos_id >= 0 else bos_id)
-    cfg = train.choose_attention(cfg, "tpu")
     train.validate(cfg)
+    cfg = train.choose_attention(cfg, "tpu")
     jax.config.update("jax_default_matmul_precision", "float32" if cfg.compute_dtype == "float32" else None)
     return cfg
 

@@ -555,6 +555,8 @@ def test_too_few_shards_name_the_largest_steps_that_fit_and_one_more_does_not(ca
     train.open_data(dataclasses.replace(cfg, steps=fits))
     with pytest.raises(train.DataError, match=f"--steps={fits} fits"):
         train.open_data(dataclasses.replace(cfg, steps=fits + 1))
+    with pytest.raises(train.DataError, match="not one fits"):
+        train.open_data(dataclasses.replace(cfg, batch_tokens="1048576"))
 
 
 def test_the_other_way_out_of_too_few_shards_is_a_further_epoch_and_it_works(tmp_path, error_of):
@@ -619,6 +621,14 @@ def test_the_embedded_corpus_follows_its_written_rule(library, own_cache):
     for split, shards in corpus_shards().items():
         assert len(shards.tokens) == 1 and shards.tokens[0].tolist() == tokens[split]
         assert shards.meta == {"tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}
+
+
+def test_a_link_to_nowhere_and_a_folder_named_like_a_file_are_not_in_the_corpus(library, own_cache):
+    root = library(330)
+    tokens, _ = corpus_by_hand(root)
+    (root / "sitecustomize.py").symlink_to("/nowhere/sitecustomize.py")
+    (root / "folder.py").mkdir()
+    assert {split: shards.tokens[0].tolist() for split, shards in corpus_shards().items()} == tokens
 
 
 def test_this_pythons_library_is_a_corpus_by_the_same_rule(own_cache):

@@ -104,6 +104,11 @@ def test_muons_momentum_rises_linearly_stays_and_goes_the_way_back_at_the_end():
                                [0.85, 0.875, 0.95, 0.95, 0.95, 0.9, 0.86, 0.85], rtol=1e-6)
     assert float(muon_momentum(3, config(muon_momentum="0.9,0.9,0,0"))) == pytest.approx(0.9)
     assert float(muon_momentum(99, config(steps=100, muon_momentum="0.85,0.95,20,0"))) == pytest.approx(0.95)
+    for steps in (20, 150, 300):  # too few for the whole way there and back
+        values = [float(muon_momentum(step, dataclasses.replace(Config(), steps=steps))) for step in range(steps)]
+        assert min(values) >= 0.85 - 1e-6 and values[0] == pytest.approx(0.85) and max(values) <= 0.95
+    np.testing.assert_allclose([muon_momentum(step, config(steps=100, muon_momentum="0.95,0.85,20,10")) for step in (0, 10, 20, 95)],
+                               [0.95, 0.9, 0.85, 0.9], rtol=1e-6)
     np.testing.assert_allclose([muon_momentum(step, Config()) for step in (0, 150, 300, 1856, 1881)], [0.85, 0.9, 0.95, 0.95, 0.9], rtol=1e-6)
 
 def test_the_second_and_third_next_token_leave_the_loss_one_stage_after_the_other():
