@@ -203,7 +203,7 @@ def count_waste(shards, mesh, cfg):
 def bench_loader(args):
     """Prints a row for each load, and returns them as dicts. Raises UsageError."""
     always, flags = dict(stage_ends="1", window_short="0", window_long="0", stage_lr="1", vocab_size=BOS + 1, bos_id=BOS), parse_flags(args.flags)
-    configs = [Config(**always | dict(max_doc_len=longest, batch_tokens=batch, steps=10 ** 6) | flags) for longest, batch in LOADS]
+    configs = [Config(**always | dict(max_doc_len=longest, batch_tokens=batch, steps=999_999) | flags) for longest, batch in LOADS]
     for cfg in configs:
         validate(cfg)
     print(f"jax {jax.__version__}, {pin(args.core)}. {args.shards} shards of {args.shard_tokens} tokens, rows of {cfg.seq_len}. "
