@@ -1357,7 +1357,7 @@ def loss_svg(rows, cfg):
         f'<path class="train" d="M{"L".join(f"{x(step)} {y(loss)}" for step, loss in train)}"/>',
         *(f'<circle cx="{x(step)}" cy="{y(loss)}" r="3.5"/>' + text(x(step), y(loss, 8), f"{loss:.3f}") for step, loss in val),
         text(410, 18, f"{cfg.preset}, seed {cfg.seed}: validation loss {val[-1][1]:.4f} after {seconds:.1f} s of training"),
-        text(410, 402, f"step; dots: validation, line: training batch, nats per token; dashes: target {cfg.target_loss or 'none'}"),
+        text(410, 402, f"step; dots: validation, line: training batch, nats per token; dashes: target {f'{cfg.target_loss:g}' if cfg.target_loss else 'none'}"),
         "</svg>"])
 
 # ---- Signals, hosts, memory ------------------------------------------------------------------------------------------
@@ -1587,7 +1587,7 @@ def open_data(cfg):
         fits = lambda n: sum(1 for _ in plan(train, dataclasses.replace(cfg, steps=n))) == n  # stages shrink with --steps
         most = bisect.bisect_left(range(1, cfg.steps), True, key=lambda n: not fits(n))
         raise DataError(f"{sum(map(len, train.tokens))} training tokens in {len(train.paths)} shards are too few for {cfg.steps} steps: "
-                        f"{f'--steps={most} fits' if most else 'not one fits'}; or fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
+                        f"{f'--steps={most} fits; or' if most else 'not one fits;'} fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
     trained = tokens_before(cfg.steps, stages(cfg))
     return train, val, f"data: {reads[-1]} tokens read for {trained} trained on, {1 - trained / reads[-1]:.1%} cut off", cfg
 

@@ -337,8 +337,10 @@ def test_loss_svg_is_xml_that_holds_every_point(finished):
     np.testing.assert_allclose(sorted(dots), sorted(wanted), atol=0.2)
     words = " ".join(e.text for e in root.iter() if e.tag.endswith("text"))
     assert "target 5.3" in words and f"{last['val_loss']:.4f}" in words
-    no_target = train.loss_svg(finished.rows, dataclasses.replace(train.Config(), steps=last["step"], target_loss=0.0))
-    assert "dashes: target none" in no_target and 'class="goal"' not in no_target
+    picture = lambda target: train.loss_svg(finished.rows, dataclasses.replace(train.Config(), steps=last["step"], target_loss=target))
+    assert "dashes: target none" in picture(0.0) and 'class="goal"' not in picture(0.0)
+    low = min(row["val_loss"] for row in finished.rows if "val_loss" in row)
+    assert f"dashes: target {math.ceil(low)}<" in picture(float(math.ceil(low))) and 'class="goal"' in picture(float(math.ceil(low)))
 
 
 # ---- Checkpoints ----
