@@ -713,7 +713,7 @@ def adam_direction(grad, slots, step, rule):
     return m_hat / (jnp.sqrt(v_hat) + rule.eps), {"m": m, "v": v}
 
 def equalize_units(x, square, over, split, beta2):
-    """NorMuon (arXiv:2510.05491; gain 0.032, after 8M tokens, one seed, 0.066): each unit's step by the root of its mean square over
+    """NorMuon (arXiv:2510.05491; gain 0.032, after 8M tokens, two seeds, 0.048): each unit's step by the root of its mean square over
     the steps, the matrix's norm kept. over: the axis a unit reaches over; split: that over the devices, or None. Returns (step, square)."""
     def total(z, axes):
         sums = jnp.sum(z, axes, keepdims=True)
