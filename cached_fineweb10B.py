@@ -207,7 +207,7 @@ def verify(folder, hub, offline, pool):
     if problems:
         raise Failed(f"{len(problems)} of {len(hub)} shards in {folder} did not verify against {against}: "
                      f"{', '.join(bad)}; {'once it can be, ' if offline else ''}fetch again: "
-                     "python cached_fineweb10B.py N")
+                     f"python cached_fineweb10B.py {max(1, len(hub) - 1)}")
     print(f"all {len(hub)} shards verified against {against}")
 
 

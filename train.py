@@ -4,7 +4,7 @@
 # ///
 """Train a GPT to a target validation loss in the least time: one file, pure JAX, to be read from top to bottom.
 
-    python train.py                      on a CPU: a byte-level demo on Python's own source, two minutes of training
+    python train.py                      on a CPU: a byte-level demo on Python's own source, two or three minutes
     python cached_fineweb10B.py 8        on a TPU or GPU: fetch FineWeb (GPT-2 tokens), then
     python train.py                      train a GPT-2-class model towards validation loss 3.28, the `speedrun` preset
     python train.py --steps=500 @my.args every number below is a flag (--help); @FILE reads flags from a file
@@ -187,8 +187,7 @@ def stages(cfg):
         with errors_as(UsageError, f"--{name}={getattr(cfg, name)}: wanted {kind.__name__}s with commas between"):
             values = [kind(x) for x in getattr(cfg, name).split(",")]
         if len(values) not in (1, len(ends)):
-            raise UsageError(f"--{name}={getattr(cfg, name)}: wanted one value, or one for each of the {len(ends)} stages "
-                             f"of --stage_ends={cfg.stage_ends}")
+            raise UsageError(f"--{name}={getattr(cfg, name)}: wanted one value, or one for each of the {len(ends)} stages of --stage_ends={cfg.stage_ends}")
         return values * (len(ends) // len(values))
     windows = [layer_windows(*pair, cfg) for pair in zip(column("window_short"), column("window_long"))]
     return [Stage(*row) for row in zip(range(len(ends)), [0, *ends], ends, column("batch_tokens"), column("seq_len"),
@@ -805,7 +804,7 @@ def open_shards(pattern):
     """The shards of a glob, by name. Raises DataError where there are none, or one is not whole."""
     if not (paths := find_shards(pattern)):
         raise DataError(f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py {SPEEDRUN_SHARDS}; make shards of your "
-                        "own text: python -m scripts.prepare --help; or train on this machine's: --preset=demo")
+                        "own text: python -m scripts.prepare --help; or train on this machine's: --preset=demo without --train_files and --val_files")
     tokens, file = [open_shard(path) for path in paths], paths[0].parent / "meta.json"
     with ThreadPoolExecutor() as pool, errors_as(DataError, f"{pattern}: cannot be read"):
         hashes = tuple(pool.map(file_sha256, paths))
@@ -1092,8 +1091,10 @@ PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 # ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and a manifest.json that names their SHA-256, and last its own.
 def versions():
+    cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    own = COMPILER_OPTIONS | {"cpu": {"processor": [*re.findall(r"model name\s*: (.*\S)", cpuinfo), platform.machine()][0]}}  # sums bf16 in its own order
     return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform(),
-            "backend": " ".join(jax.devices()[0].client.platform_version.split())} | COMPILER_OPTIONS.get(jax.default_backend(), {}) | {
+            "backend": " ".join(jax.devices()[0].client.platform_version.split())} | own.get(jax.default_backend(), {}) | {
                 key: value for key, value in os.environ.items() if key.startswith(("JAX_", "XLA_", "LIBTPU_"))}
 
 def facts_of(source, train, val):
@@ -1102,7 +1103,6 @@ def facts_of(source, train, val):
     return {"data": digest(" ".join(train.sha256 + val.sha256)), "train.py": digest(source),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"} | versions()
 
-def same(x): return x  # one function, so that gathering for a checkpoint compiles once
 def named(tree): return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 def manifest_text(manifest):
     body = json.dumps(manifest, indent=1)
@@ -1116,9 +1116,8 @@ def flush(path):  # what a file or folder holds is on the disk before the next t
 def save_checkpoint(state, run_folder, mesh, cfg, progress, facts):
     """Write under a temporary name, then rename: a checkpoint is there whole, or not at all. The last two are kept.
     Raises OSError where the disk refuses; what was there before stands. Raises NonFiniteLoss for weights that are not finite."""
-    whole = jax.jit(same, out_shardings=NamedSharding(mesh, P()))
     files = {"params.safetensors": named(state.params), "opt.safetensors": named(state.opt_state)}
-    arrays = jax.tree.map(lambda leaf: np.asarray(whole(leaf).addressable_data(0)), files)
+    arrays = jax.tree.map(lambda leaf: np.asarray(jax.device_put(leaf, NamedSharding(mesh, P())).addressable_data(0)), files)
     if bad := [name for name, x in arrays["params.safetensors"].items() if not np.isfinite(x).all()]:
         raise NonFiniteLoss(f"after step {int(state.step)} the weights {bad[0]} are not finite, so they are not saved; "
                             f"the checkpoints in {run_folder} stand. Usual cause: a learning rate")
@@ -1445,7 +1444,8 @@ def parse_flags(argv):
     def fail(message):
         raise UsageError(f"{message} (python train.py --help lists all flags)")
     parser = argparse.ArgumentParser(
-        usage="python train.py [--preset=NAME] [--FIELD=VALUE ...] [@FILE]", description=__doc__.split("\n\nIn order")[0], allow_abbrev=False,
+        usage="python train.py [--preset=NAME] [--FIELD=VALUE ...] [@FILE]", allow_abbrev=False,
+        description=__doc__.split("\n\nIn order")[0] + "\n\nDefaults shown are the speedrun's; other presets have their own (PRESETS in train.py).",
         fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, parser.convert_arg_line_to_args = fail, lambda line: shlex.split(line, comments=True)
     fields = {field.name: field for field in dataclasses.fields(Config)}
@@ -1707,7 +1707,7 @@ def main(argv=None, model=None, stop=None):
             check_tensors(checkpoint / "params.safetensors", shapes.params)
             check_tensors(checkpoint / "opt.safetensors", shapes.opt_state)
         run = Run(folder, specs, cfg, manifest, facts)
-        print("compiling; the next time it is cached ...", flush=True)
+        print("compiling, or taking programs from the cache ...", flush=True)
         programs, notes = compile_all(model, mesh, cfg)
         describe(run, source, why, argv, train, val, [note, f"parameters: {count_params(specs, cfg)}", *notes], cfg)
         run.put("config.json", json.dumps({"config": dataclasses.asdict(cfg), "meta": val.meta}, indent=1), "w")

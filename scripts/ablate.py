@@ -126,10 +126,12 @@ def result_of(folder, code):
         run = next(folder.glob("*/metrics.jsonl") if code == 0 else iter(())).parent
         *rows, final = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         log = (run / "log.txt").read_text().split("=" * 120)[-1]
-        versions = dict(re.findall(r"(python|jax|numpy)=(\S+)", re.search("^versions: .*", log, re.M)[0]))
+        stated = re.search("^versions: .*", log, re.M)[0]
+        versions = dict(re.findall(r"(python|jax|numpy)=(\S+)", stated))
+        processor = re.search(r" processor=(.*?)(?= [A-Z_]+=|$)", stated)  # none beside an accelerator
         return {"val": [[row["step"], row["tokens"], row["val_loss"]] for row in rows if "val_loss" in row],
                 "val_loss": final["val_loss"], "train_time_s": final["train_time_s"], "cpu_time_s": final["cpu_time_s"],
-                "params": int(re.search(r"^parameters: (\d+)", log, re.M)[1]), "versions": versions,
+                "params": int(re.search(r"^parameters: (\d+)", log, re.M)[1]), "versions": versions, "processor": processor and processor[1],
                 "devices": re.search("^devices: (.*)", log, re.M)[1], "data": dict(re.findall(r"^data: (\S+) tokens:\d+ sha256:(\w+)", log, re.M))}
     said = (folder / "said.txt").read_text(errors="replace").split("\n")
     last = next((line for line in reversed(said) if line.strip()), "it said nothing")
@@ -262,6 +264,11 @@ def notes_of(rows):
                       ("versions", "versions of Python and packages")):
         if (count := len({json.dumps(row[key]) for row in rows if key in row})) > 1:
             notes.append(f"warning: these runs are of {count} different {what}")
+    # a CPU's bfloat16 matmuls sum in an order of its own: another CPU is like another seed, for this run and not for its base
+    cpu = {(row["name"], row["seed"]): row.get("processor") for row in rows if "error" not in row}
+    for (name, seed), own in cpu.items():
+        if own != (base := cpu.get(("base", seed), own)):
+            notes.append(f"warning: {name}, seed {seed}, ran on {own or 'an unnamed CPU'}, base on {base or 'an unnamed CPU'}: no pair")
     made = {(row["name"], row["source_sha256"], row["patched_sha256"]) for row in rows if "patched_sha256" in row}
     twice = [name for (name, _), count in collections.Counter(key[:2] for key in made).items() if count > 1]
     return notes + [f"warning: the runs of {name} are of different diffs" for name in twice]

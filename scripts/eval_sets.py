@@ -87,5 +87,5 @@ def fetch(folder, sets=SETS):
             if isinstance(error.__cause__, LocalEntryNotFoundError):  # the Hub cannot be reached at all
                 break
     if failed:
-        raise DataError(f"{len(failed)} of {len(missing)} sets could not be had, the first: {failed[0]}; the others are in {folder}, "
-                        "and score without --fetch")
+        raise DataError(f"{len(failed)} of {len(missing)} sets could not be had, the first: {failed[0]}; what is in {folder} "
+                        "scores without --fetch")

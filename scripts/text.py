@@ -73,7 +73,8 @@ def gpt2_files(folder):
 def fetch_gpt2():
     """gpt2_files of the Hub's copy, in its cache. Raises DataError."""
     from huggingface_hub import hf_hub_download
-    with errors_as(DataError, "GPT-2's vocabulary cannot be had from the Hub; give a folder of encoder.json and vocab.bpe"):
+    with errors_as(DataError, "GPT-2's vocabulary cannot be had from the Hub; prepare takes --gpt2=DIR, a folder of "
+            "encoder.json and vocab.bpe, and --tokenizer=bytes or bpe, which need no network"):
         return tuple(Path(hf_hub_download("openai-community/gpt2", name)) for name in GPT2_FILES[1])
 
 def gpt2_bytes(folder):

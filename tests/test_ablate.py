@@ -31,7 +31,7 @@ folder.mkdir()
 rows = [{"step": i, "tokens": 100 * i, "train_loss": 1, "val_loss": 5 - i + seed + 0.1 * (seed + 1) * (softcap == 0)} for i in (1, 2, 3)]
 last = {key: rows[-1][key] for key in ("step", "tokens", "val_loss")} | {"train_time_s": 2.0, "cpu_time_s": 4.0 + (softcap == 0)}
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in [*rows, {"step": 4, "train_loss": 1}, last]))
-lines = ["data: nothing", "=" * 120, "versions: python=3.11.1 jax=0.10.2 numpy=2.0.0 platform=x", "devices: 1 x cpu, 1 processes",
+lines = ["data: nothing", "=" * 120, "versions: python=3.11.1 jax=0.10.2 numpy=2.0.0 platform=x processor=Some CPU @ 2 GHz XLA_FLAGS=--xla_a=1", "devices: 1 x cpu, 1 processes",
          "data: train_000000.bin tokens:7 sha256:" + flags.get("data", "abc"), "parameters: 77"]
 (folder / "log.txt").write_text("\\n".join(lines))
 if steps == 13:
@@ -172,6 +172,17 @@ def test_a_failed_run_stays_as_a_line_with_its_error_and_runs_again_only_when_as
         assert fake.started == runs and "failed: bad, seed 0: exit code 5: error: unlucky" in printed
         assert cells(printed, "bad")[2:5] == ["0 (1 failed)", "-", "-"]
     assert [row.get("error") for row in fake.lines()] == [None, None] + ["exit code 5: error: unlucky"] * 2
+
+
+def test_pairs_of_two_kinds_of_cpu_are_warned_of(fake, capsys, tmp_path):
+    assert fake(LIST, "--seeds=0,1") == 0 and "no pair" not in capsys.readouterr().out
+    rows = fake.lines()
+    assert [row["processor"] for row in rows] == 4 * ["Some CPU @ 2 GHz"]
+    for row in rows:
+        row["processor"] = {("base", 0): "A", ("no softcap", 0): "A", ("base", 1): "A", ("no softcap", 1): "B"}[row["name"], row["seed"]]
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fake(LIST, "--seeds=0,1", "--table") == 0
+    assert [line for line in capsys.readouterr().out.split("\n") if "no pair" in line] == ["warning: no softcap, seed 1, ran on B, base on A: no pair"]
 
 
 def test_lines_of_another_train_py_are_warned_of_and_run_again_on_demand(fake, capsys, tmp_path):

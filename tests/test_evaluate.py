@@ -332,7 +332,7 @@ def test_fetching_writes_what_is_missing_and_says_what_failed(tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     sets = {name: eval_sets.SETS[name] for name in ("hellaswag", "boolq", "copa")}
     for already in ((), ("hellaswag", "copa")):
-        with pytest.raises(DataError, match=f"1 of {3 - len(already)} sets could not be had, the first: boolq.*score without --fetch") as caught:
+        with pytest.raises(DataError, match=f"1 of {3 - len(already)} sets could not be had, the first: boolq.*what is in .* scores without --fetch") as caught:
             eval_sets.fetch(tmp_path / "sets", sets)
         assert "\n" not in str(caught.value)
     assert asked[0] == ("Rowan/hellaswag", "default/validation/0000.parquet", "dataset", "refs/convert/parquet") and len(asked) == 4

@@ -136,7 +136,7 @@ def test_a_tokenizer_that_cannot_be_is_one_sentence(each_kind, tmp_path, monkeyp
     def unreachable(*_, **__):
         raise OSError("no network")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(DataError, match="give a folder of encoder.json and vocab.bpe"):
+    with pytest.raises(DataError, match="--gpt2=DIR, a folder of encoder.json and vocab.bpe"):
         text.open_tokenizer(of("gpt2"), tmp_path / "empty")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match="pip install -r scripts/requirements.txt"):
