@@ -1113,11 +1113,11 @@ def flush(path):  # what a file or folder holds is on the disk before the next t
     os.fsync(handle)
     os.close(handle)
 
-def save_checkpoint(state, run_folder, mesh, cfg, progress, facts):
+def save_checkpoint(state, run_folder, cfg, progress, facts):
     """Write under a temporary name, then rename: a checkpoint is there whole, or not at all. The last two are kept.
     Raises OSError where the disk refuses; what was there before stands. Raises NonFiniteLoss for weights that are not finite."""
     files = {"params.safetensors": named(state.params), "opt.safetensors": named(state.opt_state)}
-    arrays = jax.tree.map(lambda leaf: np.asarray(jax.device_put(leaf, NamedSharding(mesh, P())).addressable_data(0)), files)
+    arrays = multihost_utils.process_allgather(files, tiled=True)  # whole, on the host
     if bad := [name for name, x in arrays["params.safetensors"].items() if not np.isfinite(x).all()]:
         raise NonFiniteLoss(f"after step {int(state.step)} the weights {bad[0]} are not finite, so they are not saved; "
                             f"the checkpoints in {run_folder} stand. Usual cause: a learning rate")
@@ -1319,11 +1319,11 @@ class Run:
     def metrics(self, row):
         self.rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
         self.put("metrics.jsonl", json.dumps(self.rows[-1]) + "\n")
-    def save(self, state, mesh, row):
+    def save(self, state, row):
         """A checkpoint off the clock. Returns whether it was written; where not, training goes on and tries again at the next."""
         start, progress = time.perf_counter(), {"seconds": self.seconds().tolist(), "reached": self.reached, "row": row}
         try:
-            folder = save_checkpoint(state, self.folder, mesh, self.cfg, progress, self.facts)
+            folder = save_checkpoint(state, self.folder, self.cfg, progress, self.facts)
         except OSError as error:
             return self.warn("the last checkpoint", f"no checkpoint of step {row['step']} ({error}); the one before stands")
         self.unwritten.pop("the last checkpoint", None)
@@ -1608,7 +1608,7 @@ def warm_up(programs, mesh, cfg):
         state, _ = programs[stage.index](state, to_devices([], stage, mesh, cfg))
     jax.block_until_ready(state)
 
-def train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg):
+def train_loop(state, run, programs, batches, val_rows, stop, cfg):
     """Dispatch a step, then wait for the loss of the one before. Returns (state, last metrics). Raises NonFiniteLoss, Preempted."""
     due = lambda every, done: bool(every) and done % every == 0
     first, pending, row = int(state.step), None, run.row
@@ -1646,7 +1646,7 @@ def train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg):
                     run.reached = {"step": done, "train_time_s": row["train_time_s"]}
             if evaluates or due(cfg.log_every, done):
                 run.write(row)
-            saved = saves and run.save(state, mesh, row)
+            saved = saves and run.save(state, row)
             if stopping or saved and stop.asked and not jax.distributed.is_initialized():
                 saved = multihost_utils.broadcast_one_to_all(bool(saved))  # no host leaves before the first has written
                 raise Preempted(f"stopped after step {done}, which {'is saved' if saved else 'COULD NOT BE SAVED'}; "
@@ -1721,7 +1721,7 @@ def main(argv=None, model=None, stop=None):
         val_rows = to_devices(plan_val(val, cfg), val_stage(cfg), mesh, cfg)
         batches = train_batches(train, manifest["step"], mesh, cfg)
         batches = itertools.chain([next(batches)] if 0 < manifest["step"] < cfg.steps else [], batches)  # the way there is off the clock
-        state, row = train_loop(state, run, programs, batches, val_rows, stop, mesh, cfg)
+        state, row = train_loop(state, run, programs, batches, val_rows, stop, cfg)
         report(state, row, run, val.meta, model, cfg)
     run.seal()
     return folder

@@ -383,7 +383,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_bears_its_name(finished, tmp_path
     monkeypatch.setattr(Path, "rename", lambda path, target: events.append((path.name, target.name, sorted(files_of(path)))) or rename(path, target))
     cfg, mesh = config_of(finished), train.make_mesh()
     state = train.compile_all(train.Model(), mesh, cfg)[0]["init"]()
-    train.save_checkpoint(state, tmp_path, mesh, cfg, {}, {})
+    train.save_checkpoint(state, tmp_path, cfg, {}, {})
     at, = (i for i, event in enumerate(events) if event != "sync")
     staging, name, files = events[at]
     assert name == "step-000000" and not staging.startswith("step-")
@@ -701,7 +701,7 @@ def test_only_the_first_of_several_processes_writes(finished, tmp_path, monkeypa
     run = train.Run(tmp_path / "run", train.param_specs(cfg), cfg, train.FRESH, {})
     run.line("a line")
     run.metrics({"step": 1})
-    train.save_checkpoint(state, tmp_path / "run", mesh, cfg, {}, {})
+    train.save_checkpoint(state, tmp_path / "run", cfg, {}, {})
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 

@@ -15,7 +15,7 @@ from scripts import sample
 from scripts.sample import Choice, decode, generate, prefill, write_texts
 from scripts.text import BYTES, Tokenizer, alphabet_encode, open_tokenizer
 from train import (
-    PRESETS, Config, DataError, State, UsageError, make_mesh, next_logits, param_specs, save_checkpoint, shape_of, unstack)
+    PRESETS, Config, DataError, State, UsageError, next_logits, param_specs, save_checkpoint, shape_of, unstack)
 
 BOS, ROWS, LENGTH = 7, 2, 40
 TINY = Config(**PRESETS["tiny"] | {"vocab_size": 131, "bos_id": BOS})
@@ -188,10 +188,10 @@ def test_a_text_ends_with_its_document_and_the_others_go_on():
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run that trained nothing: random weights of a byte-level model."""
-    folder, mesh = tmp_path_factory.mktemp("run"), make_mesh(jax.devices()[:1])
+    folder = tmp_path_factory.mktemp("run")
     cfg = dataclasses.replace(SMALL, vocab_size=257, bos_id=256, train_files=f"{folder}/train_*.bin", preset="tiny", batch_tokens="60", seq_len="30", val_seq_len=30, val_context=10)
     params = numpy_gpt.random_weights(cfg, jax.tree.map(lambda spec: shape_of(spec, cfg), param_specs(cfg)))
-    save_checkpoint(State(jnp.int32(7), jax.tree.map(jnp.asarray, params), {}), folder, mesh, cfg, {"seconds": [0.0, 0.0], "reached": None, "row": None}, {})
+    save_checkpoint(State(jnp.int32(7), jax.tree.map(jnp.asarray, params), {}), folder, cfg, {"seconds": [0.0, 0.0], "reached": None, "row": None}, {})
     (folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), "meta": BYTES}))
     return folder
 
