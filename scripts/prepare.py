@@ -434,7 +434,7 @@ def main(argv=None):
     first = counts.get("val_000000.bin", 0) - 1
     print(f"next: python train.py --train_files='{out}/train_*.bin' --val_files='{out}/val_*.bin'"
           + (f" --val_tokens={min(first, 262_144)}" if first < 10_485_760 else "") + (" --max_epochs=1000" if train < 1e9 else "")
-          if first > 0 else f"note: no document fell to validation, and train.py wants some: the same with --out of a new folder and --val=0.1, or, of one .txt, --val_tail=0.1")
+          if first > 0 else "note: no document fell to validation, and train.py wants some: the same with --out of a new folder and --val=0.1, or, of one .txt, --val_tail=0.1")
     return 0
 
 if __name__ == "__main__":
