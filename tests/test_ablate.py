@@ -104,7 +104,8 @@ def test_a_diff_beside_the_list_changes_the_copy_that_its_entry_runs_and_names_t
         return [sys.executable, str(tmp_path / "fake.py")]
     assert ablate.main(args, command) == 0 and "| other | `a diff --softcap=0` |" in capsys.readouterr().out
     assert seen == {"base": ((ROOT / "train.py").read_text().splitlines()[1], True), "other": ("# a changed copy", True)}
-    base, other = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    rows = {row["name"]: row for row in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}  # in the order of their ends
+    base, other = rows["base"], rows["other"]
     assert other["source_sha256"] == base["source_sha256"] != other["patched_sha256"] and "patched_sha256" not in base
     assert base["source_sha256"] == hashlib.sha256((ROOT / "train.py").read_bytes()).hexdigest()
     (tmp_path / "mine.diff").write_text(DIFF.replace("changed", "twice changed"))
