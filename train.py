@@ -21,7 +21,7 @@ Every device runs the same program on its own rows. Weights and optimizer state 
 gathers compute copies once, accumulates gradients locally, and reduces each gradient element once (layers with --fsdp=1: per micro-step).
 """
 import argparse, bisect, collections, contextlib, ctypes, dataclasses, difflib, functools, glob, hashlib, itertools, json, math, os
-import platform, re, shlex, shutil, signal, sys, sysconfig, threading, time, zlib
+import platform, re, shlex, shutil, signal, socket, sys, sysconfig, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -55,9 +55,14 @@ def errors_as(kind, what):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, safetensors.SafetensorError) as error:
         raise error if hasattr(error, "exit_code") else kind(f"{what} ({type(error).__name__}: {error})") from error
 
-def plain(text):
-    """Text that may hold what others wrote, for the terminal: one line without control characters, not too long."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))[:1000]
+def plain(text, keep=""):
+    """Text that may hold what others wrote, for the terminal: one line without control characters but `keep`, not too long."""
+    return "".join(c if c.isprintable() or c in keep else "?" for c in str(text))[:1000]
+
+def say(text, end="\n", file=None):
+    """Print. A console that is closed, full, gone (`| head`) or of a narrower encoding stops nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=file, flush=True)
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,8 +133,8 @@ class Config:
     adam_eps: float = 1e-10           # added to the root of the square's mean
     adam_wd: float = 0.75             # embedding and head: as muon_wd; with --optimizer=adamw by lr * wd, everywhere
     warmup_steps: int = 0             # linear learning rate warmup
-    cooldown_frac: float = 0.6        # share of the steps before final_frac's over which every learning rate falls linearly
-    final_lr_scale: float = 0.15      # to this share of the first stage's, where it stays for
+    cooldown_frac: float = 0.6        # share of the steps before final_frac's over which stage_lr is blended linearly
+    final_lr_scale: float = 0.15      # into this share of the rates above, where it stays for
     final_frac: float = 0.021         # the last share of the steps
     # -- Data
     train_files: str = "fineweb10B/fineweb_train_*.bin"  # glob of training shards; empty: the embedded corpus
@@ -302,8 +307,8 @@ def rms_norm(x):
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 def rotary(num_positions, stage, cfg):
-    """(cos, sin) [S, K/2] of half-RoPE (arXiv:2104.09864; gain 0.041, two seeds), and the scale of q.k: dim j turns with dim j + K/2. Half of these
-    pairs turn, at rates from 1 down to 1/rope_base per token, the others stand still: q.k sees only differences of position.
+    """(cos, sin) [S, K/2] of half-RoPE (arXiv:2104.09864; gain 0.041, two seeds), and what multiplies q.k. Dim j turns with dim j + K/2: half
+    of these pairs at rates from 1 down to 1/rope_base per token, the others stand still; q.k sees only differences of position.
     Where the long window grows from stage to stage, YaRN (arXiv:2309.00071, as in modded-nanogpt record 31; gain -0.013, two seeds) slows the rates
     that turn less than 32 times in it, by up to the growth, and sharpens the scores. Evaluation takes the last stage's, at any step."""
     rate, scale = cfg.rope_base ** -np.linspace(0, 1, cfg.head_dim // 4), cfg.score_scale
@@ -572,8 +577,7 @@ def band_call(kernel, num_matmuls, inputs, outputs, whole_rows, scratch, band):
     head = lambda h, x: jax.lax.div(h, width // x.shape[2])  # several query heads may share a key head
     spec = lambda x: pl.BlockSpec(*{
         3: ((1, band.block, head_dim), lambda b, h, i: (b, i, head(h, x))),
-        4: ((1, 1, 1, band.block), lambda b, h, i: (b, h if x.shape[1] > 1 else 0, 0, i)),
-        2: (x.shape, lambda b, h, i: (0, 0))}[x.ndim])
+        4: ((1, 1, 1, band.block), lambda b, h, i: (b, h if x.shape[1] > 1 else 0, 0, i)), 2: (x.shape, lambda b, h, i: (0, 0))}[x.ndim])
     row = pl.BlockSpec((1, length, head_dim), lambda b, h, i: (b, 0, h))
     num_blocks = length // band.block
     blocks = band.spans + band.spans[-1:] * (num_blocks - len(band.spans))
@@ -612,7 +616,7 @@ def ramp(step, steps, values):
     return values[0] + sum((y1 - y0) * clip((step - x0) / max(x1 - x0, 1e-9), 0.0, 1.0) for x0, x1, y0, y1 in pieces)
 
 def lr_scale(step, stage, cfg):
-    """Multiplies every learning rate: up over warmup_steps, the stage's, then straight down to final_lr_scale, where it stays."""
+    """Multiplies every learning rate: up over warmup_steps, the stage's, then blended linearly into final_lr_scale, where it stays."""
     last = (1 - cfg.final_frac) * cfg.steps
     share = ramp(step, [(1 - cfg.cooldown_frac) * last, last], [1.0, 0.0])
     return (stage.lr * share + cfg.final_lr_scale * (1 - share)) * ramp(step, [-1.0, float(cfg.warmup_steps)], [0.0, 1.0])
@@ -836,7 +840,7 @@ def plan_stream(shards, cfg):
 def plan_packed(shards, cfg):
     """Yield (rows, tokens read) of steps 0, 1, ...: of the beginnings (max_doc_len) of the POOL next documents, a row takes
     the longest that fits while one does, then the shortest, cut. What is cut off is not trained on, as in FineWeb's records."""
-    documents = (tokens[first:last] for tokens in shards.tokens * cfg.max_epochs
+    documents = (tokens[first:last] for _ in range(cfg.max_epochs) for tokens in shards.tokens
                  for first, last in itertools.pairwise([*np.flatnonzero(tokens == cfg.bos_id).tolist(), len(tokens)]))
     queue, pool, read = enumerate(documents), [], 0
     for stage in stages(cfg):
@@ -858,7 +862,7 @@ def plan_packed(shards, cfg):
 def plan(shards, cfg): return (plan_packed if stages(cfg)[0].max_doc_len else plan_stream)(shards, cfg)
 
 def plan_val(shards, cfg):
-    """Rows of the whole validation: row i scores the i-th val_seq_len - val_context targets, after their context."""
+    """Rows of the whole validation: row i scores the i-th val_seq_len - val_context targets, after their context; before the first token stand BOS."""
     tokens, nothing = shards.tokens[0][:cfg.val_tokens + 1], np.full(cfg.val_context, NO_TOKEN, np.uint16)
     starts = range(-cfg.val_context, cfg.val_tokens - cfg.val_context, cfg.val_seq_len - cfg.val_context)
     return [[nothing[:max(-start, 0)], tokens[max(start, 0):start + cfg.val_seq_len + 1]] for start in starts]
@@ -998,8 +1002,7 @@ def make_train_step(stage, model, mesh, cfg):
     as_one = lambda weights: weights | ({"embed": weights["head"]} if tied else {})
     def step_on_device(state, tokens_ABT1):
         weights = as_one(unstack(gather(state.params, specs, n, cfg, fetched=not cfg.fsdp)))
-        extra = {"ahead": loss_shares(state.step, stage, cfg)} | (
-            {"fetch": lambda layer, name: gather(layer, specs[name], n, cfg)} if cfg.fsdp else {})
+        extra = {"ahead": loss_shares(state.step, stage, cfg)} | ({"fetch": lambda layer, name: gather(layer, specs[name], n, cfg)} if cfg.fsdp else {})
         def micro_step(totals, tokens_BT1):
             here, tokens_BT1 = jax.lax.optimization_barrier((weights, tokens_BT1)) if cfg.fsdp else (weights, tokens_BT1)
             tokens_BT, target_BT, weight_BT = inputs_and_targets(tokens_BT1, cfg)
@@ -1047,8 +1050,7 @@ def make_init(model, mesh, cfg):
 def list_programs(model, mesh, cfg):
     """{"init", each stage's index, "eval": (name, jitted function, argument shapes)}."""
     init, rows = make_init(model, mesh, cfg), NamedSharding(mesh, P(None, "data"))
-    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                         jax.eval_shape(init), state_shardings(model, mesh, cfg))
+    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(init), state_shardings(model, mesh, cfg))
     batch = lambda stage: jax.ShapeDtypeStruct(batch_shape(stage, mesh.size, cfg), jnp.uint16, sharding=rows)
     return {
         "init": ("init", init, ()),
@@ -1086,13 +1088,13 @@ def flops_per_token(stage, specs, cfg):
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
 PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for kinds not here, MFU is shown as "-"
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
-    "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 # ckpt/step-NNNNNN holds params.safetensors, opt.safetensors and a manifest.json that names their SHA-256, and last its own.
 def versions():
-    cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    own = COMPILER_OPTIONS | {"cpu": {"processor": [*re.findall(r"model name\s*: (.*\S)", cpuinfo), platform.machine()][0]}}  # sums bf16 in its own order
+    names = re.findall(r"model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "")
+    own = COMPILER_OPTIONS | {"cpu": {"processor": (names or [platform.machine()])[0]}}  # a CPU sums bf16 in its own order
     return {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__, "platform": platform.platform(),
             "backend": " ".join(jax.devices()[0].client.platform_version.split())} | own.get(jax.default_backend(), {}) | {
                 key: value for key, value in os.environ.items() if key.startswith(("JAX_", "XLA_", "LIBTPU_"))}
@@ -1110,14 +1112,14 @@ def manifest_text(manifest):
 
 def flush(path):  # what a file or folder holds is on the disk before the next thing is done
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try: os.fsync(handle)
+    finally: os.close(handle)
 
 def save_checkpoint(state, run_folder, cfg, progress, facts):
     """Write under a temporary name, then rename: a checkpoint is there whole, or not at all. The last two are kept.
     Raises OSError where the disk refuses; what was there before stands. Raises NonFiniteLoss for weights that are not finite."""
     files = {"params.safetensors": named(state.params), "opt.safetensors": named(state.opt_state)}
-    arrays = multihost_utils.process_allgather(files, tiled=True)  # whole, on the host
+    arrays = multihost_utils.process_allgather(files, tiled=True)  # whole, on every host; of several by way of the devices, one by one
     if bad := [name for name, x in arrays["params.safetensors"].items() if not np.isfinite(x).all()]:
         raise NonFiniteLoss(f"after step {int(state.step)} the weights {bad[0]} are not finite, so they are not saved; "
                             f"the checkpoints in {run_folder} stand. Usual cause: a learning rate")
@@ -1153,13 +1155,13 @@ def open_manifest(folder):
         manifest.pop("manifest_sha256", None)
         if manifest_text(manifest) != text:
             raise CheckpointError(f"{folder / 'manifest.json'}: damaged, its SHA-256 is not the one it ends with; delete {folder}")
-        return manifest
+        return manifest | {"config": dict(manifest["config"])}
 
 def differing(folder, cfg):
     """[(field, value there, value here)] of the fields that make a checkpoint another run's, by its manifest or, where that is
     damaged, the run's config.json."""
     try:
-        saved = dict(open_manifest(folder)["config"])
+        saved = open_manifest(folder)["config"]
     except CheckpointError:
         with errors_as(CheckpointError, f"{folder}: not a whole checkpoint, neither manifest nor config.json can be read; delete it"):
             saved = dict(json.loads(read_text(folder.parent.parent / "config.json"))["config"])
@@ -1170,11 +1172,12 @@ def read_manifest(folder, cfg, data=None):
     """The manifest of a checkpoint of this config, and of these data, whose files have the hashes it names. Raises CheckpointError."""
     for name, there, here in differing(folder, cfg):
         raise OtherConfig(f"{folder}: saved with --{name}={there}, but this run has {here}; use the same, or start anew without --resume")
-    numbers = lambda row: row and {str(key): x if type(x) is int else float(x) for key, x in row.items()}
     manifest = open_manifest(folder)
     with errors_as(CheckpointError, f"{folder}: not a whole checkpoint; delete it"):
-        step, progress, facts = int(manifest["step"]), dict(manifest["progress"]), dict(manifest["versions"])
-        seconds, reached, row = [float(x) for x in progress["seconds"]], progress["reached"], progress["row"]
+        step, progress, facts = int(manifest["step"]), manifest["progress"], dict(manifest["versions"])
+        known = lambda part, *keys: {key: part[key] for key in keys} | {str(key): x if type(x) is int else float(x) for key, x in part.items()}
+        row = known(progress["row"], "step", "tokens", "train_time_s", "cpu_time_s", *["val_loss"] * (step == cfg.steps))
+        seconds, reached = [float(x) for x in progress["seconds"]], progress["reached"] and known(progress["reached"], "step", "train_time_s")
         if f"step-{step:06d}" != folder.name or not 0 < step <= cfg.steps or len(seconds) != 2:
             raise CheckpointError(f"{folder}: its manifest is of step {step}; delete it")
         if data and facts["data"] != data:
@@ -1182,8 +1185,7 @@ def read_manifest(folder, cfg, data=None):
         for file in ("params.safetensors", "opt.safetensors"):
             if file_sha256(folder / file) != manifest["sha256"][file]:
                 raise CheckpointError(f"{folder / file}: damaged, its SHA-256 is not the manifest's; delete {folder}")
-        progress = {"seconds": seconds, "reached": numbers(reached), "row": numbers(row)}
-        return {"step": step, "progress": progress, "versions": facts}
+        return {"step": step, "progress": {"seconds": seconds, "reached": reached, "row": row}, "versions": facts}
 
 def check_tensors(file, tree):
     """Raises CheckpointError where names, shapes or dtypes of a .safetensors file are not the tree's, by its header alone."""
@@ -1229,11 +1231,11 @@ def find_checkpoint(cfg, data=None):
             return folder, read_manifest(folder, cfg, data)
         except CheckpointError as error:
             if not (auto and isinstance(error, OtherConfig)):
-                print(plain(f"--resume={cfg.resume}: passing over {error}"))
+                say(plain(f"--resume={cfg.resume}: passing over {error}"))
                 problem = error
     if problem or not auto:
         raise problem or CheckpointError(f"--resume={cfg.resume}: no checkpoint there; wanted a run folder, or its ckpt/step-NNNNNN")
-    print(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
+    say(f"--resume=auto: no checkpoint of a run with this config in {cfg.log_dir}/, so this one starts at step 0")
     return None, FRESH
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
@@ -1280,16 +1282,14 @@ class Run:
                 os.truncate(path, size)  # no half a line
     def warn(self, name, problem, *unwritten):
         self.unwritten[name] = unwritten
-        with contextlib.suppress(OSError):
-            print(plain(f"warning: {problem}; training goes on"), file=sys.stderr, flush=True)
+        say(plain(f"warning: {problem}; training goes on"), file=sys.stderr)
     def line(self, text, passing=False):
         """To log.txt and the console; on a terminal the next line takes the place of a passing one."""
         if self.writes:
             self.put("log.txt", text + "\n")
-            passing = passing and sys.stdout.isatty()
+            passing = passing and sys.stdout and not sys.stdout.closed and sys.stdout.isatty()
             text = text[:shutil.get_terminal_size().columns - 1] if passing else text
-            with contextlib.suppress(OSError):  # the console may be a file on the same full disk, or closed
-                print(("\r\x1b[K" if self.passing else "") + text, end="" if passing else "\n", flush=True)
+            say(("\r\x1b[K" if self.passing else "") + text, end="" if passing else "\n")
             self.passing = passing
     def settle(self, step, loss):
         """The metrics of a dispatched step, whose loss is waited for. Raises NonFiniteLoss."""
@@ -1303,8 +1303,7 @@ class Run:
         step_s, tokens = (wall - self.marked) / self.steps, last - tokens_before(step + 1 - self.steps, self.table)
         row = {"step": step + 1, "tokens": last, "train_time_s": wall, "cpu_time_s": cpu,
                "wall_s": time.perf_counter() - self.created, "train_loss": loss, "stage": stage.index, "step_ms": 1e3 * step_s,
-               "lr": lr_scale(step, stage, self.cfg), "tokens_per_s": tokens / self.steps / step_s,
-               "input_wait_ms": 1e3 * self.waited / self.steps}
+               "lr": lr_scale(step, stage, self.cfg), "tokens_per_s": tokens / self.steps / step_s, "input_wait_ms": 1e3 * self.waited / self.steps}
         return row | ({"mfu": row["tokens_per_s"] * self.flops[stage.index] / self.peak} if self.peak else {})
     def write(self, row):
         """A step's line and metrics row; times are means since the last one."""
@@ -1320,7 +1319,7 @@ class Run:
         self.rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
         self.put("metrics.jsonl", json.dumps(self.rows[-1]) + "\n")
     def save(self, state, row):
-        """A checkpoint off the clock. Returns whether it was written; where not, training goes on and tries again at the next."""
+        """A checkpoint off the clock. Returns whether it was written, as far as host 0 knows; where not, training goes on and tries again at the next."""
         start, progress = time.perf_counter(), {"seconds": self.seconds().tolist(), "reached": self.reached, "row": row}
         try:
             folder = save_checkpoint(state, self.folder, self.cfg, progress, self.facts)
@@ -1388,10 +1387,12 @@ def join_hosts(where):
     """jax.distributed, before anything asks for a device. Raises UsageError for what is no `multihost`, Preempted where hosts are missing."""
     with errors_as(UsageError, f"--multihost={where}: wanted auto, or HOST:PORT,COUNT,INDEX"):
         address, count, index = (None, None, None) if where == "auto" else (part(x) for part, x in zip((str, int, int), where.split(","), strict=True))
-        if where != "auto" and not (":" in address and 0 <= index < count):
+        if where != "auto" and not (0 < (port := int(address.rpartition(":")[2])) and 0 <= index < count):
             raise ValueError("an INDEX from 0 to COUNT - 1 of a process at HOST:PORT")
-    def give_up(number=0):
-        why = GONE if number else f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
+        if index == 0:  # where the port is taken, JAX 0.10's server may die of a segmentation fault
+            socket.create_server(("", port)).close()
+    def give_up(signal_number=0):
+        why = GONE if signal_number else f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
         with contextlib.suppress(OSError):
             os.write(2, f"error: --multihost={where}: {why}\n".encode())
         os._exit(Preempted.exit_code)
@@ -1443,8 +1444,7 @@ def parse_flags(argv):
     """argv -> {field: value} of the flags given. Raises UsageError, naming the nearest flag for a typo."""
     def fail(message):
         raise UsageError(f"{message} (python train.py --help lists all flags)")
-    parser = argparse.ArgumentParser(
-        usage="python train.py [--preset=NAME] [--FIELD=VALUE ...] [@FILE]", allow_abbrev=False,
+    parser = argparse.ArgumentParser(usage="python train.py [--preset=NAME] [--FIELD=VALUE ...] [@FILE]", allow_abbrev=False,
         description=__doc__.split("\n\nIn order")[0] + "\n\nDefaults shown are the speedrun's; other presets have their own (PRESETS in train.py).",
         fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, parser.convert_arg_line_to_args = fail, lambda line: shlex.split(line, comments=True)
@@ -1489,7 +1489,7 @@ def choose_attention(cfg, platform):
     wants = f"--head_dim in 128s, rows in {TILE}s of at most {(1 << 21) // cfg.head_dim} tokens, bfloat16"
     best = "band" if platform == "tpu" and fits else "xla"
     if platform == "tpu" and cfg.attention == "auto" and not fits:
-        print(f"--attention=xla, slower here than band, which wants {wants}", flush=True)
+        say(f"--attention=xla, slower here than band, which wants {wants}")
     if cfg.attention == "band" and best != "band":
         raise UsageError(f"--attention=band: wanted a TPU, {wants}; auto takes what can run")
     return cfg if cfg.attention != "auto" else dataclasses.replace(cfg, attention=best)
@@ -1504,7 +1504,7 @@ def validate(cfg):
             return parse(str(getattr(cfg, name)))
     numbers = {}
     for low, high, names in (
-            (1, 999_999, "steps"), (1, 2**31 - 1, "num_layers model_dim num_heads mlp_dim val_tokens val_seq_len log_every max_epochs rope_base"),
+            (1, 999_999, "steps num_layers"), (1, 2**31 - 1, "model_dim num_heads mlp_dim val_tokens val_seq_len log_every max_epochs rope_base"),
             (0, 2**31 - 1, "seed num_kv_heads vocab_size gate_dims tied_stages val_every save_every warmup_steps attn_block head_block micro_tokens "
              "val_window_short val_window_long window_short window_long max_doc_len batch_tokens seq_len"), (0, len(POLAR_EXPRESS), "ns_steps"),
             (0, 1e38, "stage_lr mtp embed_lr head_lr scalar_lr gate_lr adamw_lr muon_lr muon_wd muon_momentum embed_std adam_eps adam_wd final_lr_scale"),
@@ -1515,7 +1515,7 @@ def validate(cfg):
     layers = {name: read(name, layer_list, "blocks with commas between") for name in ("mlp_only", "offset_layers", "long_layers", "backout")}
     pairs = {name: read(name, layer_pairs, "A>B,...") for name in ("skips", "late_inputs")}
     trace, table, ends = read("profile", lambda text: [int(x) for x in (text or "0:1").split(":")], "START:STOP"), stages(cfg), numbers["stage_ends"]
-    need(len(numbers["muon_momentum"]) == 4, "muon_momentum", "FROM,TO,STEPS,STEPS")
+    need(len(momentum := numbers["muon_momentum"]) == 4 and max(momentum[:2]) < 1, "muon_momentum", "FROM,TO,STEPS,STEPS, the first two below 1")
     need(len(numbers["softcap"]) in (1, 3) and (cfg.cap[0] == 0 or min(cfg.cap[:2]) > 0), "softcap", "A,B,C or one number, A and B above 0, or 0")
     need(cfg.head_dim >= 4 and cfg.head_dim % 4 == 0, "head_dim", "a multiple of 4")
     need(cfg.gate_dims <= cfg.model_dim, "gate_dims", f"at most --model_dim={cfg.model_dim}")
@@ -1570,10 +1570,9 @@ def open_data(cfg):
     """(training shards, validation shards, a line about the plan, config completed), all checked. Raises DataError."""
     corpus = embedded_corpus() if not (cfg.train_files and cfg.val_files) else ("", "")
     train, val = open_shards(cfg.train_files or corpus[0]), open_shards(cfg.val_files or corpus[1])
-    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or train.meta["vocab_size"],
-                              bos_id=cfg.bos_id if cfg.bos_id >= 0 else train.meta["bos_id"])
-    if not 0 <= cfg.bos_id < cfg.vocab_size:
-        raise DataError(f"--bos_id={cfg.bos_id}: wanted an id of the vocabulary, which has {cfg.vocab_size}")
+    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or train.meta["vocab_size"], bos_id=cfg.bos_id if cfg.bos_id >= 0 else train.meta["bos_id"])
+    if not 0 <= cfg.bos_id < cfg.vocab_size <= 1 << 16:
+        raise DataError(f"--bos_id={cfg.bos_id}: wanted an id of the vocabulary, which for {train.paths[0]} has {cfg.vocab_size} of at most {1 << 16}")
     if val.meta != train.meta:
         raise DataError(f"{val.paths[0]}: made with {val.meta}, but the training shards with {train.meta}")
     for path, tokens in zip(train.paths + val.paths, train.tokens + val.tokens):
@@ -1584,8 +1583,8 @@ def open_data(cfg):
         raise DataError(f"{val.paths[0]}: too short for --val_tokens={cfg.val_tokens}; {len(val.tokens[0]) - 1} fit")
     reads = [read for _, read in plan(train, cfg)]  # once through before anything is compiled: seconds per billion tokens
     if len(reads) < cfg.steps:
-        fits = lambda n: sum(1 for _ in plan(train, dataclasses.replace(cfg, steps=n))) == n  # stages shrink with --steps
-        most = bisect.bisect_left(range(1, cfg.steps), True, key=lambda n: not fits(n))
+        enough = lambda n: sum(1 for _ in plan(train, dataclasses.replace(cfg, steps=n))) == n  # stages shrink with --steps
+        most = bisect.bisect_left(range(1, cfg.steps), True, key=lambda n: not enough(n))
         raise DataError(f"{sum(map(len, train.tokens))} training tokens in {len(train.paths)} shards are too few for {cfg.steps} steps: "
                         f"{f'--steps={most} fits; or' if most else 'not one fits;'} fetch more, or read them again with --max_epochs={cfg.max_epochs + 1}")
     trained = tokens_before(cfg.steps, stages(cfg))
@@ -1671,18 +1670,20 @@ def report(state, row, run, meta, model, cfg):
         weights = unstack(gather(whole, model.specs(cfg), 1, cfg))
         for prompt in ("def main(", "class "):
             ids = sample(weights, [cfg.bos_id, *prompt.encode()], 200, model, cfg)
-            run.line(f"sample: {prompt}{bytes(i for i in ids if i < 256).decode(errors='replace')}")
-    run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
-    run.line("next: look at loss.svg; the same with --seed=1, another run; `python train.py --help`, every number there is")
+            run.line("sample: " + plain(prompt + bytes(i for i in ids if i < 256).decode(errors="replace"), keep="\n\t"))
+    if not run.unwritten:
+        run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
+        run.line("next: look at loss.svg; the same with --seed=1, another run; `python train.py --help`, every number there is")
 
 def main(argv=None, model=None, stop=None):
     """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop. stop: what hears
-    signals, by default nothing. Returns the run's folder. Raises UsageError, DataError and CheckpointError before compiling, and
-    NonFiniteLoss; Preempted when told to stop, a checkpoint being written if it can; CheckpointError for what could not be."""
-    source, argv, model, stop = Path(__file__).read_text(), sys.argv[1:] if argv is None else argv, model or Model(), stop or Stop()
+    signals, by default nothing. Returns the run's folder. Raises UsageError, DataError and CheckpointError, before compiling but for
+    memory, a tensor that cannot be read and what could not be written; NonFiniteLoss; Preempted when told to stop, after a checkpoint if it can."""
+    source, model, stop = Path(__file__).read_text(), model or Model(), stop or Stop()
+    argv = sys.argv[1:] if argv is None else argv
     try:
         cfg, why = configure(argv)
-        print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
+        say(f"speedrun-jax, preset {cfg.preset}: {why}")
         train, val, note, cfg = open_data(cfg)
         facts = facts_of(source, train, val)
         checkpoint, manifest = find_checkpoint(cfg, facts["data"])
@@ -1696,18 +1697,18 @@ def main(argv=None, model=None, stop=None):
     with runtime_errors(cfg):
         if jax.distributed.is_initialized():
             flags = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items() if name != "multihost"}
-            own = ("platform", "JAX_LOCAL_DEVICE_IDS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_COMPILATION_CACHE_DIR")  # may differ
-            flags |= {name: value for name, value in facts.items() if name not in own}
+            may_differ = ("platform", "JAX_LOCAL_DEVICE_IDS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_COMPILATION_CACHE_DIR")
+            flags |= {name: value for name, value in facts.items() if name not in may_differ}
             folder = compare_hosts(flags | {"checkpoint": checkpoint and "/".join(checkpoint.parts[-3:])}, folder)
         if manifest["step"] == cfg.steps and any(log.read_bytes()[-73:].startswith(b"\nsha256:") for log in folder.glob("log.txt")):
-            print(f"{checkpoint} is that run's last step, nothing is left to train")
+            say(f"{checkpoint} is that run's last step, nothing is left to train")
             return folder
         if checkpoint:
             shapes = jax.eval_shape(make_init(model, mesh, cfg))
             check_tensors(checkpoint / "params.safetensors", shapes.params)
             check_tensors(checkpoint / "opt.safetensors", shapes.opt_state)
         run = Run(folder, specs, cfg, manifest, facts)
-        print("compiling, or taking programs from the cache ...", flush=True)
+        say("compiling, or taking programs from the cache ...")
         programs, notes = compile_all(model, mesh, cfg)
         describe(run, source, why, argv, train, val, [note, f"parameters: {count_params(specs, cfg)}", *notes], cfg)
         run.put("config.json", json.dumps({"config": dataclasses.asdict(cfg), "meta": val.meta}, indent=1), "w")
@@ -1717,7 +1718,7 @@ def main(argv=None, model=None, stop=None):
             state = load_checkpoint(checkpoint, manifest["step"], state)
             was = manifest["versions"]
             changed = [f"{k} was {was.get(k)}, is {facts.get(k)}" for k in sorted(was | facts) if facts.get(k) != was.get(k)]
-            run.line(f"resumed: {checkpoint} at step {manifest['step']}" + f"; bits may differ: {'; '.join(changed)}" * bool(changed))
+            run.line(plain(f"resumed: {checkpoint} at step {manifest['step']}" + (f"; bits may differ: {'; '.join(changed)}" if changed else "")))
         val_rows = to_devices(plan_val(val, cfg), val_stage(cfg), mesh, cfg)
         batches = train_batches(train, manifest["step"], mesh, cfg)
         batches = itertools.chain([next(batches)] if 0 < manifest["step"] < cfg.steps else [], batches)  # the way there is off the clock
@@ -1735,9 +1736,8 @@ def command(run=None):
         if not joined and not hasattr(error, "exit_code"):
             raise
         with contextlib.suppress(OSError):
-            sys.excepthook(*sys.exc_info()) if code == 1 else print(plain(f"error: {error}"), file=sys.stderr, flush=True)
+            sys.excepthook(*sys.exc_info()) if code == 1 else say(plain(f"error: {error}"), file=sys.stderr)
         if joined:  # JAX would wait for hosts that wait for this one
-            sys.stdout.flush()
             time.sleep(3 * (jax.process_index() == 0))  # the others say theirs first: without host 0 they end at once
             os._exit(code)
         return code

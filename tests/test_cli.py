@@ -213,7 +213,7 @@ def test_on_a_tpu_the_speedrun_has_the_kernels_and_the_small_presets_have_not(pr
 # ---- What a config must satisfy ----
 
 RULES = [  # flags on top of tiny, the first of which is at fault; a word of what is wanted
-    ("--steps=0", "at least 1"), ("--steps=-5", "at least 1"), ("--num_layers=0 --skips=", "at least 1"), ("--model_dim=0", "at least 1"),
+    ("--steps=0", "at least 1"), ("--steps=-5", "at least 1"), ("--num_layers=0 --skips=", "at least 1"), ("--num_layers=300000000", "at most 999999"), ("--model_dim=0", "at least 1"),
     ("--num_heads=0", "at least 1"), ("--mlp_dim=0", "at least 1"), ("--val_tokens=0", "at least 1"), ("--log_every=0", "at least 1"),
     ("--max_epochs=0", "at least 1"), ("--head_dim=6", "multiple of 4"), ("--head_dim=0", "multiple of 4"),
     ("--num_kv_heads=4 --num_heads=6", "--num_heads=6"),
@@ -235,7 +235,7 @@ RULES = [  # flags on top of tiny, the first of which is at fault; a word of wha
     ("--seed=9223372036854775808", "at most 2147483647"), ("--window_long=99999999999999999999", "at most 2147483647"), ("--stage_lr=1,nan", "at least 0"),
     ("--adam_beta1=1.0", "at most 0.99"), ("--adam_beta2=1.5", "at most 0.99"), ("--muon_beta2=-1.0", "at least 0"), ("--final_frac=2.0", "at most 1"),
     ("--cooldown_frac=-1.0", "at least 0"), ("--muon_lr=-0.1", "at least 0"), ("--rope_base=0.5", "at least 1"), ("--ns_steps=6", "at most 5"),
-    ("--muon_momentum=0.85", "FROM,TO,STEPS,STEPS"), ("--mtp=a", "numbers"), ("--mtp=" + ",".join(["0.1"] * 32), "fewer weights than a row has tokens"),
+    ("--muon_momentum=0.85", "FROM,TO,STEPS,STEPS"), ("--muon_momentum=0.85,1,9,9", "the first two below 1"), ("--mtp=a", "numbers"), ("--mtp=" + ",".join(["0.1"] * 32), "fewer weights than a row has tokens"),
     ("--seq_len=²", "numbers with commas between"), ("--steps=1000000", "at most 999999"),
     ("--window_short=1.5", "ints"), ("--val_seq_len=0", "at least 1"),
     ("--window_short=1,2,3", "the 2 stages"), ("--batch_tokens=64,64 --stage_ends=0.2,0.3,1 --window_short=16 --window_long=0", "--stage_ends=0.2,0.3,1"),

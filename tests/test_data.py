@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import sysconfig
+import tracemalloc
 
 import jax
 import numpy as np
@@ -256,6 +257,13 @@ def test_stages_of_different_row_lengths_continue_one_stream(shuffle, rows_befor
         blocks = inputs.reshape(-1, 16)
         np.testing.assert_array_equal(blocks, blocks[:, :1] + np.arange(16)[None])
         assert shuffle or (inputs == np.arange(len(inputs))).all()
+
+
+def test_epochs_that_are_never_reached_cost_nothing():
+    cfg, shards = packed_config(max_epochs=2**31 - 1, steps=1, bos_id=BOS), in_memory([BOS, 1, 2, 3] * 99)
+    tracemalloc.start()
+    assert len([*train.plan(shards, cfg)]) == 1 and tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("shuffle", [0, 1])

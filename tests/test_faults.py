@@ -484,6 +484,64 @@ def test_a_message_does_not_carry_the_characters_of_a_hostile_file_to_the_termin
     assert all(line.isprintable() and len(line) < 2000 for line in ended.out.splitlines())
 
 
+def test_the_versions_of_a_hostile_checkpoint_forge_no_line_of_the_log_or_the_terminal(run, data):
+    folder, _ = run
+    shutil.rmtree(folder / "ckpt/step-000008")
+    versions = json.loads((folder / "ckpt/step-000006/manifest.json").read_text())["versions"]
+    reseal(folder / "ckpt/step-000006", versions=versions | {"\x1b[2J\nfinal: forged": "\ud800" + "x" * 100_000})
+    ended = Ended(folder.parent, *data, "--resume=auto")
+    assert ended.code == 0 and "bits may differ: ?[2J?final: forged was ?xxx" in ended.out
+    said = (folder / "log.txt").read_text().split("=" * 120)[-1].splitlines()
+    assert [line[:12] for line in said if line.startswith("final: ")] == ["final: step:"] and max(map(len, said)) < 2000
+
+
+MISSHAPEN = {
+    "no config": lambda manifest: manifest.pop("config"),
+    "a config that is none": lambda manifest: manifest.update(config=5),
+    "no last row": lambda manifest: manifest["progress"].update(row=None),
+    "a last row without a loss": lambda manifest: manifest["progress"]["row"].pop("val_loss"),
+    "a last row without a clock": lambda manifest: manifest["progress"]["row"].pop("cpu_time_s"),
+    "a target reached nowhere": lambda manifest: manifest["progress"].update(reached={"a": 1})}
+
+
+@pytest.mark.parametrize("kind", MISSHAPEN)
+def test_a_manifest_that_lacks_what_a_run_reads_is_passed_over(kind, run, capsys):
+    folder, cfg = run
+    path = folder / "ckpt/step-000008/manifest.json"
+    manifest = json.loads(path.read_text())
+    MISSHAPEN[kind](manifest)
+    path.write_text(sealed(manifest))
+    assert train.find_checkpoint(cfg)[0] == folder / "ckpt/step-000006"
+    said, = capsys.readouterr().out.splitlines()
+    assert str(path.parent) in said and "delete it" in said
+
+
+@pytest.mark.parametrize("sends", [None, OSError(5, "Input/output error")])
+def test_flush_leaves_no_file_open_whatever_the_disk_says(sends, tmp_path, monkeypatch):
+    opened, closed = [], []
+    real_open, real_close = os.open, os.close
+    def fsync(handle):
+        if sends:
+            raise sends
+    monkeypatch.setattr(os, "open", lambda *arguments: opened.append(real_open(*arguments)) or opened[-1])
+    monkeypatch.setattr(os, "close", lambda handle: closed.append(handle) or real_close(handle))
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError) if sends else contextlib.nullcontext():
+        train.flush(tmp_path)
+    assert len(opened) == 1 and closed == opened
+
+
+def test_a_run_whose_last_checkpoint_the_disk_refused_does_not_say_that_it_wrote_it(data, tmp_path, monkeypatch):
+    save = train.save_checkpoint
+    def refuse(state, *arguments):
+        if int(state.step) == 8:
+            raise OSError("no space")
+        return save(state, *arguments)
+    monkeypatch.setattr(train, "save_checkpoint", refuse)
+    ended = Ended(tmp_path / "logs", *data)
+    assert ended.code == 4 and "final: " in ended.out and "wrote: " not in ended.out and steps_of(ended)[-1] == 6
+
+
 SHARD_FAULTS = {
     "a pipe named like a shard": lambda f: ((f / "train_000000.bin").unlink(), os.mkfifo(f / "train_000000.bin")),
     "an endless shard": lambda f: ((f / "train_000000.bin").unlink(), (f / "train_000000.bin").symlink_to("/dev/zero")),
@@ -492,7 +550,8 @@ SHARD_FAULTS = {
     "a nested meta.json": lambda f: (f / "meta.json").write_text("[" * 10 ** 5),
     "a large meta.json": lambda f: (f / "meta.json").write_text('{"tokenizer": "test", "bos_id": 256, "vocab_size": ' + " " * (1 << 20) + "257}"),
     "an endless meta.json": lambda f: ((f / "meta.json").unlink(), (f / "meta.json").symlink_to("/dev/zero")),
-    "a vocabulary of the wrong kind": lambda f: (f / "meta.json").write_text('{"tokenizer": "a", "vocab_size": 1e999, "bos_id": 1}')}
+    "a vocabulary of the wrong kind": lambda f: (f / "meta.json").write_text('{"tokenizer": "a", "vocab_size": 1e999, "bos_id": 1}'),
+    "a vocabulary past 16 bits": lambda f: (f / "meta.json").write_text('{"tokenizer": "a", "vocab_size": 1%s, "bos_id": 1}' % ("0" * 30))}
 
 
 @pytest.mark.parametrize("kind", SHARD_FAULTS)

@@ -240,6 +240,15 @@ def test_auto_where_there_are_no_other_hosts_ends_with_2_and_the_other_form(host
     assert code == 2 and re.match(r"error: --multihost=auto: JAX finds no other hosts \(", words), words
 
 
+@pytest.mark.parametrize("port", ["taken", "ten", "70000", "0"])
+def test_a_port_that_cannot_be_had_ends_with_2_and_one_sentence(hosts, port):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"--multihost=127.0.0.1:{taken.getsockname()[1] if port == 'taken' else port},2,0"
+        host, = hosts.start(where, count=1)
+        code, words = host.ends()
+    assert code == 2 and words.startswith(f"error: {where}: "), words
+
+
 def test_a_host_that_differs_ends_all_before_they_compile_with_what_differs(whole, hosts):
     here, there = hosts.folder / "here", hosts.folder / "there"
     for home, last in ((here, documents(2, 200)), (there, documents(3, 200))):

@@ -3,6 +3,7 @@
 One run of a model of two tiny blocks, whose stage changes after half of twelve steps, is looked at by most tests; the
 others share its compiled programs.
 """
+import ast
 import contextlib
 import dataclasses
 import glob
@@ -946,3 +947,35 @@ def test_a_warning_that_nobody_can_read_stops_no_training(finished, tmp_path, mo
     monkeypatch.setattr(sys, "stderr", full)
     run.warn("log.txt", "log.txt could not be written", "", "a")
     assert "log.txt" in run.unwritten
+
+
+def closed_stream():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("console", [lambda: None, closed_stream, lambda: io.TextIOWrapper(io.BytesIO(), "ascii"), lambda: open("/dev/full", "w")],
+                         ids=["none", "closed", "ascii", "full"])
+def test_a_console_that_cannot_show_a_line_stops_no_training(console, finished, tmp_path, monkeypatch):
+    cfg = config_of(finished)
+    run = train.Run(tmp_path / "run", train.param_specs(cfg), cfg, train.FRESH, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console())
+        for passing in (False, True):
+            run.line("sample: \ufffd", passing)
+        train.say("speedrun-jax")
+    assert (tmp_path / "run/log.txt").read_text(encoding="utf-8") == "sample: \ufffd\n" * 2
+
+
+def test_all_that_is_printed_goes_through_say():
+    calls = [node for node in ast.walk(ast.parse(Path(train.__file__).read_text())) if isinstance(node, ast.Call)
+             and getattr(node.func, "id", "") == "print"]
+    assert len(calls) == 1
+
+
+def test_what_a_model_writes_does_not_reach_the_terminal_as_control_characters(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "sample", lambda *_: [*b"\x1b[2J\n\ta", 255, 256])
+    folder, printed = trained(*finished.data, f"--log_dir={tmp_path}/logs")
+    for text in ((folder / "log.txt").read_text(encoding="utf-8"), printed):
+        assert "sample: def main(?[2J\n\ta\ufffd\n" in text and "\x1b" not in text.split("=" * 120)[-1]
