@@ -60,7 +60,7 @@ def plain(text, keep=""):
     return "".join(c if c.isprintable() or c in keep else "?" for c in str(text))[:1000]
 
 def say(text, end="\n", file=None):
-    """Print. A console that is closed, full, gone (`| head`) or of a narrower encoding stops nothing."""
+    """Print. A console that is closed, full, gone (`| head`) or of a narrower encoding lacks the line and stops nothing."""
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=file, flush=True)
 
@@ -490,8 +490,7 @@ TILE, LN2 = 256, math.log(2)
 class Band(collections.namedtuple("Band", "length window block scale num_heads")):
     """The shape of the work. spans[d], for a row's d-th block: each tile's (first key, first query) from the first block in reach
     on; the last d stands for all later blocks."""
-    spans = property(lambda self: [
-        [(max(0, query - self.window) // 128 * 128, query) for query in range(d * self.block, (d + 1) * self.block, TILE)]
+    spans = property(lambda self: [[(max(0, query - self.window) // 128 * 128, query) for query in range(d * self.block, (d + 1) * self.block, TILE)]
         for d in range(min(-(-self.window // self.block) + 1, self.length // self.block))])
 
 def dot(a, b, axes):  # axes: the one of each that is summed over
@@ -1155,7 +1154,7 @@ def open_manifest(folder):
         manifest.pop("manifest_sha256", None)
         if manifest_text(manifest) != text:
             raise CheckpointError(f"{folder / 'manifest.json'}: damaged, its SHA-256 is not the one it ends with; delete {folder}")
-        return manifest | {"config": dict(manifest["config"])}
+        return manifest | {"config": {**manifest["config"]}}
 
 def differing(folder, cfg):
     """[(field, value there, value here)] of the fields that make a checkpoint another run's, by its manifest or, where that is
@@ -1164,7 +1163,7 @@ def differing(folder, cfg):
         saved = open_manifest(folder)["config"]
     except CheckpointError:
         with errors_as(CheckpointError, f"{folder}: not a whole checkpoint, neither manifest nor config.json can be read; delete it"):
-            saved = dict(json.loads(read_text(folder.parent.parent / "config.json"))["config"])
+            saved = {**json.loads(read_text(folder.parent.parent / "config.json"))["config"]}
     mine = dataclasses.asdict(cfg)
     return [(k, saved.get(k), mine.get(k)) for k in sorted(mine | saved) if k not in MAY_DIFFER and mine.get(k) != saved.get(k)]
 
@@ -1176,7 +1175,7 @@ def read_manifest(folder, cfg, data=None):
     with errors_as(CheckpointError, f"{folder}: not a whole checkpoint; delete it"):
         step, progress, facts = int(manifest["step"]), manifest["progress"], dict(manifest["versions"])
         known = lambda part, *keys: {key: part[key] for key in keys} | {str(key): x if type(x) is int else float(x) for key, x in part.items()}
-        row = known(progress["row"], "step", "tokens", "train_time_s", "cpu_time_s", *["val_loss"] * (step == cfg.steps))
+        row = known(progress["row"], "step", "tokens", "train_time_s", "cpu_time_s", "val_loss") if step == cfg.steps else None
         seconds, reached = [float(x) for x in progress["seconds"]], progress["reached"] and known(progress["reached"], "step", "train_time_s")
         if f"step-{step:06d}" != folder.name or not 0 < step <= cfg.steps or len(seconds) != 2:
             raise CheckpointError(f"{folder}: its manifest is of step {step}; delete it")
@@ -1287,7 +1286,7 @@ class Run:
         """To log.txt and the console; on a terminal the next line takes the place of a passing one."""
         if self.writes:
             self.put("log.txt", text + "\n")
-            passing = passing and sys.stdout and not sys.stdout.closed and sys.stdout.isatty()
+            passing = passing and sys.stdout and not getattr(sys.stdout, "closed", False) and sys.stdout.isatty()
             text = text[:shutil.get_terminal_size().columns - 1] if passing else text
             say(("\r\x1b[K" if self.passing else "") + text, end="" if passing else "\n")
             self.passing = passing
@@ -1319,7 +1318,7 @@ class Run:
         self.rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
         self.put("metrics.jsonl", json.dumps(self.rows[-1]) + "\n")
     def save(self, state, row):
-        """A checkpoint off the clock. Returns whether it was written, as far as host 0 knows; where not, training goes on and tries again at the next."""
+        """A checkpoint off the clock. Returns whether host 0 wrote it (on others True); where not, training goes on and tries again at the next."""
         start, progress = time.perf_counter(), {"seconds": self.seconds().tolist(), "reached": self.reached, "row": row}
         try:
             folder = save_checkpoint(state, self.folder, self.cfg, progress, self.facts)
@@ -1349,8 +1348,7 @@ def loss_svg(rows, cfg):
         "<style>text{fill:#333}path{fill:none;stroke:#8886}.train{stroke:#6c93c7}.goal{stroke:#2a8a4a;stroke-dasharray:5 4}",
         "circle{fill:#c0392b}@media(prefers-color-scheme:dark){svg{background:#16181d}text{fill:#ddd}}</style>",
         *(f'<path d="M60 {y(loss)}H760"/>' + text(54, y(loss, -4), f"{loss:.2f}", "end") for loss, _ in ticks),
-        *(text(x(step), 378, step) for _, step in ticks),
-        *(f'<path d="M{x(stage.first)} 30V360"/>' for stage in stages(cfg)[1:]),
+        *(text(x(step), 378, step) for _, step in ticks), *(f'<path d="M{x(stage.first)} 30V360"/>' for stage in stages(cfg)[1:]),
         f'<path class="goal" d="M60 {y(cfg.target_loss)}H760"/>' if cfg.target_loss > low else "",
         f'<path class="train" d="M{"L".join(f"{x(step)} {y(loss)}" for step, loss in train)}"/>',
         *(f'<circle cx="{x(step)}" cy="{y(loss)}" r="3.5"/>' + text(x(step), y(loss, 8), f"{loss:.3f}") for step, loss in val),
@@ -1387,10 +1385,12 @@ def join_hosts(where):
     """jax.distributed, before anything asks for a device. Raises UsageError for what is no `multihost`, Preempted where hosts are missing."""
     with errors_as(UsageError, f"--multihost={where}: wanted auto, or HOST:PORT,COUNT,INDEX"):
         address, count, index = (None, None, None) if where == "auto" else (part(x) for part, x in zip((str, int, int), where.split(","), strict=True))
-        if where != "auto" and not (0 < (port := int(address.rpartition(":")[2])) and 0 <= index < count):
+        host, _, port = (address or "").rpartition(":")
+        if where != "auto" and not (host and 0 < int(port) < 1 << 16 and 0 <= index < count):
             raise ValueError("an INDEX from 0 to COUNT - 1 of a process at HOST:PORT")
-        if index == 0:  # where the port is taken, JAX 0.10's server may die of a segmentation fault
-            socket.create_server(("", port)).close()
+    if index == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:  # where it cannot, JAX 0.10 may end in a segmentation fault
+        with errors_as(UsageError, f"--multihost={where}: host 0 cannot listen on port {port}"):
+            socket.create_server(("", int(port))).close()
     def give_up(signal_number=0):
         why = GONE if signal_number else f"after {INIT_TIMEOUT_S} s not all hosts have come; start the same line on each"
         with contextlib.suppress(OSError):
@@ -1504,8 +1504,8 @@ def validate(cfg):
             return parse(str(getattr(cfg, name)))
     numbers = {}
     for low, high, names in (
-            (1, 999_999, "steps num_layers"), (1, 2**31 - 1, "model_dim num_heads mlp_dim val_tokens val_seq_len log_every max_epochs rope_base"),
-            (0, 2**31 - 1, "seed num_kv_heads vocab_size gate_dims tied_stages val_every save_every warmup_steps attn_block head_block micro_tokens "
+            (1, 999_999, "steps num_layers max_epochs"), (0, 1 << 16, "vocab_size"), (1, 2**31 - 1, "model_dim num_heads mlp_dim val_tokens val_seq_len log_every rope_base"),
+            (0, 2**31 - 1, "seed num_kv_heads gate_dims tied_stages val_every save_every warmup_steps attn_block head_block micro_tokens "
              "val_window_short val_window_long window_short window_long max_doc_len batch_tokens seq_len"), (0, len(POLAR_EXPRESS), "ns_steps"),
             (0, 1e38, "stage_lr mtp embed_lr head_lr scalar_lr gate_lr adamw_lr muon_lr muon_wd muon_momentum embed_std adam_eps adam_wd final_lr_scale"),
             (0, 1, "cooldown_frac final_frac stage_ends"), (0, 0.999999, "muon_beta2 adam_beta1 adam_beta2"), (-1e6, 1e6, "softcap")):
@@ -1671,7 +1671,7 @@ def report(state, row, run, meta, model, cfg):
         for prompt in ("def main(", "class "):
             ids = sample(weights, [cfg.bos_id, *prompt.encode()], 200, model, cfg)
             run.line("sample: " + plain(prompt + bytes(i for i in ids if i < 256).decode(errors="replace"), keep="\n\t"))
-    if not run.unwritten:
+    if run.unwritten.keys() <= {"log.txt"}:
         run.line(f"wrote: {run.folder}/ckpt/step-{cfg.steps:06d}, and loss.svg, metrics.jsonl, config.json, log.txt beside ckpt")
         run.line("next: look at loss.svg; the same with --seed=1, another run; `python train.py --help`, every number there is")
 
@@ -1697,8 +1697,8 @@ def main(argv=None, model=None, stop=None):
     with runtime_errors(cfg):
         if jax.distributed.is_initialized():
             flags = {f"--{name}": value for name, value in dataclasses.asdict(cfg).items() if name != "multihost"}
-            may_differ = ("platform", "JAX_LOCAL_DEVICE_IDS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_COMPILATION_CACHE_DIR")
-            flags |= {name: value for name, value in facts.items() if name not in may_differ}
+            own_facts = ("platform", "JAX_LOCAL_DEVICE_IDS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_COMPILATION_CACHE_DIR")
+            flags |= {name: value for name, value in facts.items() if name not in own_facts}
             folder = compare_hosts(flags | {"checkpoint": checkpoint and "/".join(checkpoint.parts[-3:])}, folder)
         if manifest["step"] == cfg.steps and any(log.read_bytes()[-73:].startswith(b"\nsha256:") for log in folder.glob("log.txt")):
             say(f"{checkpoint} is that run's last step, nothing is left to train")

@@ -215,7 +215,7 @@ def test_on_a_tpu_the_speedrun_has_the_kernels_and_the_small_presets_have_not(pr
 RULES = [  # flags on top of tiny, the first of which is at fault; a word of what is wanted
     ("--steps=0", "at least 1"), ("--steps=-5", "at least 1"), ("--num_layers=0 --skips=", "at least 1"), ("--num_layers=300000000", "at most 999999"), ("--model_dim=0", "at least 1"),
     ("--num_heads=0", "at least 1"), ("--mlp_dim=0", "at least 1"), ("--val_tokens=0", "at least 1"), ("--log_every=0", "at least 1"),
-    ("--max_epochs=0", "at least 1"), ("--head_dim=6", "multiple of 4"), ("--head_dim=0", "multiple of 4"),
+    ("--max_epochs=0", "at least 1"), ("--max_epochs=1000000", "at most 999999"), ("--vocab_size=65537", "at most 65536"), ("--head_dim=6", "multiple of 4"), ("--head_dim=0", "multiple of 4"),
     ("--num_kv_heads=4 --num_heads=6", "--num_heads=6"),
     ("--skips=2>1", "A < B"), ("--skips=1>1", "A < B"), ("--skips=0>3", "< 3"), ("--skips=1", "A>B"), ("--skips=0>1>2", "A>B"), ("--skips=-1>2", "A>B"),
     ("--attention=flash9", "xla"), ("--optimizer=sgd", "muon or adamw"),

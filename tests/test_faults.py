@@ -213,14 +213,15 @@ def test_a_damaged_config_json_does_not_hide_a_whole_checkpoint(run):
         assert train.find_checkpoint(cfg)[0] == folder / "ckpt/step-000008", what
 
 
+LAST_ROW = {"step": 8, "tokens": 1, "train_time_s": 1.0, "cpu_time_s": 1.0, "val_loss": 1.0}
 WRONG_MANIFESTS = {  # the text, or what a manifest that fits its files and itself also says
     "not JSON": "step 8", "a word": '"step"', "a number": "8", "null": "null", "a list": "[[]]", "nested": "[" * 10 ** 5, "a digit": "9" * 10 ** 5,
     "two values": "{}{}", "no text": b"\xff\xfe", "large": {"more": "8" * (1 << 20)}, "empty object": "{}",
     "another step": {"step": 6}, "a step below": {"step": -8}, "a step as a list": {"step": [8]}, "an infinite step": {"step": math.inf},
     "no progress": {"progress": None}, "a row as a list": {"progress": {"seconds": [1, 1], "reached": None, "row": [1]}},
     "a row as a number": {"progress": {"seconds": [1, 1], "reached": None, "row": 5}},
-    "a loss as a word": {"progress": {"seconds": [1, 1], "reached": None, "row": {"train_loss": "low"}}},
-    "too many seconds": {"progress": {"seconds": [1, 1, 1], "reached": None, "row": {}}},
+    "a loss as a word": {"progress": {"seconds": [1, 1], "reached": None, "row": LAST_ROW | {"train_loss": "low"}}},
+    "too many seconds": {"progress": {"seconds": [1, 1, 1], "reached": None, "row": LAST_ROW}},
     "seconds as a word": {"progress": {"seconds": "12", "reached": None, "row": {}, "more": 1}} | {"versions": 3},
     "versions as a list": {"versions": [1]}, "hashes as a list": {"sha256": []}, "no hashes": {"sha256": {}}, "a hash of another": {"sha256": {"log.txt": "0"}},
     "a hash as a number": {"sha256": dict.fromkeys(FILES[:2], 0)}, "other names": {"sha256": {"../../log.txt": "0", "/etc/passwd": "0"}}}
@@ -497,6 +498,7 @@ def test_the_versions_of_a_hostile_checkpoint_forge_no_line_of_the_log_or_the_te
 
 MISSHAPEN = {
     "no config": lambda manifest: manifest.pop("config"),
+    "a config of pairs": lambda manifest: manifest.update(config=[[1, 2]]),
     "a config that is none": lambda manifest: manifest.update(config=5),
     "no last row": lambda manifest: manifest["progress"].update(row=None),
     "a last row without a loss": lambda manifest: manifest["progress"]["row"].pop("val_loss"),

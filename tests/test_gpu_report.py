@@ -92,7 +92,7 @@ def test_times_are_scaled_and_the_mfu_is_that_of_the_definition(monkeypatch):
     args, init = types.SimpleNamespace(warmup=1, steps=3), lambda: 0
     row = gpu_report.time_stage(stage, compiled, 8 * 4096, init, [6.0, 7.0], specs, mesh, cfg, args)
     for key, seconds in (("min_ms", 0.02), ("median_ms", 0.04), ("max_ms", 0.06)):
-        assert 8e3 * seconds <= row[key] < 8e3 * (seconds + 0.3)
+        assert 8e3 * seconds <= row[key] < 8e3 * (seconds + 2)
     assert row["tokens_per_s"] == pytest.approx(8 * 4096 / (row["median_ms"] / 1e3)) and row["steps"] == 3 and row["loss"] == 7.0
     assert row["mfu"] == pytest.approx(row["tokens_per_s"] * train.flops_per_token(stage, specs, cfg) / (2 * 989e12))
     assert (row["compiled_gib"], row["peak_gib"]) == (3, 5)

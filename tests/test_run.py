@@ -6,6 +6,7 @@ others share its compiled programs.
 import ast
 import contextlib
 import dataclasses
+import errno
 import glob
 import hashlib
 import io
@@ -949,13 +950,21 @@ def test_a_warning_that_nobody_can_read_stops_no_training(finished, tmp_path, mo
     assert "log.txt" in run.unwritten
 
 
+def full_disk():
+    stream = io.StringIO()
+    def write(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    stream.write = write
+    return stream
+
+
 def closed_stream():
     stream = io.StringIO()
     stream.close()
     return stream
 
 
-@pytest.mark.parametrize("console", [lambda: None, closed_stream, lambda: io.TextIOWrapper(io.BytesIO(), "ascii"), lambda: open("/dev/full", "w")],
+@pytest.mark.parametrize("console", [lambda: None, closed_stream, lambda: io.TextIOWrapper(io.BytesIO(), "ascii"), full_disk],
                          ids=["none", "closed", "ascii", "full"])
 def test_a_console_that_cannot_show_a_line_stops_no_training(console, finished, tmp_path, monkeypatch):
     cfg = config_of(finished)
