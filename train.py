@@ -574,8 +574,7 @@ def band_call(kernel, num_matmuls, inputs, outputs, whole_rows, scratch, band):
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*outputs, *whole_rows)]
     (num_rows, length, width), head_dim = shapes[0].shape, shapes[0].shape[2] // band.num_heads
     head = lambda h, x: jax.lax.div(h, width // x.shape[2])  # several query heads may share a key head
-    spec = lambda x: pl.BlockSpec(*{
-        3: ((1, band.block, head_dim), lambda b, h, i: (b, i, head(h, x))),
+    spec = lambda x: pl.BlockSpec(*{3: ((1, band.block, head_dim), lambda b, h, i: (b, i, head(h, x))),
         4: ((1, 1, 1, band.block), lambda b, h, i: (b, h if x.shape[1] > 1 else 0, 0, i)), 2: (x.shape, lambda b, h, i: (0, 0))}[x.ndim])
     row = pl.BlockSpec((1, length, head_dim), lambda b, h, i: (b, 0, h))
     num_blocks = length // band.block
@@ -1343,8 +1342,7 @@ def loss_svg(rows, cfg):
     y = lambda loss, up=0: f"{30 + 330 * (high - min(loss, high)) / (high - low) - up:.1f}"
     text = lambda px, py, words, anchor="middle": f'<text x="{px}" y="{py}" text-anchor="{anchor}">{words}</text>'
     ticks = [(low + (high - low) * i / 5, cfg.steps * i // 5) for i in range(6)]
-    return "\n".join([
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 420" font-family="system-ui,sans-serif" font-size="12">',
+    return "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 420" font-family="system-ui,sans-serif" font-size="12">',
         "<style>text{fill:#333}path{fill:none;stroke:#8886}.train{stroke:#6c93c7}.goal{stroke:#2a8a4a;stroke-dasharray:5 4}",
         "circle{fill:#c0392b}@media(prefers-color-scheme:dark){svg{background:#16181d}text{fill:#ddd}}</style>",
         *(f'<path d="M60 {y(loss)}H760"/>' + text(54, y(loss, -4), f"{loss:.2f}", "end") for loss, _ in ticks),
@@ -1606,6 +1604,8 @@ def warm_up(programs, mesh, cfg):
     for stage in stages(cfg):
         state, _ = programs[stage.index](state, to_devices([], stage, mesh, cfg))
     jax.block_until_ready(state)
+    if jax.process_count() > 1:  # nor does the first save compile its gather, maybe in the last seconds of a preempted machine
+        multihost_utils.process_allgather((state.params, state.opt_state), tiled=True)
 
 def train_loop(state, run, programs, batches, val_rows, stop, cfg):
     """Dispatch a step, then wait for the loss of the one before. Returns (state, last metrics). Raises NonFiniteLoss, Preempted."""

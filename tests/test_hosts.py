@@ -45,6 +45,15 @@ def watch(event, arguments):
         print("writes", *arguments, flush=True)
 sys.addaudithook(watch)
 """
+TELLS_COMPILES = """
+heard, save = [], train.save_checkpoint
+train.jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: heard.append(name) if "backend_compile" in name else None)
+def telling_compiles(*arguments):
+    before, folder = len(heard), save(*arguments)
+    print("compiles:", before > 2, len(heard) - before, flush=True)
+    return folder
+train.save_checkpoint = telling_compiles
+"""
 # What hosts may have of their own:
 MAY_DIFFER = """
 train.platform.platform = lambda: "another kernel"
@@ -131,7 +140,7 @@ def whole(tmp_path_factory):
     """One process, and two, that were left alone: {count: (hosts, run folder)}."""
     runs, kept = {}, [Hosts(tmp_path_factory.mktemp(f"of-{count}")) for count in (1, 2)]
     for count, hosts in zip((1, 2), kept):
-        runs[count] = hosts.start(count=count, patch=TELLS_ROWS, patches={1: TELLS_WRITES + MAY_DIFFER})
+        runs[count] = hosts.start(count=count, patch=TELLS_ROWS + TELLS_COMPILES, patches={1: TELLS_WRITES + MAY_DIFFER})
     ended = {count: [host.ends() for host in hosts] for count, hosts in runs.items()}
     for hosts in kept:
         hosts.end()
@@ -166,6 +175,12 @@ def weights_of(folder, step=STEPS):
     return {file: (folder / "ckpt" / f"step-{step:06d}" / file).read_bytes() for file in ("params.safetensors", "opt.safetensors")}
 
 
+def test_a_save_compiles_nothing_for_which_a_preempted_host_may_have_no_time(whole):
+    for hosts, _ in whole.values():
+        for host in hosts:
+            assert [line for line in host.out.splitlines() if line.startswith("compiles: ")] == ["compiles: True 0"]
+
+
 def test_two_hosts_of_four_devices_train_as_one_of_eight(whole):
     (_, alone), (_, together) = whole[1], whole[2]
     assert len(losses(alone)) == STEPS + 2
@@ -181,7 +196,7 @@ def test_each_row_of_each_batch_is_on_one_host_and_on_the_device_where_one_proce
 def test_only_the_first_host_writes_and_tells(whole):
     (first, second), folder = whole[2]
     assert {path.name for path in folder.iterdir()} == {"log.txt", "metrics.jsonl", "config.json", "loss.svg", "ckpt"}
-    told = [line for line in second.out.splitlines() if not line.startswith(("rows ", "[Gloo]", "speedrun-jax", "compiling")) and "peer ranks" not in line]
+    told = [line for line in second.out.splitlines() if not line.startswith(("rows ", "compiles: ", "[Gloo]", "speedrun-jax", "compiling")) and "peer ranks" not in line]
     written = [line for line in told if line.startswith("writes ")]
     assert written and not [line for line in written if str(folder.parent) in line]  # of compiled programs only
     assert told == written and second.err == "" and first.steps() == [*range(1, STEPS + 1)]
