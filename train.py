@@ -1541,7 +1541,8 @@ def validate(cfg):
          f"at least 0, at most {60 / cfg.head_dim * cfg.score_scale / max(scales, key=abs):.4g}: exp must not overflow")
 
 def set_up_jax(cfg):
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    local = jax.process_count() == 1 or jax.default_backend() != "cpu"  # else only host 0 finds its programs, and Gloo waits 30 s for the others
+    if local and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
         jax.config.update("jax_compilation_cache_max_size", 4 << 30)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -1679,8 +1680,7 @@ def main(argv=None, model=None, stop=None):
     """Train. argv: flags, by default the command line's. model: a Model, another architecture for the same loop. stop: what hears
     signals, by default nothing. Returns the run's folder. Raises UsageError, DataError and CheckpointError, before compiling but for
     memory, a tensor that cannot be read and what could not be written; NonFiniteLoss; Preempted when told to stop, after a checkpoint if it can."""
-    source, model, stop = Path(__file__).read_text(), model or Model(), stop or Stop()
-    argv = sys.argv[1:] if argv is None else argv
+    source, argv, model, stop = Path(__file__).read_text(), sys.argv[1:] if argv is None else argv, model or Model(), stop or Stop()
     try:
         cfg, why = configure(argv)
         say(f"speedrun-jax, preset {cfg.preset}: {why}")
