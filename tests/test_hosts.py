@@ -277,7 +277,7 @@ def test_a_port_that_is_taken_ends_with_2_and_says_so(hosts):
 def test_where_the_coordinator_binds_elsewhere_the_port_is_not_asked_for(hosts):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        run = hosts.start(*[], count=2, each={i: [f"--multihost=127.0.0.2:{port},2,{i}"] for i in (0, 1)},
+        run = hosts.start(each={i: [f"--multihost=127.0.0.2:{port},2,{i}"] for i in (0, 1)},
                           patches={0: f"os.environ['JAX_COORDINATOR_BIND_ADDRESS'] = '127.0.0.2:{port}'\n"}, sizes=[*SMALL, "--steps=1"])
         assert [host.ends()[0] for host in run] == [0, 0]
 
