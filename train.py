@@ -224,7 +224,7 @@ class Config:
 SPEEDRUN = Config()
 DEMO = Config(  # a minute and a half on two CPU cores
     preset="demo",
-    steps=300,
+    steps=310,
     num_layers=4,
     model_dim=256,
     num_heads=4,
@@ -253,7 +253,7 @@ DEMO = Config(  # a minute and a half on two CPU cores
     train_files="",
     val_files="",
     shuffle=True,
-    val_every=100,
+    val_every=155,
     target_loss=1.0,
 )
 PRESETS = {"speedrun": SPEEDRUN, "demo": DEMO}
