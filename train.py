@@ -72,6 +72,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 f32 = jnp.float32
+tree_map = jax.tree.map
 ROOT = Path(__file__).resolve().parent
 
 
@@ -93,21 +94,27 @@ def require(holds, sentence):
 # `python train.py --help` prints the two classes: their comments are the help.
 #
 # The defaults are modded-nanogpt's record 58 (January 2026) with the free tweaks of records 61 to
-# 80. Different here: no embedding tables, no paired heads, three heads of 256 for six of 128 (so
-# attn_scale is 0.1 / sqrt(2)), Adam on every step, gradients as means over tokens, documents
-# packed in rows of 4,096. More steps make up for it (1,775 there).
+# 80 (those that cost no time). Different here: no embedding tables, no paired heads, three heads of
+# 256 for six of 128 (so attn_scale is 0.1 / sqrt(2)), Adam on every step, gradients as means over
+# tokens, documents packed in rows of 4,096. More steps make up for it (1,775 there).
 #
-# A "gain" in this file is validation loss without a technique minus loss with it, measured on
-# English text with 5M parameters, 2M tokens and three seeds where it says no other. The logs are
-# in records/ablations.
+# A "gain" in this file is validation loss without a technique minus loss with it: positive where it
+# helps. Unless it says otherwise it was measured on English text with 5M parameters, 2M tokens and
+# three seeds; the logs are in records/ablations. What gains nothing there is kept because the
+# records show that it gains at full size; a number of a record is modded-nanogpt's. "Predicted"
+# figures are of the program compiled for a v6e-8, by scripts/dry_run.
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that share one compiled program: a row of Config.stages. Validation is a row too.
+    """Steps that share one compiled program: a row of Config.stages.
 
     --stages.lr=1 sets a column, --stages.lr=1,2,3,4 sets it row by row. --stages.end=0.5,1 also
-    says how many rows there are: the others are cut, or the last one is repeated.
+    says how many rows there are: the others are cut, or the last one is repeated. Validation is a
+    row too, of which seq_len, short and long count.
+
+    Windows that grow are records 12 and 13, short and long ones record 20, cut documents record 29
+    (gain of shorter ones at first 0.005, two seeds), a batch that grows record 46 (gain -0.005).
     """
 
     end: float = 1.0  # share of the steps at which the stage ends
@@ -115,7 +122,7 @@ class Stage:
     seq_len: int = 4096  # tokens per row
     doc_len: int = 0  # tokens kept of a document, rows packed; 0: one plain stream of text
     short: int = 0  # tokens a short layer looks back; 0: no limit
-    long: int = 0  # tokens a long layer looks back; 0: no limit. Where it grows, YaRN
+    long: int = 0  # tokens a long layer looks back; 0: no limit
     lr: float = 1.0  # multiplies every learning rate
     ahead: tuple = ()  # loss weights of the 2nd, 3rd ... next token; the last falls to 0
     tied: bool = False  # the embedding is the head
@@ -123,10 +130,10 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every number one can turn."""
+    """The numbers one can turn."""
 
     # Run
-    preset: str = "speedrun"  # speedrun or demo; without the flag what this machine can do
+    preset: str = "speedrun"  # speedrun or demo; by default what this machine can do
     steps: int = 1906  # optimizer steps
     seed: int = 0  # of the first weights, and of the data's order where it is shuffled
     target_loss: float = 3.28  # the step and time at which it is reached are reported; 0: none
@@ -150,7 +157,9 @@ class Config:
     softcap: tuple = (11.5, 15.0, 5.0)  # (A, B, C): A * tanh((logit + C) / B)
     attn_scale: float = 0.0707  # multiplies q.k, both of unit rms, in the first stage
     attention: str = "auto"  # band: the TPU kernels; xla: plain; auto: band on a TPU if it can
-    head_block: int = 4096  # tokens whose logits exist at a time; 0: all of a micro-step
+    head_block: int = (
+        4096  # tokens whose logits exist at a time, if it divides a micro-step; 0: all
+    )
     compute_dtype: str = "bfloat16"  # of matmul operands and of gradients between devices
     residual_dtype: str | None = None  # of activations between matmuls; None: compute_dtype
     # Schedule
@@ -162,22 +171,22 @@ class Config:
     )
     val: Stage = Stage(seq_len=8192, short=768, long=2560)  # --val.seq_len=..., --val.short=...
     val_tokens: int = 10_485_760  # targets scored, each once, from the first validation shard
-    val_context: int = 2048  # tokens at the start of a validation row that are context only
+    val_context: int = 2048  # first tokens of a validation row, context only (record 21)
     micro_tokens: int = 4096  # tokens per device and micro-step, at least one row; 0: 65536
     warmup_steps: int = 0  # the learning rate rises linearly over these
-    cooldown_frac: float = 0.6  # share of the steps over which the rates are blended linearly into
-    final_lr_scale: float = 0.15  # this share of the base rates, where they stay for
-    final_frac: float = 0.021  # the last share of the steps
+    cooldown_frac: float = 0.6  # share of the steps before final_frac in which the rates fall
+    final_lr_scale: float = 0.15  # what they fall to, of the base rates
+    final_frac: float = 0.021  # share of the steps, the last ones, that are made at this rate
     # Optimizers
     optimizer: str = "muon"  # muon: matrices by Muon, the rest by Adam; adamw: all by AdamW
     muon_lr: float = 0.023  # spectral norm of a step, times sqrt(longer / shorter side)
-    muon_wd: float = 1.2  # where a step shrinks a weight, it shrinks by lr^2 * wd more
-    muon_momentum: tuple = (0.85, 0.95, 300, 50)  # from, to, steps up, down
+    muon_wd: float = 1.2  # where a step shrinks a weight, it shrinks by lr * rate * wd more
+    muon_momentum: tuple = (0.85, 0.95, 300, 50)  # from, to, steps up (record 9), steps down
     adam_lr: float = 0.008  # embedding, head and gates
     adam_beta1: float = 0.5  # decay of the gradient's mean; embedding and head, with adamw all
     adam_beta2: float = 0.95  # decay of its square's mean; the same
     adam_eps: float = 1e-10  # added to the root of the square's mean
-    adam_wd: float = 0.75  # embedding and head, as muon_wd; with adamw matrices too, by lr * wd
+    adam_wd: float = 0.75  # embedding, head, gates, as muon_wd; with adamw matrices too, lr * wd
     scalar_lr: float = 0.04  # learned scalars
     adamw_lr: float = 0.001  # everything, with --optimizer=adamw
     # Data
@@ -218,7 +227,7 @@ class Config:
     @property
     def spans(self):
         """[(stage, its first step, the step after its last)]."""
-        return list(zip(self.stages, self.bounds, self.bounds[1:], strict=False))
+        return list(zip(self.stages, self.bounds[:-1], self.bounds[1:], strict=True))
 
 
 SPEEDRUN = Config()
@@ -257,8 +266,8 @@ DEMO = Config(  # a minute and a half on two CPU cores
     target_loss=1.0,
 )
 PRESETS = {"speedrun": SPEEDRUN, "demo": DEMO}
-SPEEDRUN_SHARDS = 8  # training shards that hold the speedrun's tokens and what it does not read
-MAY_DIFFER = {  # between a run and its resumption
+SPEEDRUN_SHARDS = 8  # training shards that it needs, with what the packer leaves out
+MAY_DIFFER = {  # between a run and its resumption; a hash guards the data
     "val_every",
     "save_every",
     "log_every",
@@ -266,6 +275,10 @@ MAY_DIFFER = {  # between a run and its resumption
     "resume",
     "cpu_devices",
     "multihost",
+    "micro_tokens",
+    "head_block",
+    "train_files",
+    "val_files",
 }
 RETIRED = {  # flags of earlier versions, and what they are now
     "attn_block": "it is chosen by the row's length",
@@ -293,7 +306,6 @@ RETIRED = {  # flags of earlier versions, and what they are now
 }
 
 
-AT_LEAST_1 = "num_layers model_dim num_heads head_dim mlp_dim val_tokens max_epochs cpu_devices"
 CHOICES = {
     "attention": ("auto", "band", "xla"),
     "optimizer": ("muon", "adamw"),
@@ -301,19 +313,38 @@ CHOICES = {
     "residual_dtype": (None, "bfloat16", "float32"),
 }
 WORDS = {"true": True, "false": False, "none": None, "": ()}
-NAMES = [*Config.__annotations__]
-NAMES += [f"{table}.{name}" for table in ("stages", "val") for name in Stage.__annotations__]
+AT_LEAST_1 = (
+    "steps num_layers model_dim num_heads head_dim mlp_dim val_tokens max_epochs cpu_devices "
+    "log_every seq_len"
+).split()
+
+
+def field_types(row):
+    """{field: type} of a Config or a Stage."""
+    return {field.name: field.type for field in dataclasses.fields(row)}
+
+
+def flag_names(config):
+    """All flags of a Config, or of another architecture's subclass of it."""
+    names = set(field_types(config)) - {"stages", "val"}
+    names |= {f"stages.{name}" for name in field_types(Stage)}
+    return sorted(names | {"val.seq_len", "val.short", "val.long"})
 
 
 def read_words(argv):
     """The words of a command line, with those of each @FILE in its place. # begins a comment there.
 
-    Raises OSError for a file that is not there.
+    Raises OSError for a file that is not there, UsageError for one that cannot be read as words.
     """
     words = []
     for word in argv:
-        is_file = word.startswith("@")
-        words += shlex.split(Path(word[1:]).read_text(), comments=True) if is_file else [word]
+        if not word.startswith("@"):
+            words.append(word)
+            continue
+        try:
+            words += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+        except ValueError as error:
+            raise UsageError(f"{word}: {error}") from error
     return words
 
 
@@ -329,34 +360,42 @@ def parse_value(text, kind):
         value = kind(value)
     if kind is tuple and not isinstance(value, tuple):
         value = (value,)
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise TypeError(value)
+    is_bool = isinstance(value, bool)  # which is an int to Python
+    if not isinstance(value, kind) or is_bool != (kind is bool):
+        raise TypeError
+    hash(value)  # a list is no value
     return value
 
 
 def set_flag(row, flag, text):
-    """A Config, or a Stage of it, with one flag set. stages.end says how many rows there are."""
+    """A Config, or a Stage of it, with one flag set. stages.end says how many rows there are.
+
+    Raises what parse_value raises.
+    """
     name, _, column = flag.partition(".")
     value = getattr(row, name)
     if name == "stages":
         texts = re.split(r",(?![^(]*\))", text)  # at commas outside of parentheses
         count = len(texts) if column == "end" else len(value)
-        rows = (value + value[-1:] * count)[:count]
         texts = texts * count if len(texts) == 1 else texts
-        value = tuple(set_flag(*pair) for pair in zip(rows, [column] * count, texts, strict=True))
+        if len(texts) != count:
+            raise ValueError
+        rows = (value + value[-1:] * count)[:count]
+        columns = [column] * count
+        value = tuple(map(set_flag, rows, columns, texts))
     elif column:
         value = set_flag(value, column, text)
     else:
-        value = parse_value(text, type(row).__annotations__[name])
+        value = parse_value(text, field_types(row)[name])
     return replace(row, **{name: value})
 
 
-def get_flag(cfg, flag):
-    """What a flag is set to; of the stage table the column."""
+def flag_text(cfg, flag):
+    """What a flag is set to, as it is written; of the stage table the column."""
     table, _, name = flag.rpartition(".")
     if table == "stages":
-        return [getattr(stage, name) for stage in cfg.stages]
-    return getattr(cfg.val if table else cfg, name)
+        return ",".join(str(getattr(stage, name)) for stage in cfg.stages)
+    return str(getattr(cfg.val if table else cfg, name))
 
 
 def parse_flags(argv, preset="speedrun", presets=PRESETS):
@@ -364,19 +403,23 @@ def parse_flags(argv, preset="speedrun", presets=PRESETS):
 
     Raises UsageError for a flag that is not there, has another type or breaks a rule.
     """
-    pairs = [word.removeprefix("--").partition("=")[::2] for word in read_words(argv)]
-    preset = dict(pairs).get("preset", preset)
+    texts = dict(word.partition("=")[::2] for word in read_words(argv))  # the last one counts
+    preset = texts.get("--preset", preset)
     require(preset in presets, f"--preset={preset}: wanted {' or '.join(presets)}")
     cfg = presets[preset]
-    for flag, text in sorted(pairs, key=lambda pair: pair[0] != "stages.end"):
-        near = difflib.get_close_matches(flag, NAMES, n=1, cutoff=0)[0]
+    names = flag_names(cfg)
+    for word in sorted(texts, key=lambda word: word != "--stages.end"):  # the number of rows first
+        flag = word.removeprefix("--")
+        near = difflib.get_close_matches(flag, names, n=1, cutoff=0)[0]
         what = RETIRED.get(flag, f"the nearest is --{near}=VALUE")
-        require(flag in NAMES, f"--{flag}: there is no such flag; {what}")
+        require(word == f"--{flag}" and flag in names, f"{word}: there is no such flag; {what}")
         try:
-            cfg = set_flag(cfg, flag, text)
+            cfg = set_flag(cfg, flag, texts[word])
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-            wanted = f"wanted a value such as {get_flag(cfg, flag)}"
-            raise UsageError(f"--{flag}={text}: {wanted} ({error})") from error
+            wanted = f"a value such as {flag_text(cfg, flag)}"
+            if flag.startswith("stages."):
+                wanted += ", one for each stage or one for all"
+            raise UsageError(f"{word}={texts[word]}: wanted {wanted}") from error
     check(cfg)
     return cfg
 
@@ -386,33 +429,46 @@ def rules(cfg):
 
     The tracer finds other mistakes.
     """
-    for flag, value in vars(cfg).items():
-        if isinstance(value, (int, float)):
-            yield flag, (flag in AT_LEAST_1.split()) <= value < 1 << 31, "0 or more, mostly 1"
     for flag, choices in CHOICES.items():
         yield flag, getattr(cfg, flag) in choices, f"one of {choices}"
+    rows = [("", cfg), ("val.", cfg.val), *(("stages.", stage) for stage in cfg.stages)]
+    for table, row in rows:
+        for name, value in vars(row).items():
+            if isinstance(value, (int, float)):
+                least = int(name in AT_LEAST_1)
+                yield table + name, least <= value < 1 << 31, f"{least} or more"
+    yield "steps", cfg.steps < 1_000_000, "at most 999999"
+    yield "adam_beta1", cfg.adam_beta1 < 1, "less than 1"
+    yield "adam_beta2", cfg.adam_beta2 < 1, "less than 1"
+    yield "head_dim", cfg.head_dim % 4 == 0, "a multiple of 4, for half-RoPE"
+    yield "num_kv_heads", cfg.num_heads % cfg.kv_heads == 0, "a divisor of num_heads"
+    cap = cfg.softcap
+    yield "softcap", cap == () or (len(cap) == 3 and min(cap[:2]) > 0), "(A, B, C) or ()"
+    yield "muon_momentum", len(cfg.muon_momentum) == 4, "FROM,TO,STEPS,STEPS"
     blocks = range(cfg.num_layers)
     for flag in ("mlp_only", "long_layers", "offset_layers", "backout"):
-        yield flag, set(getattr(cfg, flag)) <= set(blocks), f"blocks below {cfg.num_layers}"
+        layers = getattr(cfg, flag)
+        distinct = len(set(layers)) == len(layers) and set(layers) <= set(blocks)
+        yield flag, distinct, f"different blocks below {cfg.num_layers}"
     for flag in ("skips", "late_inputs"):
         ordered = set(getattr(cfg, flag)) <= set(itertools.combinations(blocks, 2))
         yield flag, ordered, "pairs of an earlier and a later block, such as ((3, 6),)"
-    yield "steps", cfg.steps < 1_000_000, "at most 999999"
-    yield "num_kv_heads", cfg.num_heads % cfg.kv_heads == 0, "a divisor of num_heads"
-    yield "head_dim", cfg.head_dim % 4 == 0, "a multiple of 4, for half-RoPE"
-    yield "softcap", len(cfg.softcap) in (0, 3), "(A, B, C) or ()"
-    yield "muon_momentum", len(cfg.muon_momentum) == 4, "FROM,TO,STEPS,STEPS"
-    ends = [0, *get_flag(cfg, "stages.end")]
+    yield "mlp_only", len(cfg.mlp_only) < cfg.num_layers, "a block with attention left"
+    yield from schedule_rules(cfg)
+
+
+def schedule_rules(cfg):
+    """The same for stages and rows."""
+    ends = [0, *(stage.end for stage in cfg.stages)]
     rising = ends == sorted(set(ends)) and ends[-1] == 1
     yield "stages.end", rising, "rising shares of the steps, the last 1"
-    lengths = get_flag(cfg, "stages.seq_len")
+    longest = max(stage.seq_len for stage in cfg.stages)
     for stage in cfg.stages:
-        divides = stage.seq_len > 1 and max(lengths) % stage.seq_len == 0
-        yield "stages.seq_len", divides, "at least 2, divisors of the longest"
-        whole = stage.batch_tokens % stage.seq_len == 0 < stage.batch_tokens
+        yield "stages.seq_len", longest % stage.seq_len == 0, "divisors of the longest"
+        whole = stage.batch_tokens > 0 and stage.batch_tokens % stage.seq_len == 0
         yield "stages.batch_tokens", whole, "whole rows of stages.seq_len"
-    num_packed = sum(length > 0 for length in get_flag(cfg, "stages.doc_len"))
-    yield "stages.doc_len", num_packed in (0, len(cfg.stages)), "0 in all stages or in none"
+    is_packed = {stage.doc_len > 0 for stage in cfg.stages}
+    yield "stages.doc_len", len(is_packed) == 1, "0 in all stages or in none"
     yield "val_context", cfg.val_context < cfg.val.seq_len, "less than val.seq_len"
     largest_score = rotary(1, cfg.val, cfg)[2] * cfg.head_dim
     yield "attn_scale", largest_score <= 60, "less, or exp of a score overflows"
@@ -421,7 +477,7 @@ def rules(cfg):
 def check(cfg):
     """Raises UsageError for the first rule that is broken."""
     for flag, holds, wanted in rules(cfg):
-        require(holds, f"--{flag}={get_flag(cfg, flag)}: wanted {wanted}")
+        require(holds, f"--{flag}={flag_text(cfg, flag)}: wanted {wanted}")
 
 
 def print_help():
@@ -443,9 +499,7 @@ def product(spec, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=f32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(spec, x, w):
-    return product(spec, x, w)
+_matmul = jax.custom_vjp(product, nondiff_argnums=(0,))
 
 
 def _matmul_forward(spec, x, w):
@@ -484,13 +538,13 @@ class Spec:
     """One weight. Not a pytree node, so jax.tree sees each row as a leaf."""
 
     axes: str  # a word per array axis, "L D F"; HK is two axes merged
-    split: str  # the axis that is divided over the devices; "": each has a copy
+    split: str  # the axis divided over the devices, and Muon's units; "": each has a copy
     init: Callable  # (key, shape) -> float32 array
     group: str  # its row in optimizer_rules
     shape: tuple[int, ...] = ()  # with_shapes fills it in
 
 
-SCALAR_GROUPS = ("scalar", "stream", "mix")  # learned scalars stay float32 in the forward pass
+SCALAR_GROUPS = ("scalar", "stream", "mix")  # groups that stay float32 in the forward pass
 STACKED = ("attention", "blocks")  # parts of the table whose first axis is the layer
 
 
@@ -519,63 +573,59 @@ def axis_sizes(cfg):
         "GK": cfg.kv_heads * cfg.head_dim,
         "E": cfg.gate_dims,
         "V": cfg.padded_vocab,
-        "1": 1,
+        "smear": int(cfg.smear),
+        "backout": len(cfg.backout),
     }
 
 
 def with_shapes(specs, sizes):
-    """The table with every Spec.shape filled in from {axis: size}."""
-
-    def fill(spec):
+    """The table with every Spec.shape filled in from {axis: size}, without what has no size."""
+    table = {}
+    for name, spec in specs.items():
+        if isinstance(spec, dict):
+            table[name] = with_shapes(spec, sizes)
+            continue
         shape = tuple(sizes[axis] for axis in spec.axes.split())
-        return replace(spec, shape=shape)
-
-    return jax.tree.map(fill, specs)
+        if 0 not in shape:
+            table[name] = replace(spec, shape=shape)
+    return table
 
 
 def param_specs(cfg):
-    """Config -> the weight table, a nested dict of Spec.
+    """Config -> the weight table, a nested dict of Spec. A row of no size is left out.
 
-    w_down begins at zero (modded-nanogpt, October 2024) and w_out does not (record 64), so blocks
+    w_down begins at zero (records 3 to 8; gain 0.009) and w_out does not (record 64), so blocks
     start as attention alone.
     """
     matrix = uniform(0.5 * cfg.model_dim**-0.5)
-    table = normal(0.005)
-    attention = {
-        "w_q": Spec("I D HK", "HK", matrix, "muon"),
-        "w_k": Spec("I D GK", "GK", matrix, "muon"),
-        "w_v": Spec("I D GK", "GK", matrix, "muon"),
-        "w_out": Spec("I HK D", "HK", matrix, "muon"),
-        # learned weights of the stream, of what is added to it (in the record 0.5), and of the
-        # first embedding, which re-enters; gain of all 0.042
-        "x_mix": Spec("I", "", constant(1.1**0.5), "stream"),
-        "y_mix": Spec("I", "", constant(1.0), "mix"),
-        "x0_mix": Spec("I", "", constant(0.0), "mix"),
-    }
-    blocks = {
-        "w_up": Spec("L D F", "F", matrix, "muon"),
-        "w_down": Spec("L F D", "F", constant(0.0), "muon_down"),
-        "x_mix": Spec("L", "", constant(1.1**0.5), "stream"),
-        "y_mix": Spec("L", "", constant(1.0), "mix"),
-    }
+    table_row = normal(0.005)
     specs = {
-        "embed": Spec("V D", "V", table, "embed"),
-        "head": Spec("V D", "V", table, "head"),
-        "attention": attention,
-        "blocks": blocks,
+        "embed": Spec("V D", "V", table_row, "embed"),
+        "head": Spec("V D", "V", table_row, "head"),
+        "attention": {
+            "w_q": Spec("I D HK", "HK", matrix, "muon"),
+            "w_k": Spec("I D GK", "GK", matrix, "muon"),
+            "w_v": Spec("I D GK", "GK", matrix, "muon"),
+            "w_out": Spec("I HK D", "HK", matrix, "muon"),
+            "gate": Spec("I E H", "", constant(0.0), "gate"),
+            # learned weights of the stream, of attention's output (in the record 0.5 at first) and
+            # of the first embedding, which re-enters (records 9, 45, 73); gain of all 0.042
+            "x_mix": Spec("I", "", constant(1.1**0.5), "stream"),
+            "y_mix": Spec("I", "", constant(1.0), "mix"),
+            "x0_mix": Spec("I", "", constant(0.0), "mix"),
+        },
+        "blocks": {
+            "w_up": Spec("L D F", "F", matrix, "muon"),
+            "w_down": Spec("L F D", "F", constant(0.0), "muon_down"),
+            "x_mix": Spec("L", "", constant(1.1**0.5), "stream"),
+            "y_mix": Spec("L", "", constant(1.0), "mix"),
+        },
+        "skip_mix": Spec("J", "", constant(-1.5), "scalar"),
+        "skip_gate": Spec("E J", "", constant(0.0), "skip_gate"),
+        "smear_mix": Spec("smear", "", constant(0.0), "scalar"),
+        "smear_gate": Spec("E smear", "", constant(0.0), "smear_gate"),
+        "backout_mix": Spec("backout", "", constant(0.5), "scalar"),
     }
-    if cfg.gate_dims:
-        attention["gate"] = Spec("I E H", "", constant(0.0), "gate")
-    if cfg.skips:
-        specs["skip_mix"] = Spec("J", "", constant(-1.5), "scalar")
-    if cfg.skips and cfg.gate_dims:
-        specs["skip_gate"] = Spec("E J", "", constant(0.0), "skip_gate")
-    if cfg.smear:
-        specs["smear_mix"] = Spec("1", "", constant(0.0), "scalar")
-    if cfg.smear and cfg.gate_dims:
-        specs["smear_gate"] = Spec("E 1", "", constant(0.0), "smear_gate")
-    if cfg.backout:
-        specs["backout_mix"] = Spec("1", "", constant(0.5), "scalar")
     return with_shapes(specs, axis_sizes(cfg))
 
 
@@ -611,24 +661,22 @@ def unstack(weights):
 
     Their gradients are then stacked once; those of slices of a stack would be summed L times.
     """
-
-    def layers(stack):
-        num_layers = len(jax.tree.leaves(stack)[0])
-        return [{name: w[i] for name, w in stack.items()} for i in range(num_layers)]
-
-    return {name: layers(part) if name in STACKED else part for name, part in weights.items()}
+    layers = dict(weights)
+    for part in STACKED:
+        num_layers = len(jax.tree.leaves(weights[part])[0])
+        layers[part] = [{k: w[i] for k, w in weights[part].items()} for i in range(num_layers)]
+    return layers
 
 
 def restack(weights):
     """The inverse of unstack."""
-
-    def stack(layers):
-        return jax.tree.map(lambda *w: jnp.stack(w), *layers)
-
-    return {name: stack(part) if name in STACKED else part for name, part in weights.items()}
+    stacks = {part: tree_map(lambda *w: jnp.stack(w), *weights[part]) for part in STACKED}
+    return weights | stacks
 
 
 # ---- Model ---------------------------------------------------------------------------------------
+# A GPT with pre-norm blocks, ReLU^2 MLPs, windows, and normed queries and keys (arXiv:2010.04245,
+# records 3 to 8).
 
 
 def rms_norm(x):
@@ -663,14 +711,11 @@ def rotary(num_positions, stage, cfg):
     """
     rate_K4 = 1024.0 ** -np.linspace(0, 1, cfg.head_dim // 4)
     scale = cfg.attn_scale
-    last = cfg.stages.index(stage) if stage in cfg.stages else len(cfg.stages) - 1
-    longest = []
-    for row in cfg.stages[: last + 1]:
-        windows = [window_of(i, row, cfg) or row.seq_len for i in range(cfg.num_layers)]
-        longest.append(max(windows))
+    rows = cfg.stages[: cfg.stages.index(stage) + 1] if stage in cfg.stages else cfg.stages
+    layers = range(cfg.num_layers)
+    longest = [max(window_of(i, row, cfg) or row.seq_len for i in layers) for row in rows]
     for old, new in itertools.pairwise(itertools.accumulate(longest, max)):
-        turns = old * rate_K4 / (2 * np.pi)
-        keep = np.clip((turns - 1) / 31, 0, 1)
+        keep = np.clip((old * rate_K4 / (2 * np.pi) - 1) / 31, 0, 1)
         rate_K4 = rate_K4 * (keep + (1 - keep) * old / new)
         scale *= 1 + 0.2 * math.log(new / old)
     angle_SK = np.outer(np.arange(num_positions), np.pad(rate_K4, (0, len(rate_K4))))
@@ -679,7 +724,7 @@ def rotary(num_positions, stage, cfg):
 
 def rotate(x_BTHK, cos_TK, sin_TK):
     """Turn dims (j, j + K/2) of each head by its position's angles."""
-    cos, sin = cos_TK[None, :, None], sin_TK[None, :, None]
+    cos, sin = (table[None, :, None] for table in (cos_TK, sin_TK))
     a, b = jnp.split(x_BTHK.astype(f32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return turned.astype(x_BTHK.dtype)
@@ -733,11 +778,13 @@ def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
 
 
 def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
-    """The same by the kernels at the end of this file, for rows of a multiple of 256 tokens."""
+    """The same by the kernels at the end of this file, with cos and sin in compute_dtype.
+
+    For rows of a multiple of 256 tokens.
+    """
     *table, scale = table
     length = q_BTN.shape[1]
-    window = min(window or length, length)
-    band = Band(length, window, math.gcd(length, 1024), scale, cfg.num_heads)
+    band = Band(length, window or length, math.gcd(length, 1024), scale, cfg.num_heads)
     inputs = (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table))
     return banded(first_BT[:, None, None], gate_BTH.mT[:, :, None], *inputs, band)
 
@@ -747,16 +794,14 @@ ATTENTION = {"xla": attention_xla, "band": attention_band}
 
 def choose_attention(cfg, platform):
     """The Config with --attention=auto settled. Raises UsageError where band cannot run."""
-    rows = [stage.seq_len for stage in (*cfg.stages, cfg.val)]
-    lies_in_memory = max(rows) * cfg.head_dim <= 1 << 21  # of one head, in fast memory
-    fits = lies_in_memory and cfg.head_dim % 128 == 0 and all(row % TILE == 0 for row in rows)
-    can_band = fits and cfg.compute_dtype == "bfloat16" and platform == "tpu"
+    rows = {stage.seq_len for stage in (*cfg.stages, cfg.val)}
+    # a row of one head lies in fast memory
+    fits = all(row % TILE == 0 and row * cfg.head_dim <= 1 << 21 for row in rows)
+    wide = cfg.head_dim % 128 == 0 and cfg.compute_dtype == "bfloat16"
+    best = "band" if platform == "tpu" and fits and wide else "xla"
     wanted = f"head_dim in 128s, rows in {TILE}s of at most 2^21 / head_dim tokens, bfloat16"
-    asked = cfg.attention == "band"
-    require(can_band or not asked, f"--attention=band: wanted a TPU, {wanted}; or auto")
-    if cfg.attention == "auto":
-        return replace(cfg, attention="band" if can_band else "xla")
-    return cfg
+    require(cfg.attention in (best, "auto", "xla"), f"--attention=band: wanted a TPU, {wanted}")
+    return replace(cfg, attention=best) if cfg.attention == "auto" else cfg
 
 
 def offset_keys(k_BSN, starts_BS, cfg):
@@ -772,7 +817,10 @@ def offset_keys(k_BSN, starts_BS, cfg):
 
 
 def gate(x_BTD, w_EH):
-    """Between 0 and 1 for each head, from the first few dims of x; one half without weights."""
+    """Between 0 and 1 for each column of w, from the first few dims of x.
+
+    Without weights one half, which is what weights of zero begin with.
+    """
     if w_EH is None:
         return 0.5
     return jax.nn.sigmoid(matmul("BTE,EH->BTH", x_BTD[:, :, : len(w_EH)], w_EH, f32))
@@ -783,10 +831,8 @@ def attention(x_BTD, p, attend, cfg):
 
     The gates are record 28's; gain of all gates 0.009.
     """
-    if "gate" in p:
-        gate_BTH = gate(x_BTD, p["gate"])
-    else:
-        gate_BTH = jnp.ones((*x_BTD.shape[:2], cfg.num_heads), f32)
+    ungated_BTH = jnp.ones((*x_BTD.shape[:2], cfg.num_heads), f32)
+    gate_BTH = gate(x_BTD, p["gate"]) if "gate" in p else ungated_BTH
     qkv = (matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v"))
     y_BTN = attend(*qkv, gate_BTH)
     return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype)
@@ -825,53 +871,47 @@ def attend_row(tokens_BT, stage, cfg):
         if layer in cfg.offset_layers:
             k_BTN = offset_keys(k_BTN, document_BT == position_1T, cfg)
         first_BT = jnp.maximum(document_BT, position_1T - window) if window else document_BT
-        core = ATTENTION.get(cfg.attention, attention_xla)
+        core = ATTENTION.get(cfg.attention, attention_xla)  # xla where auto was not settled
         return core(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg)
 
     return attend
-
-
-def smear(e_BTD, weights, cfg):
-    """A gated share of the embedding before (record 34; gain 0.020, after 8M tokens -0.002)."""
-    share_BT1 = weights["smear_mix"][0] * gate(e_BTD, weights.get("smear_gate"))
-    return weighted_sum(cfg.stream_dtype, (1, e_BTD), (share_BT1, before(e_BTD)))
-
-
-def skip(j, source_BTD, x_BTD, x0_BTD, weights, cfg):
-    """x + sigmoid(skip_mix) * 2 gate * source (records 11, 45 and 55; gain -0.001)."""
-    open_BT1 = gate(x0_BTD, weights["skip_gate"][:, j : j + 1] if cfg.gate_dims else None)
-    share_BT1 = 2 * jax.nn.sigmoid(weights["skip_mix"][j]) * open_BT1
-    return weighted_sum(cfg.stream_dtype, (1, x_BTD), (share_BT1, source_BTD))
 
 
 def forward(weights, tokens_BT, embedded_BTD, stage, cfg, attend=None):
     """Tokens and their embeddings -> normed final activations [B, T, D].
 
     weights: compute copies, layers unstacked. embedded_BTD: weights["embed"][tokens_BT].
-    attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH) -> y_BTN: in place of attend_row's, one with a
-    cache, say. A sublayer is x <- x_mix x + y_mix f(rms_norm(x)) (+ x0_mix x0), with learned
-    scalars (records 9 and 73).
+    attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH) -> y_BTN stands in for attend_row's: one with a KV
+    cache, say (smear and key offset read the token before as well). A sublayer is
+    x <- x_mix x + y_mix f(rms_norm(x)) (+ x0_mix x0), with learned scalars.
     """
     attend = attend or attend_row(tokens_BT, stage, cfg)
     mix = functools.partial(weighted_sum, cfg.stream_dtype)
     e_BTD = embedded_BTD.astype(cfg.stream_dtype)
-    x_BTD = x0_BTD = rms_norm(smear(e_BTD, weights, cfg) if cfg.smear else e_BTD)
+    if cfg.smear:  # a share of the embedding before, across documents as in the record
+        # (record 34; gain 0.020, after 8M tokens, one seed, -0.002)
+        share_BT1 = weights["smear_mix"][0] * gate(e_BTD, weights.get("smear_gate"))
+        e_BTD = mix((1, e_BTD), (share_BT1, before(e_BTD)))
+    x_BTD = x0_BTD = rms_norm(e_BTD)
     late = {reader: source for source, reader in cfg.late_inputs}
-    heads = iter(weights["attention"])
+    attentions = iter(weights["attention"])
     after = {}  # block -> the stream after it
     for i, p in enumerate(weights["blocks"]):
         for j, (source, destination) in enumerate(cfg.skips):
-            if destination == i:
-                x_BTD = skip(j, after[source], x_BTD, x0_BTD, weights, cfg)
+            if destination == i:  # records 11, 45 and 55; gain -0.001
+                w_E1 = weights["skip_gate"][:, j : j + 1] if cfg.gate_dims else None
+                share_BT1 = 2 * jax.nn.sigmoid(weights["skip_mix"][j]) * gate(x0_BTD, w_E1)
+                x_BTD = mix((1, x_BTD), (share_BT1, after[source]))
         if i not in cfg.mlp_only:
-            h = next(heads)
-            read_BTD = after[late[i]] if i in late else x_BTD  # record 77; in four layers no gain
-            y_BTD = attention(rms_norm(read_BTD), h, functools.partial(attend, i), cfg)
-            x_BTD = mix((h["x_mix"], x_BTD), (h["y_mix"], y_BTD), (h["x0_mix"], x0_BTD))
+            a = next(attentions)
+            # a layer that reads an earlier stream: record 77; gain in a model of 4 layers -0.001
+            read_BTD = after[late[i]] if i in late else x_BTD
+            y_BTD = attention(rms_norm(read_BTD), a, functools.partial(attend, i), cfg)
+            x_BTD = mix((a["x_mix"], x_BTD), (a["y_mix"], y_BTD), (a["x0_mix"], x0_BTD))
         x_BTD = mix((p["x_mix"], x_BTD), (p["y_mix"], mlp(rms_norm(x_BTD), p)))
         after[i] = x_BTD
-    for i in cfg.backout:  # record 40; gain 0.003
-        x_BTD = mix((1, x_BTD), (-weights["backout_mix"][0], after[i]))
+    for j, i in enumerate(cfg.backout):  # record 40; gain 0.003
+        x_BTD = mix((1, x_BTD), (-weights["backout_mix"][j], after[i]))
     return rms_norm(x_BTD)
 
 
@@ -896,42 +936,37 @@ def softcapped_logits(x_ND, head_VD, cfg):
     return jnp.where(used_1V, z_NV, -1e15)
 
 
-def _log_partition_block(x_ND, x_DN, weight_N1, head_VD, cfg):
-    """One block of _log_partition_forward: (sum of w log Z, its dhead [D, V], its dx [N, D])."""
-    height, width, _ = cfg.softcap or (math.inf, math.inf, 0)
-    logits_NV = softcapped_logits(x_ND, head_VD, cfg)
-    if height < 60:  # exp of such logits needs no maximum
-        top_N1 = 0.0
-    else:
-        top_N1 = jnp.max(logits_NV, axis=1, keepdims=True)
-    exp_NV = jnp.exp(logits_NV - top_N1)
-    slope_NV = 1 - jnp.square(logits_NV / height) if cfg.softcap else 1.0
-    p_NV = (exp_NV * slope_NV).astype(head_VD.dtype)
-    sum_N1 = jnp.sum(exp_NV, axis=1, keepdims=True)
-    p_NV, sum_N1 = lax.optimization_barrier((p_NV, sum_N1))  # else XLA recomputes the logits
-    nats = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1))
-    scale_N1 = weight_N1 / sum_N1 * (height / width if cfg.softcap else 1)
-    dhead_DV = product("DN,NV->DV", (x_DN * scale_N1.T).astype(head_VD.dtype), p_NV)
-    return nats, dhead_DV, product("NV,VD->ND", p_NV, head_VD) * scale_N1
-
-
 def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
-    """The loss's larger half with its gradient, by blocks of head_block tokens.
+    """(sum of w log Z, its gradients by x [N, D] and head [V, D]), by blocks of head_block tokens.
 
     With logits l = softcap(x head^T) and Z = sum_v exp(l_v), the gradient of w log Z is
     w / Z exp(l) l'. One array [N, V] is stored, exp(l) (1 - (l / height)^2), in head_VD's dtype;
     w / Z and height / width go to the narrow side of two more matmuls. The label is no part of it
     (predicted for a v6e-8: 16.2 ms a step, 21.6 with the label in it).
     """
+    height, width, _ = cfg.softcap or (math.inf, math.inf, 0)
+
+    def block(totals, rows):
+        x_ND, x_DN, weight_N1 = rows
+        logits_NV = softcapped_logits(x_ND, head_VD, cfg)
+        top_N1 = 0.0  # exp of capped logits needs no maximum
+        if height > 60:
+            top_N1 = jnp.max(logits_NV, axis=1, keepdims=True)
+        exp_NV = jnp.exp(logits_NV - top_N1)
+        slope_NV = 1 - jnp.square(logits_NV / height) if cfg.softcap else 1.0
+        p_NV = (exp_NV * slope_NV).astype(head_VD.dtype)
+        sum_N1 = jnp.sum(exp_NV, axis=1, keepdims=True)
+        p_NV, sum_N1 = lax.optimization_barrier((p_NV, sum_N1))  # else XLA recomputes the logits
+        nats = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1))
+        scale_N1 = weight_N1 / sum_N1 * (height / width if cfg.softcap else 1)
+        dhead_DV = product("DN,NV->DV", (x_DN * scale_N1.T).astype(head_VD.dtype), p_NV)
+        dx_ND = product("NV,VD->ND", p_NV, head_VD) * scale_N1
+        return (totals[0] + nats, totals[1] + dhead_DV), dx_ND
+
     divides = cfg.head_block and len(x_ND) % cfg.head_block == 0
     size = cfg.head_block if divides else len(x_ND)
     x_CND = rearrange(x_ND, "(C N) D -> C N D", N=size)
     weight_CN1 = rearrange(weight_N, "(C N) -> C N 1", N=size)
-
-    def block(totals, rows):
-        nats, dhead_DV, dx_ND = _log_partition_block(*rows, head_VD, cfg)
-        return (totals[0] + nats, totals[1] + dhead_DV), dx_ND
-
     # x goes in both ways round: XLA's CPU would widen a bf16 matmul that sums over the first axis
     start = f32(0), jnp.zeros(head_VD.shape[::-1], f32)
     (nats, dhead_DV), dx_CND = lax.scan(block, start, (x_CND, x_CND.mT, weight_CN1))
@@ -953,6 +988,8 @@ def _log_partition_backward(cfg, saved, g):
 log_partition.defvjp(_log_partition_forward, _log_partition_backward)
 
 
+# Rows that gpt_loss gets looked up, so that their gradients are summed once a step: {name: (table,
+# ids)}. inputs are rows of the embedding, labels those of the head that belong to the targets.
 LOOKUPS = {"inputs": ("embed", "tokens"), "labels": ("head", "targets")}
 
 
@@ -967,10 +1004,10 @@ def gpt_loss(weights, batch, key, stage, cfg):
     x_BTD = forward(weights, batch["tokens"], batch["inputs"], stage, cfg)
     x_BTD = x_BTD.astype(weights["head"].dtype)
     shares = [1.0, *ahead_weights(batch["step"], stage, cfg)]
-    nats, total_BT = 0.0, 0.0
+    nats = total_BT = 0.0
     for k, share in enumerate(shares):  # the (k + 1)-th next token is k places further left
         weight_BT = jnp.pad(batch["weights"][:, k:], ((0, 0), (0, k))) * (share / sum(shares))
-        label_BTD = jnp.pad(batch["labels"][:, k:], ((0, 0), (0, k), (0, 0)))
+        label_BTD = jnp.roll(batch["labels"], -k, axis=1)
         logit_BT = jnp.sum(x_BTD.astype(f32) * label_BTD.astype(f32), axis=-1)
         nats -= jnp.sum(weight_BT * softcap(logit_BT, cfg))
         total_BT += weight_BT
@@ -992,19 +1029,15 @@ def next_logits(weights, tokens_BT, cfg):
 # program runs, are Python numbers.
 
 
-def ramp(step, steps, values):
-    """Piecewise linear through (steps, values), constant outside."""
+def ramp(step, start, end):
+    """0 until start, then straight up to 1 at end."""
     clip = np.clip if isinstance(step, int) else jnp.clip  # a Python step needs no device
-    result = values[0]
-    points = zip(steps, values, strict=True)
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        result = result + (y1 - y0) * clip((step - x0) / max(x1 - x0, 1e-9), 0.0, 1.0)
-    return result
+    return clip((step - start) / max(end - start, 1e-9), 0.0, 1.0)
 
 
 def stage_at(step, cfg):
     """The number of the stage that a step, counted from 0, belongs to."""
-    return next(i for i, end in enumerate(cfg.bounds[1:]) if step < end)
+    return bisect.bisect_right(cfg.bounds, step) - 1
 
 
 def tokens_before(step, cfg):
@@ -1021,21 +1054,21 @@ def lr_scale(step, stage, cfg):
     It is blended linearly into final_lr_scale, where it stays for the last steps.
     """
     last = (1 - cfg.final_frac) * cfg.steps
-    share = ramp(step, [(1 - cfg.cooldown_frac) * last, last], [1.0, 0.0])
-    warmup = ramp(step, [-1.0, float(cfg.warmup_steps)], [0.0, 1.0])
+    share = 1.0 - ramp(step, (1 - cfg.cooldown_frac) * last, last)
+    warmup = ramp(step, -1.0, float(cfg.warmup_steps))
     return (stage.lr * share + cfg.final_lr_scale * (1 - share)) * warmup
 
 
 def muon_momentum(step, cfg):
-    """From low to high over the first steps, and back over the last. In a run that is shorter than
-    the rise it goes back by as much as it rose."""
+    """From low to high over the first steps, and back over the last.
+
+    In a run that is shorter than the rise it goes back by as much as it rose.
+    """
     low, high, up, down = cfg.muon_momentum
-
-    def rise(step):
-        return ramp(step, [0.0, max(up, 1.0)], [low, high])
-
-    fall = ramp(step, [cfg.steps - down, float(cfg.steps)], [0.0, low - rise(cfg.steps - down)])
-    return rise(step) + fall
+    fall_start = cfg.steps - down
+    highest = low + (high - low) * ramp(fall_start, 0.0, max(up, 1.0))
+    rise = low + (high - low) * ramp(step, 0.0, max(up, 1.0))
+    return rise + (low - highest) * ramp(step, fall_start, float(cfg.steps))
 
 
 def ahead_weights(step, stage, cfg):
@@ -1044,14 +1077,15 @@ def ahead_weights(step, stage, cfg):
         return []
     i = cfg.stages.index(stage)
     *others, last = stage.ahead
-    return [*others, last * ramp(step, cfg.bounds[i : i + 2], [1.0, 0.0])]
+    return [*others, last * (1.0 - ramp(step, cfg.bounds[i], cfg.bounds[i + 1]))]
 
 
 # ---- Optimizers ----------------------------------------------------------------------------------
 # A rule says how a group of weights is updated. Its `slots` names the optimizer state of a weight,
 # its `direction` turns a gradient into a step of about unit size. Another optimizer is another
-# class with both, and a row in optimizer_rules. Cautious decay (arXiv:2510.12402, records 43 and
-# 50; gain of decay 0.004, of caution -0.004) shrinks a weight only where the step does so too.
+# class with lr, wd, cautious and these two, and a row in optimizer_rules. Cautious decay
+# (arXiv:2510.12402, records 43 and 50; gain of decay 0.004, of caution -0.004) shrinks a weight
+# only where the step does so too.
 
 
 class Adam(NamedTuple):
@@ -1080,7 +1114,9 @@ class Adam(NamedTuple):
 class Muon(NamedTuple):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with NorMuon's unit scales.
 
-    `direction` is the momentum alone; `update` orthogonalizes all of Muon's matrices together.
+    `direction` is the momentum alone; `update` orthogonalizes all of Muon's matrices together. Its
+    weights are stacks [L, M, N] that name a split axis. The largest singular value of a step is
+    about lr * sqrt(longer / shorter side).
     """
 
     lr: float
@@ -1198,19 +1234,19 @@ def equalize_units(x_LMN, square_L1N, is_split, beta2=0.9):
     return y_LMN * jnp.sqrt(ratio), square_L1N
 
 
-def turned(x, spec):
+def split_last(x, spec):
     """A matrix with its split axis last; its own inverse."""
-    return x if spec.axes.endswith(spec.split) else x.mT
+    return x if spec.axes.split()[-1] == spec.split else x.mT
 
 
 def orthogonal_steps(directions, slots, specs, num_devices, cfg):
     """Muon's steps from its momenta: orthogonalized, then equalized. Yields (step, slots)."""
     are_split = [split_axis(spec, num_devices) is not None and num_devices > 1 for spec in specs]
-    wide = list(map(turned, directions, specs))
+    wide = list(map(split_last, directions, specs))
     orthogonal = orthogonalize_all(wide, are_split, cfg.compute_dtype)
     for x, spec, slot, is_split in zip(orthogonal, specs, slots, are_split, strict=True):
-        x, square = equalize_units(x, turned(slot["square"], spec), is_split)
-        yield turned(x, spec), slot | {"square": turned(square, spec)}
+        x, square = equalize_units(x, split_last(slot["square"], spec), is_split)
+        yield split_last(x, spec), slot | {"square": split_last(square, spec)}
 
 
 def move(p, direction, rule, spec, scale):
@@ -1235,8 +1271,8 @@ def update(state, grads, stage, specs, rules, num_devices, cfg):
         directions.append(direction)
     muon = [i for i, rule in enumerate(rules) if isinstance(rule, Muon)]
     picked = ([values[i] for i in muon] for values in (directions, slots, specs))
-    for i, step in zip(muon, orthogonal_steps(*picked, num_devices, cfg), strict=True):
-        directions[i], slots[i] = step
+    for i, result in zip(muon, orthogonal_steps(*picked, num_devices, cfg), strict=True):
+        directions[i], slots[i] = result
     scale = lr_scale(state.step, stage, cfg)
     leaves = zip(params, directions, rules, specs, strict=True)
     return tree.unflatten(move(*leaf, scale) for leaf in leaves), tree.unflatten(slots)
@@ -1255,15 +1291,18 @@ class Shards(NamedTuple):
     paths: list  # of Path
     tokens: list  # of uint16 arrays, memory-mapped
     meta: dict  # tokenizer, vocab_size, bos_id
-    sha256: list = []  # of each file
+    sha256: tuple = ()  # of each file
+
+    def rows(self):
+        """[(path, tokens, SHA-256)] of each file."""
+        return list(zip(self.paths, self.tokens, self.sha256, strict=True))
 
 
 def write_file(path, blob):
-    """Write bytes under another name, then rename. A file that holds them already is left alone."""
-    if not path.is_file() or path.read_bytes() != blob:
-        staging = path.with_suffix(f".{os.getpid()}")
-        staging.write_bytes(blob)
-        staging.replace(path)
+    """Write bytes under another name, then rename: the file is there whole or not at all."""
+    staging = path.with_suffix(f".{os.getpid()}")
+    staging.write_bytes(blob)
+    staging.replace(path)
 
 
 def write_shard(path, tokens):
@@ -1291,9 +1330,7 @@ def open_shard(path):
 
 
 def find_shards(pattern):
-    """Paths that match a glob, from here or else from this file's folder."""
-    paths = glob.glob(pattern) or (glob.glob(str(ROOT / pattern)) if pattern else [])
-    return [Path(path) for path in sorted(paths)]
+    return [Path(path) for path in sorted(glob.glob(pattern))]
 
 
 def read_meta(file):
@@ -1305,9 +1342,8 @@ def read_meta(file):
         return {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-        kinds = {"tokenizer": str, "vocab_size": int, "bos_id": int}
-        return {name: kind(meta[name]) for name, kind in kinds.items()}
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        return {name: meta[name] for name in ("tokenizer", "vocab_size", "bos_id")}
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UsageError(f"{file}: wanted tokenizer, vocab_size and bos_id ({error!r})") from error
 
 
@@ -1337,22 +1373,28 @@ def plan_stream(shards, cfg):
     for tokens in shards.tokens:
         starts = range(0, len(tokens) - block, block)
         blocks += [tokens[start : start + block + 1] for start in starts]
-    order = np.arange(len(blocks))
+    epoch_tokens = block * len(blocks)
+
+    @functools.cache
+    def order(epoch):
+        generator = np.random.default_rng([cfg.seed, epoch])
+        return generator.permutation(len(blocks)) if cfg.shuffle else np.arange(len(blocks))
+
+    def row_at(position, length):
+        epoch, within = divmod(position, epoch_tokens)
+        tokens = blocks[order(epoch)[within // block]]
+        return [tokens[within % block :][: length + 1]]
+
     position = 0
     for stage, first, last in cfg.spans:
         position += -position % stage.seq_len  # rows never cross a block
         for _ in range(first, last):
-            rows = []
-            for _ in range(stage.batch_tokens // stage.seq_len):
-                epoch, within = divmod(position, block * len(blocks) or 1)
-                if epoch >= cfg.max_epochs or not blocks:
-                    return
-                if within == 0 and cfg.shuffle:
-                    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(blocks))
-                tokens = blocks[order[within // block]]
-                rows.append([tokens[within % block :][: stage.seq_len + 1]])
-                position += stage.seq_len
-            yield rows, position
+            end = position + stage.batch_tokens
+            if end > cfg.max_epochs * epoch_tokens:  # no tokens are left
+                return
+            starts = range(position, end, stage.seq_len)
+            yield [row_at(start, stage.seq_len) for start in starts], end
+            position = end
 
 
 def each_document(shards, cfg):
@@ -1370,7 +1412,9 @@ def pack_row(pool, documents, stage):
     pool: a sorted list of (length, order, document), filled up from the iterator `documents`. A
     row takes the longest that fits while one does, then the shortest, cut.
     """
-    row, read, room = [], 0, stage.seq_len + 1
+    row = []
+    read = 0
+    room = stage.seq_len + 1
     while room:
         for order, document in itertools.islice(documents, POOL - len(pool)):
             bisect.insort(pool, (min(len(document), stage.doc_len), order, document))
@@ -1390,7 +1434,8 @@ def plan_packed(shards, cfg):
     What is cut off at doc_len is not trained on, as in the records.
     """
     documents = enumerate(each_document(shards, cfg))
-    pool, read = [], 0
+    pool = []
+    read = 0
     for stage, first, last in cfg.spans:
         pool = sorted((min(len(doc), stage.doc_len), order, doc) for _, order, doc in pool)
         for _ in range(first, last):
@@ -1398,7 +1443,7 @@ def plan_packed(shards, cfg):
             for _ in range(stage.batch_tokens // stage.seq_len):
                 row, more = pack_row(pool, documents, stage)
                 read += more
-                if row is None:
+                if row is None:  # no documents are left
                     return
                 rows.append(row)
             yield rows, read
@@ -1479,7 +1524,7 @@ def cache_dir():
 
 
 NOT_CORPUS = (
-    "(test|tests|idle_test|site-packages|dist-packages|encodings|pydoc_data|lib2to3|distutils"
+    "(^|/)(test|tests|idle_test|site-packages|dist-packages|encodings|pydoc_data|lib2to3|distutils"
     "|turtledemo|ensurepip|__pycache__)/|_sysconfigdata[^/]*$"
 )
 
@@ -1495,7 +1540,7 @@ def embedded_corpus():
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         path = root / name
         is_text = path.is_file() and path.stat().st_size <= 200_000
-        if is_text and not re.search(f"(^|/){NOT_CORPUS}", name):
+        if is_text and not re.search(NOT_CORPUS, name):
             split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
             parts[split] += [np.array([256], np.uint16), np.fromfile(path, np.uint8)]
     count = sum(map(len, parts.values())) // 2
@@ -1523,11 +1568,10 @@ def check_tokens(train, val, cfg):
     """Raises UsageError where the shards do not fit each other or the Config."""
     fits = val.meta == train.meta
     require(fits, f"{val.paths[0]}: made with {val.meta}, training with {train.meta}")
-    for shards in (train, val):
-        for path, tokens in zip(shards.paths, shards.tokens, strict=True):
-            fits = tokens.max() < min(cfg.vocab_size, NO_TOKEN)
-            text = f"{path}: holds token {tokens.max()}, --vocab_size is {cfg.vocab_size}"
-            require(fits, f"{text}. If another tokenizer made it, its meta.json must say so")
+    for path, tokens, _ in train.rows() + val.rows():
+        fits = tokens.max() < min(cfg.vocab_size, NO_TOKEN)
+        text = f"{path}: holds token {tokens.max()}, --vocab_size is {cfg.vocab_size}"
+        require(fits, f"{text}. If another tokenizer made it, its meta.json must say so")
     spare = len(val.tokens[0]) - 1 - cfg.val_tokens
     require(spare >= 0, f"{val.paths[0]}: {-spare} too short for --val_tokens={cfg.val_tokens}")
 
@@ -1563,13 +1607,17 @@ class State(NamedTuple):
     opt_state: dict  # as params, each leaf a dict of the rule's slots
 
 
+def as_it_is(state, cfg):
+    return state
+
+
 class Model(NamedTuple):
     """All that the loop asks of an architecture. GPT, below, is this file's.
 
     Stacks under the names of STACKED arrive in loss and logits as lists of layers.
     """
 
-    presets: dict  # {name: Config}, instances of one Config class
+    presets: dict  # {name: Config}, of one class, as PRESETS: speedrun, and demo for CPUs
     specs: Callable  # (cfg) -> nested dict of Spec
     rules: Callable  # (cfg) -> {group: rule}
     loss: Callable  # (weights, batch, key, stage, cfg) -> (summed nats, summed weight)
@@ -1578,7 +1626,7 @@ class Model(NamedTuple):
     # {name: (table, ids)}: loss finds the table's rows at batch[ids] as batch[name]
     lookups: dict = {}
     # (state, cfg) -> State: what training starts from in place of first values, as a checkpoint
-    first_state: Callable = lambda state, cfg: state
+    first_state: Callable = as_it_is
 
 
 GPT = Model(PRESETS, param_specs, optimizer_rules, gpt_loss, next_logits, lookups=LOOKUPS)
@@ -1595,13 +1643,13 @@ def state_shardings(model, mesh, cfg):
         return NamedSharding(mesh, P(*[None] * (len(spec.shape) + axis), "data"))
 
     def places(spec):
-        return jax.tree.map(place, rules[spec.group].slots(spec))
+        return tree_map(place, rules[spec.group].slots(spec))
 
-    return State(NamedSharding(mesh, P()), jax.tree.map(place, specs), jax.tree.map(places, specs))
+    return State(NamedSharding(mesh, P()), tree_map(place, specs), tree_map(places, specs))
 
 
 def partition(shardings):
-    return jax.tree.map(lambda sharding: sharding.spec, shardings)
+    return tree_map(lambda sharding: sharding.spec, shardings)
 
 
 def on_devices(function, mesh, inputs, outputs, donate=()):
@@ -1621,7 +1669,7 @@ def gather(params, specs, num_devices, cfg):
             return w
         return lax.all_gather(w, "data", axis=w.ndim + axis, tiled=True)
 
-    return jax.tree.map(whole, specs, params)
+    return tree_map(whole, specs, params)
 
 
 def reduce_grads(grads, specs, num_devices, cfg):
@@ -1637,7 +1685,7 @@ def reduce_grads(grads, specs, num_devices, cfg):
         share = lax.psum_scatter(g, "data", scatter_dimension=0, tiled=True)
         return jnp.moveaxis(share, 0, axis).astype(f32)
 
-    return grads if num_devices == 1 else jax.tree.map(total, specs, grads)
+    return grads if num_devices == 1 else tree_map(total, specs, grads)
 
 
 def inputs_and_targets(batch, cfg):
@@ -1678,15 +1726,20 @@ def sum_rows(ids_N, g_ND, num_rows):
         return at_VD - jnp.pad(at_VD, ((1, 0), (0, 0)))[:-1]
 
     inside_ND = rearrange(inside_CND, "C N D -> (C N) D")
-    return added(inside_ND[ends_V]) + added(before_CD[ends_V // size])  # so, less cancels
+    return added(inside_ND[ends_V]) + added(
+        before_CD[ends_V // size]
+    )  # one long sum would lose digits
 
 
 def tie(tree, stage):
     """In a tied stage the embedding is the head (records 51 and 53; gain 0.013).
 
-    tree: weights, or the optimizer state.
+    tree: weights, or the optimizer state, which is left as it is where the two have other slots.
     """
-    return tree | {"embed": tree["head"]} if stage.tied else tree
+    if not stage.tied:
+        return tree
+    alike = jax.tree.structure(tree["embed"]) == jax.tree.structure(tree["head"])
+    return tree | {"embed": tree["head"]} if alike else tree
 
 
 def accumulate(weights, batch, key, step, stage, model, cfg):
@@ -1694,11 +1747,11 @@ def accumulate(weights, batch, key, step, stage, model, cfg):
 
     weights: compute copies, layers unstacked. batch: arrays [A, B, ...].
     """
-    weights = tie(weights, stage)
+    weights = tie(weights, stage)  # for look_up
     batch = inputs_and_targets(batch, cfg)
 
     def loss_of(weights, rows, micro, micro_key):
-        weights = tie(weights, stage)
+        weights = tie(weights, stage)  # again, so that all gradients reach the head
         return model.loss(weights, micro | rows | {"step": step}, micro_key, stage, cfg)
 
     def micro_step(totals, micro):
@@ -1707,9 +1760,9 @@ def accumulate(weights, batch, key, step, stage, model, cfg):
         with_grads = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
         (nats, weight), (grads, row_grads) = with_grads(weights, rows, micro, micro_key)
         new = nats, weight, grads
-        return jax.tree.map(lambda total, x: total + x.astype(f32), totals, new), row_grads
+        return tree_map(lambda total, x: total + x.astype(f32), totals, new), row_grads
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights)
+    zeros = tree_map(lambda w: jnp.zeros(w.shape, f32), weights)
     keys_A = jax.random.split(key, len(batch["tokens"]))
     start = f32(0), f32(0), zeros
     (nats, weight, grads), row_grads = lax.scan(micro_step, start, (batch, keys_A))
@@ -1729,11 +1782,10 @@ def make_train_step(stage, model, mesh, cfg):
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         key = jax.random.fold_in(key, lax.axis_index("data"))
         weights = unstack(gather(state.params, specs, mesh.size, cfg))
-        sums = accumulate(weights, batch, key, state.step, stage, model, cfg)
-        nats, weight, grads = sums
+        nats, weight, grads = accumulate(weights, batch, key, state.step, stage, model, cfg)
         nats, weight = lax.psum((nats, weight), "data")
         grads = reduce_grads(restack(grads), specs, mesh.size, cfg)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        grads = tree_map(lambda g: g / weight, grads)
         new = model.update(state, grads, stage, specs, rules, mesh.size, cfg)
         params, opt_state = (tie(tree, stage) for tree in new)
         return State(state.step + 1, params, opt_state), nats / weight
@@ -1769,11 +1821,11 @@ def make_init(model, mesh, cfg):
     specs, rules = model.specs(cfg), model.rules(cfg)
 
     def zeros(spec):
-        return jax.tree.map(lambda slot: jnp.zeros(slot.shape), rules[spec.group].slots(spec))
+        return tree_map(lambda slot: jnp.zeros(slot.shape), rules[spec.group].slots(spec))
 
     def init():
         params = init_params(jax.random.key(cfg.seed), specs)
-        return State(jnp.int32(0), params, jax.tree.map(zeros, specs))
+        return State(jnp.int32(0), params, tree_map(zeros, specs))
 
     return jax.jit(init, out_shardings=state_shardings(model, mesh, cfg))
 
@@ -1790,7 +1842,7 @@ def list_programs(model, mesh, cfg):
         tokens = jax.ShapeDtypeStruct(batch_shape(stage, mesh.size, cfg), jnp.uint16, sharding=rows)
         return {"tokens": tokens}
 
-    state = jax.tree.map(shape, jax.eval_shape(init), state_shardings(model, mesh, cfg))
+    state = tree_map(shape, jax.eval_shape(init), state_shardings(model, mesh, cfg))
     programs = {"init": (init, ())}
     for i, stage in enumerate(cfg.stages):
         step = make_train_step(stage, model, mesh, cfg)
@@ -1826,17 +1878,18 @@ def compile_all(model, mesh, cfg):
     listed = list_programs(model, mesh, cfg)
     options = compiler_options(mesh, cfg)
 
+    programs = {}
+
     def build(name):
         function, arguments = listed[name]
         start = time.perf_counter()
-        program = function.lower(*arguments).compile(compiler_options=options)
+        programs[name] = function.lower(*arguments).compile(compiler_options=options)
         seconds = time.perf_counter() - start
-        gib = memory_of(program) / 2**30
-        return program, f"compiled: {name} in {seconds:.1f}s, {gib:.2f} GiB per device"
+        gib = memory_of(programs[name]) / 2**30
+        return f"compiled: {name} in {seconds:.1f}s, {gib:.2f} GiB per device"
 
     with ThreadPoolExecutor() as pool:
-        programs, notes = zip(*pool.map(build, listed), strict=True)
-    return dict(zip(listed, programs, strict=True)), list(notes)
+        return programs, list(pool.map(build, listed))
 
 
 def flops_per_token(stage, specs, cfg):
@@ -1858,7 +1911,7 @@ def flops_per_token(stage, specs, cfg):
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
 
 
-PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it; for others MFU is shown as "-"
+PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it, found by the first name that fits
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -1928,8 +1981,12 @@ def save_checkpoint(run_folder, state, progress, data, cfg):
     os.sync()  # all of it is on the disk before it bears its name
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
-    for old in sorted(path for path in final.parent.glob("step-*") if path <= final)[:-2]:
-        shutil.rmtree(old)
+    folders = sorted(final.parent.glob("step-*"))
+    kept = [path for path in folders if path <= final][-2:]
+    for other in set(folders) - set(
+        kept
+    ):  # later ones are of an attempt before the last resumption
+        shutil.rmtree(other)
     return final
 
 
@@ -1944,50 +2001,63 @@ def read_manifest(folder, cfg, data=None):
         require(is_ours, "it is of an older train.py, which commit e79511b reads")
         saved, mine = manifest["config"], as_json(cfg)
         for name in sorted((mine.keys() | saved.keys()) - MAY_DIFFER):
-            was, now = saved.get(name), mine.get(name)
+            was = saved.get(name)
+            now = mine.get(name)
             require(was == now, f"it was saved with {name}={was}, this run has {now}")
         require(data in (None, manifest["data"]), "it was trained on other shards")
         for file in ("params.safetensors", "opt.safetensors"):
             whole = file_sha256(folder / file) == manifest["sha256"][file]
             require(whole, f"{file} is damaged; delete the folder")
-        require(folder.name == f"step-{manifest['step']:06d}", "its manifest is of another step")
         return manifest
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UsageError(f"{folder}: no checkpoint to go on from: {error}") from error
 
 
-def find_checkpoint(cfg, data):
+def check_tensors(file, like):
+    """Raises UsageError where names, shapes or dtypes in a .safetensors file are not `like`'s."""
+    with safetensors.safe_open(file, framework="numpy") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+        found = {(name, *part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    wanted = {(name, *leaf.shape, "F32") for name, leaf in named(like).items()}
+    others = sorted(map(str, wanted ^ found))
+    require(not others, f"{file}: not of this weight table: {', '.join(others[:2])}")
+
+
+def find_checkpoint(cfg, data, like=None):
     """(folder, manifest) of the checkpoint to resume from, or (None, {}) to start at step 0.
 
+    data: the hash of the shards. like: a State of the shapes wanted, else they are not looked at.
     --resume=auto passes over what is damaged or another run's, and says so. Raises UsageError where
     a folder was named that has none to go on from.
     """
+    if not cfg.resume:
+        return None, {}
     is_auto = cfg.resume == "auto"
     root = Path(cfg.log_dir if is_auto else cfg.resume)
     folders = sorted(root.glob("*/ckpt/step-*" if is_auto else "ckpt/step-*"), reverse=True)
-    if root.parent.name == "ckpt":
+    if not is_auto and root.parent.name == "ckpt":
         folders = [root]
-    for folder in folders if cfg.resume else ():  # the newest first
+    for folder in folders:  # the newest first
         try:
-            return folder.resolve(), read_manifest(folder, cfg, data)
+            manifest = read_manifest(folder, cfg, data)
+            if like:
+                check_tensors(folder / "params.safetensors", like.params)
+                check_tensors(folder / "opt.safetensors", like.opt_state)
+            return folder.resolve(), manifest
         except UsageError as error:
             print(f"--resume={cfg.resume}: passing over {error}")
-    require(is_auto or not cfg.resume, f"--resume={cfg.resume}: no checkpoint to go on from")
-    if is_auto:
-        print(f"--resume=auto: nothing of this config in {cfg.log_dir}/, so it starts at step 0")
+    require(is_auto, f"--resume={cfg.resume}: no checkpoint there to go on from")
+    print(f"--resume=auto: nothing of this config in {cfg.log_dir}/, so it starts at step 0")
     return None, {}
 
 
 def load_tensors(file, like):
     """The tree of a verified .safetensors file, each leaf placed as the one of `like`.
 
-    Raises UsageError where names, shapes or dtypes are others.
+    Raises UsageError as check_tensors.
     """
+    check_tensors(file, like)
     tensors = safetensors.numpy.load_file(file)
-    wanted = {(name, leaf.shape, str(leaf.dtype)) for name, leaf in named(like).items()}
-    found = {(name, array.shape, str(array.dtype)) for name, array in tensors.items()}
-    others = sorted(wanted ^ found)
-    require(not others, f"{file}: not of this config's weight table: {others[:1]}")
 
     def place(path, leaf):
         array = tensors[name_of(path)]
@@ -2042,11 +2112,6 @@ def versions():
     }
     flags = {name: os.environ[name] for name in os.environ if name[:4] in ("JAX_", "XLA_", "LIBT")}
     return found | flags
-
-
-def one_line(text, keep=""):
-    """Text that others wrote, for a terminal: control characters but those in `keep` become "?"."""
-    return "".join(c if c.isprintable() or c in keep else "?" for c in str(text))
 
 
 def require_finite(loss, what):
@@ -2109,20 +2174,21 @@ class Log:
             (self.folder / "config.json").write_text(json.dumps(config, indent=1))
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         cores = f"{jax.process_count()} processes, {os.cpu_count()} host cores"
+        facts = [
+            f"preset: {self.cfg.preset} ({why})",
+            f"argv: {shlex.join(argv)}",
+            f"config: {json.dumps(dataclasses.asdict(self.cfg))}",
+            "versions: " + " ".join(f"{name}={text}" for name, text in versions().items()),
+            f"devices: {devices}, {cores}",
+        ]
+        for path, tokens, digest in train.rows() + val.rows():
+            facts.append(f"data: {path.name} tokens:{len(tokens)} sha256:{digest}")
         targets = f"validation scores {self.cfg.val_tokens} targets"
         scored = hashlib.sha256(val.tokens[0][: self.cfg.val_tokens + 1]).hexdigest()
+        facts.append(f"data: {targets}; sha256 of these and the token before them:{scored}")
         self.append("log.txt", source + "\n" + "=" * 120 + "\n")
-        self.line(f"preset: {self.cfg.preset} ({why})")
-        self.line(f"argv: {shlex.join(argv)}")
-        self.line(f"config: {json.dumps(dataclasses.asdict(self.cfg))}")
-        self.line("versions: " + " ".join(f"{name}={text}" for name, text in versions().items()))
-        self.line(f"devices: {devices}, {cores}")
-        for shards in (train, val):
-            for path, tokens, digest in zip(*shards[:2], shards.sha256, strict=True):
-                self.line(f"data: {path.name} tokens:{len(tokens)} sha256:{digest}")
-        self.line(f"data: {targets}; sha256 of these and the token before them:{scored}")
-        for note in notes:
-            self.line(note)
+        for fact in facts + notes:
+            self.line(fact)
 
     def metrics(self, row):
         self.append("metrics.jsonl", json.dumps(row) + "\n")
@@ -2155,7 +2221,7 @@ class Log:
             "tokens_per_s": rate,
             "input_wait_ms": 1e3 * self.waited / num_steps,
         }
-        text = {
+        more = {
             "steps": cfg.steps,
             "val": "",
             "speed": f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k",
@@ -2164,13 +2230,13 @@ class Log:
         }
         if self.peak:
             row["mfu"] = rate * self.flops[i] / self.peak
-            text["percent"] = f"{row['mfu']:.1%}"
+            more["percent"] = f"{row['mfu']:.1%}"
         if val_loss is not None:
             row["val_loss"] = val_loss
-            text["val"] = f" val_loss:{val_loss:.4f}"
+            more["val"] = f" val_loss:{val_loss:.4f}"
             if val_loss <= cfg.target_loss and not self.reached:
                 self.reached = {"step": step, "train_time_s": wall}
-        self.line(STEP_LINE.format(**row, **text))
+        self.line(STEP_LINE.format(**row, **more))
         self.metrics(row)
         self.marked = step, wall
         self.waited = 0.0
@@ -2195,8 +2261,9 @@ class Log:
     def seal(self):
         """The log's last line is the SHA-256 of all bytes above it."""
         last = f"{self.folder}/ckpt/step-{self.cfg.steps:06d}"
+        folder = shlex.quote(str(self.folder))
         self.line(f"wrote: {last}, and metrics.jsonl, config.json, log.txt beside ckpt")
-        self.line(f"next: its curves: python -m scripts.report {self.folder}; all flags: --help")
+        self.line(f"next: its curves: python -m scripts.report {folder}; all flags: --help")
         if jax.process_index() == 0:
             self.append("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}\n")
 
@@ -2205,10 +2272,17 @@ def due(every, step):
     return every > 0 and step % every == 0
 
 
+def new_folder(cfg):
+    """Of a run that starts now."""
+    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return Path(cfg.log_dir) / f"{started}-{os.urandom(3).hex()}"
+
+
 def is_sealed(folder):
     """Whether a run came to its end."""
     log = folder / "log.txt"
-    return log.exists() and log.read_bytes()[-73:].startswith(b"\nsha256:")
+    last_line = log.read_bytes()[-73:] if log.exists() else b""
+    return last_line.startswith(b"\nsha256:")
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -2240,6 +2314,9 @@ class Stop:
         return self.asked
 
 
+EARLY = ("--preset", "--cpu_devices", "--multihost")  # flags that are read before JAX starts
+
+
 def start_devices(cfg):
     """What must be settled before the first device is asked for: simulated CPUs, other hosts."""
     if cfg.cpu_devices > 1:
@@ -2265,7 +2342,7 @@ def choose_preset(train_files):
             f"standard library. The real thing, on a TPU VM or a GPU machine: {real}"
         )
     kind = f"JAX sees {jax.device_count()} x {jax.devices()[0].device_kind}"
-    found = find_shards(train_files)
+    found = not train_files or find_shards(train_files)
     require(found, f"{kind}, but no shards match {train_files}: {real}; or --preset=demo")
     return "speedrun", f"{kind}, and there are shards"
 
@@ -2283,13 +2360,15 @@ def set_up_jax(cfg):
 
 def configure(argv, presets=PRESETS):
     """Command line -> (Config, why this preset). Starts the devices. Raises UsageError."""
-    early = [word for word in read_words(argv) if not word.startswith("--stages.")]
-    cfg = parse_flags(early, next(iter(presets)), presets)
-    start_devices(cfg)
-    preset, why = cfg.preset, "asked for"
-    if not any(word.startswith("--preset=") for word in early):
-        preset, why = choose_preset(cfg.train_files)
-    cfg = parse_flags(argv, preset, presets)
+    words = read_words(argv)
+    texts = dict(word.partition("=")[::2] for word in words)
+    early = [f"{name}={texts[name]}" for name in EARLY if name in texts]
+    preset = texts.get("--preset", next(iter(presets)))
+    why = "asked for"
+    start_devices(parse_flags(early, preset, presets))
+    if "--preset" not in texts:
+        preset, why = choose_preset(texts.get("--train_files", presets[preset].train_files))
+    cfg = parse_flags(words, preset, presets)
     set_up_jax(cfg)
     return choose_attention(cfg, jax.default_backend()), why
 
@@ -2308,7 +2387,10 @@ def check_hosts_agree(digest):
 
 
 def warm_up(programs, mesh, cfg):
-    """Run each program on a throw-away state and empty rows, so the first step finds it loaded."""
+    """Run each training program once, so that the first step finds it loaded.
+
+    The state is thrown away: on empty rows its loss is 0 / 0.
+    """
     state = programs["init"]()
     for i, stage in enumerate(cfg.stages):
         state, _ = programs[f"train_{i}"](state, to_devices([], stage, mesh, cfg))
@@ -2326,8 +2408,8 @@ def memory_errors(cfg):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UsageError(
-            f"out of memory. Halve --micro_tokens={cfg.micro_tokens} (one row of stages.seq_len "
-            f"must fit) or --head_block={cfg.head_block}: the update stays the same"
+            f"out of memory. Halve --micro_tokens={cfg.micro_tokens}, down to one row of "
+            f"stages.seq_len, or --head_block={cfg.head_block}: the update stays the same"
         ) from error
 
 
@@ -2344,7 +2426,9 @@ def train_loop(state, programs, batches, val_rows, data, log, hook):
     Raises NonFiniteLoss, and SystemExit of 75 when the hook asks to leave.
     """
     cfg, clock = log.cfg, log.clock
-    if 0 < int(state.step) < cfg.steps:  # reading up to the checkpoint is off the clock
+    # Waiting for batches is on the clock. After a resumption the first one is off it: the loader
+    # reads all that the run has read before.
+    if 0 < int(state.step) < cfg.steps:
         batches = itertools.chain([next(batches)], batches)
     pending = None  # (step, loss) on its way from the device
     clock.start()
@@ -2365,6 +2449,7 @@ def train_loop(state, programs, batches, val_rows, data, log, hook):
             continue
         jax.block_until_ready(state)
         clock.stop()
+        require_finite(loss, f"the training loss of step {step}")
         val_loss = evaluate(programs["eval"], state.params, val_rows, cfg) if evaluates else None
         log.step(*pending, val_loss)
         pending = None
@@ -2373,7 +2458,8 @@ def train_loop(state, programs, batches, val_rows, data, log, hook):
             folder = save_checkpoint(log.folder, state, log.progress(), data, cfg)
             log.line(f"saved: {folder.name} in {time.perf_counter() - start:.1f}s")
         if stopping:
-            print(f"stopped after step {step}. --resume={log.folder} or auto goes on")
+            if jax.process_index() == 0:
+                print(f"stopped after step {step}. --resume={log.folder} or auto goes on")
             raise SystemExit(75)
         clock.start()
     clock.stop()
@@ -2399,10 +2485,10 @@ def show_samples(params, model, log):
     """Two samples of a model of bytes, in the log."""
     params = jax.device_put(params, jax.devices()[0])
     weights = unstack(gather(params, model.specs(log.cfg), 1, log.cfg))
-    for prompt in ("def main(", "class "):
-        ids = sample(weights, [log.cfg.bos_id, *prompt.encode()], 200, model, log.cfg)
-        text = bytes(i for i in ids if i < 256).decode(errors="replace")
-        log.line("sample: " + one_line(prompt + text, keep="\n\t"))
+    for prompt in (b"def main(", b"class "):
+        ids = sample(weights, [log.cfg.bos_id, *prompt], 200, model, log.cfg)
+        text = (prompt + bytes(i for i in ids if i < 256)).decode(errors="replace")
+        log.line("sample: " + "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text))
 
 
 def main(argv=None, model=GPT, hook=lambda step: False):
@@ -2422,18 +2508,16 @@ def main(argv=None, model=GPT, hook=lambda step: False):
     print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
     train, val, cfg, data_note = open_data(cfg)
     data = hash_of(train.sha256, val.sha256)
-    checkpoint, manifest = find_checkpoint(cfg, data)
+    mesh = make_mesh()
+    like = jax.eval_shape(make_init(model, mesh, cfg))
+    checkpoint, manifest = find_checkpoint(cfg, data, like)
     config = as_json(replace(cfg, multihost=""))
     check_hosts_agree(hash_of(source, config, data, manifest.get("step")))
-    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    folder = Path(cfg.log_dir) / f"{started}-{os.urandom(3).hex()}"
-    if checkpoint:
-        folder = checkpoint.parent.parent
+    folder = checkpoint.parent.parent if checkpoint else new_folder(cfg)
     if manifest.get("step") == cfg.steps and is_sealed(folder):
         print(f"{checkpoint} is that run's last step, nothing is left to train")
         return folder
 
-    mesh = make_mesh()
     specs = model.specs(cfg)
     log = Log(folder, specs, cfg, manifest)
     with memory_errors(cfg):
@@ -2463,11 +2547,8 @@ def command(run):
     code = 0
     try:
         run()
-    except (UsageError, OSError) as error:
-        code = 2
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-    except NonFiniteLoss as error:
-        code = 5
+    except (UsageError, OSError, NonFiniteLoss) as error:
+        code = 5 if isinstance(error, NonFiniteLoss) else 2
         print(f"error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
@@ -2517,7 +2598,7 @@ class Band(NamedTuple):
 
         The last d stands for all later blocks, which have as many before them as they can reach.
         """
-        reach = -(-self.window // self.block) + 1
+        reach = -(-min(self.window, self.length) // self.block) + 1
         spans = []
         for d in range(min(reach, self.length // self.block)):
             queries = range(d * self.block, (d + 1) * self.block, TILE)
@@ -2526,10 +2607,8 @@ class Band(NamedTuple):
 
     @property
     def num_scores(self):
-        """Scores of one row and head that are computed."""
-        num_blocks = self.length // self.block
-        blocks = self.spans + self.spans[-1:] * (num_blocks - len(self.spans))
-        return TILE * sum(query + TILE - key for spans in blocks for key, query in spans)
+        """Scores of one row and head that are computed, but for the rounding of spans to 128."""
+        return TILE * sum(min(q, self.window) + TILE for q in range(0, self.length, TILE))
 
 
 # What a grid step sees: inputs, results, then memory that lasts for a row. first: the first visible
@@ -2631,15 +2710,6 @@ def band_fwd(*refs, band):
     each_tile(tile, band)
 
 
-def gated_gradient(refs, here):
-    """(gate * dy [T, K], delta [1, T]) of a tile."""
-    dy_TK = refs.dy[0, here].astype(f32)
-    y_dy_TK = refs.y[0, here].astype(f32) * dy_TK
-    gate_T1 = refs.gate[0, 0, 0, here].reshape(TILE, 1)
-    delta_1T = as_row(jnp.sum(y_dy_TK, axis=1, keepdims=True))
-    return (dy_TK * gate_T1).astype(refs.dy.dtype), delta_1T
-
-
 def write_keys(refs, rows, band):
     """dk and dv of a tile of the row, once all queries have added to them."""
     r_TK = jnp.tile(refs.r[rows], (1, refs.q.shape[2] // 128))
@@ -2659,8 +2729,10 @@ def band_bwd(*refs, band):
         q_TK, q_r_T1, k_r_T1, table = load_tile(refs, here, own, band)
         refs.r[own] = jnp.broadcast_to(k_r_T1, (TILE, 128))
         refs.dz[own] = refs.dvalues[own] = jnp.zeros(q_TK.shape, f32)
-        dy_TK, delta_1T = gated_gradient(refs, here)
-        refs.delta[0, 0, :, here] = delta_1T
+        dy_TK = refs.dy[0, here].astype(f32)
+        y_dy_TK = refs.y[0, here].astype(f32) * dy_TK
+        refs.delta[0, 0, :, here] = delta_1T = as_row(jnp.sum(y_dy_TK, axis=1, keepdims=True))
+        dy_TK = (dy_TK * refs.gate[0, 0, 0, here].reshape(TILE, 1)).astype(q_TK.dtype)
         p_ST = jnp.exp2(dot(refs.z[keys], q_TK, 1, 1) - refs.log_sum[0, 0, :, here])
         p_ST = visible(p_ST, refs.first[0, 0, :, here] - keys.start, 0)
         dp_ST = dot(refs.values[keys], dy_TK, 1, 1)

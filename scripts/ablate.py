@@ -1,7 +1,7 @@
 """What does each technique add? Trains a list of variants with several seeds each, and compares them with the first, pair by pair.
 
     python -m scripts.ablate LIST                  run what is not in records/ablations/LIST.jsonl yet, then print the table
-    python -m scripts.ablate LIST --table          the table alone; --reach=NAME adds how soon each reaches NAME's final loss
+    python -m scripts.ablate LIST --table          the table alone, of old lists too; --reach=NAME adds how soon each reaches NAME's final loss
     python -m scripts.ablate LIST --proxy=DIR      on the shards *train_*.bin and *val_*.bin of a folder, not on the demo's text
     python -m scripts.ablate reencode SHARDS DIR --bpe=DIR     make such a folder of GPT-2 shards (scripts/reencode.py)
 
@@ -9,7 +9,7 @@ LIST is a text file, a line each, # begins a comment:
     all: --steps=500                    flags put before everybody's own; optional, as is the next line
     sense: minus                        minus (the default): an entry is base less a technique; plus: base and a technique
     base:                               what all are compared with, the first entry
-    no softcap: --softcap=0             NAME: FLAGS of train.py
+    no softcap: --softcap=              NAME: FLAGS of train.py
     gpt2: model=gpt2 --adamw_lr=0.0006  through `python -m scripts.baselines gpt2 FLAGS`
     gelu: patch=gelu.diff               with train.py changed by a diff beside the list (git apply): what has no flag
 
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts import reencode
-from train import ROOT, DataError, UsageError, errors_as, file_sha256, open_shards, parse_flags
+from train import PRESETS, ROOT, UsageError, file_sha256, open_shards, parse_flags, require
 
 # model: of scripts.baselines, or "": train.py's. patch: the path of a diff, or ""
 Entry = collections.namedtuple("Entry", "name model flags patch", defaults=("",))
@@ -33,22 +33,35 @@ OURS = ("--seed", "--log_dir", "--resume", "--train_files", "--val_files")  # fl
 
 # ---- The list ----
 
-def read_list(path):
-    """([Entry, ...], 1 where an entry is base less a technique, -1 where it is base and one). Raises UsageError."""
-    with errors_as(UsageError, f"{path}: cannot be read"):
-        lines = Path(path).read_text().splitlines()
+def check_flags(flags):
+    """Raises UsageError for flags that no preset takes. Without --preset a run's machine chooses one."""
+    errors = []
+    for preset in PRESETS:
+        try:
+            return parse_flags(flags, preset)
+        except UsageError as error:
+            errors.append(error)
+    raise errors[0]
+
+def read_list(path, runs=True):
+    """([Entry, ...], 1 where an entry is base less a technique, -1 where it is base and one).
+
+    Without runs, for the table alone, flags may be those of an older train.py. Raises UsageError, and
+    OSError for a file that is not there.
+    """
     entries, common, sense = [], [], "minus"
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         (name, colon, rest), where = line.partition(":"), f"{path}, line {number}"
         name = name.strip()
-        def need(ok, wanted):
-            if not ok:
-                raise UsageError(f"{where}, {name!r}: {wanted}")
+        def need(holds, wanted):
+            require(holds, f"{where}, {name!r}: {wanted}")
         need(colon and name, "wanted NAME: FLAGS")
-        with errors_as(UsageError, where):  # an open quote
+        try:
             flags = shlex.split(rest, comments=True)
+        except ValueError as error:
+            need(False, error)  # an open quote
         if name in ("all", "sense"):
             need(not entries, "wanted above the entries")
             common, sense = (flags, sense) if name == "all" else (common, " ".join(flags))
@@ -62,22 +75,21 @@ def read_list(path):
         need(not patch or patch.is_file(), f"there is no file {patch}")
         flags = common + flags
         need(not (given := [flag for flag in flags if flag.split("=")[0] in OURS]), f"{given[:1]} is given by the script; leave it out")
-        if not model and not patch:  # a diff may bring flags
+        if runs and not model and not patch:  # a diff may bring flags
             try:
-                parse_flags(flags)
-            except UsageError as error:
+                check_flags(flags)
+            except (UsageError, OSError) as error:
                 need(False, error)
         entries.append(Entry(name, model, flags, patch))
-    if not entries:
-        raise UsageError(f"{path}: no entries; wanted base: first")
+    require(entries, f"{path}: no entries; wanted base: first")
     return entries, 1 if sense == "minus" else -1
 
 def data_of(proxy):
-    """(flags that name a folder's shards, what tells these data from others); without a folder the demo's text. Raises DataError."""
+    """(flags that name a folder's shards, what tells these data from others); without a folder the demo's text. Raises UsageError."""
     if not proxy:
         return [], "embedded"
     globs = [f"{proxy}/*{split}_*.bin" for split in ("train", "val")]
-    hashes = [file_sha256(path) for pattern in globs for path in open_shards(pattern).paths]
+    hashes = [digest for pattern in globs for digest in open_shards(pattern).sha256]
     return [f"--train_files={globs[0]}", f"--val_files={globs[1]}"], hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 def key_of(entry, seed, data):
@@ -86,7 +98,7 @@ def key_of(entry, seed, data):
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 def read_records(path):
-    """{key: the last line that has it}. A line that a kill cut short is passed over. Raises UsageError."""
+    """{key: the last line that has it}. A line that a kill cut short is passed over."""
     records = {}
     for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -112,8 +124,8 @@ def patched(entry, source):
         snapshot(folder, source)
         made = subprocess.run(["git", "apply", entry.patch.resolve()], text=True, capture_output=True, cwd=folder,
                               env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
-        if made.returncode:
-            raise UsageError(f"{entry.patch}: does not fit this train.py ({' '.join(made.stderr.split())[:300]}); make it anew")
+        why = " ".join(made.stderr.split())[:300]
+        require(made.returncode == 0, f"{entry.patch}: does not fit this train.py ({why}); make it anew")
     return folder
 
 def command(entry, source):
@@ -287,8 +299,7 @@ def tokens_to(target, tokens, losses):
 
 def reach(name, rows):
     """Markdown: when each entry's mean curve reaches the final loss of `name`. Raises UsageError."""
-    if not curve(rows.get(name, {}))[0]:
-        raise UsageError(f"--reach={name}: wanted an entry of the list that has a finished run")
+    require(curve(rows.get(name, {}))[0], f"--reach={name}: wanted an entry that has a finished run")
     (*_, total), (*_, target) = curve(rows[name])
     out = [f"| name | tokens to {target:.4f}, the final loss of {name} | share of its {total} |", "|---|---|---|"]
     for other, own in rows.items():
@@ -325,17 +336,17 @@ def parse(argv):
     return args
 
 def main(argv=None, command=command):
-    """Returns the exit code: 0, or 130 if interrupted. Raises UsageError and DataError before anything runs."""
+    """Returns the exit code: 0, or 130 if interrupted. Raises UsageError before anything runs."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["reencode"]:
         return reencode.main(argv[1:])
     args = parse(argv)
-    entries, sense = read_list(args.list)
+    entries, sense = read_list(args.list, not args.table)
     if args.only:
         names = [entry.name for entry in entries]
         wanted = [name for given in args.only for name in ([given] if given in names else given.split(","))]
-        if unknown := [name for name in wanted if name not in names]:
-            raise UsageError(f"--only={','.join(args.only)}: no entry {unknown[0]} in {args.list}; there are {', '.join(names)}")
+        for name in wanted:
+            require(name in names, f"--only: no entry {name} in {args.list}; there are {', '.join(names)}")
         entries = [entry for entry in entries if entry.name in ("base", *wanted)]
     rows, interrupted = run_missing(entries, data_of(args.proxy), args, command)
     print("\n".join([table_of(entries, rows, sense), *notes_of(rows)]), flush=True)
@@ -349,8 +360,8 @@ def run(main):
         signal.signal(stop, signal.default_int_handler)
     try:
         sys.exit(main())
-    except (UsageError, DataError, OSError) as error:
-        sys.exit(print("error:", error, file=sys.stderr) or getattr(error, "exit_code", 2))
+    except (UsageError, OSError) as error:
+        sys.exit(print("error:", error, file=sys.stderr) or 2)
 
 if __name__ == "__main__":
     run(main)

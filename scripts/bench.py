@@ -19,7 +19,7 @@ matmul per second of CPU. Tokens are random (Zipf) and the same for all; a step'
       once, mapped anew; the cold one after they were dropped from the page cache, the others from it. A real run finds
       them there: open_data has read them. Counted are tokens trained on, as the share of what is read that is cut off.
 """
-import argparse, contextlib, dataclasses, importlib.util, io, itertools, json, math, multiprocessing, os, subprocess, sys
+import argparse, contextlib, importlib.util, io, itertools, json, math, multiprocessing, os, subprocess, sys
 import tempfile, time, types
 from pathlib import Path
 
@@ -27,8 +27,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import (NO_TOKEN, PRESETS, ROOT, Config, Model, UsageError, find_shards, make_init, make_mesh, make_train_step,
-                   open_shards, parse_flags, plan, stages, to_devices, train_batches, validate, write_shard)
+from train import (
+    GPT,
+    NO_TOKEN,
+    ROOT,
+    UsageError,
+    find_shards,
+    make_init,
+    make_mesh,
+    make_train_step,
+    open_shards,
+    parse_flags,
+    plan,
+    read_words,
+    replace,
+    require,
+    to_devices,
+    train_batches,
+    write_shard,
+)
 
 FLAGS = {"step": "bench_step.args", "char": "char_adamw.args"}
 PEER = {"step": ("modded_jax", "0316a10:train.py"), "char": ("nanogpt", "3adf61e:model.py")}
@@ -38,18 +55,18 @@ TURN = {"step": 4, "char": 60}  # steps
 # put(tokens uint16 [B, T+1]) -> batch is not timed; step(state, batch) -> (state, loss) is, until the loss is a number.
 
 def ours(cfg, source):
-    mesh, stage = make_mesh(), stages(cfg)[0]
+    mesh, stage = make_mesh(), cfg.stages[0]
     put = lambda tokens_BT1: to_devices([[row] for row in tokens_BT1], stage, mesh, cfg)
-    state, start = make_init(Model(), mesh, cfg)(), time.perf_counter()
-    step = make_train_step(stage, Model(), mesh, cfg).lower(state, put([])).compile()
+    state, start = make_init(GPT, mesh, cfg)(), time.perf_counter()
+    step = make_train_step(stage, GPT, mesh, cfg).lower(state, put([])).compile()
     return state, put, step, time.perf_counter() - start
 
 def modded_jax(cfg, source):
     """Its Config, weights, optimizers and train_step as they are; the mesh gets the axis type it was written for."""
     plain, auto = jax.make_mesh, jax.sharding.AxisType.Auto
     jax.make_mesh = lambda shape, names: plain(shape, names, axis_types=(auto,) * len(names))
-    peer, length = run_source("modded_jax", source), stages(cfg)[0].seq_len
-    num_rows = stages(cfg)[0].batch_tokens // length
+    peer, length = run_source("modded_jax", source), cfg.stages[0].seq_len
+    num_rows = cfg.stages[0].batch_tokens // length
     its = peer.Config(n_layers=cfg.num_layers, d_model=cfg.model_dim, n_heads=cfg.num_heads, vocab_size=cfg.vocab_size,
                       dtype=cfg.compute_dtype, batch_size=num_rows, micro_batch_size=num_rows, min_sequence_length=length,
                       max_sequence_length=length, sequence_warmup_intervals=length, n_train_iters=cfg.steps)
@@ -68,7 +85,7 @@ def nanogpt(cfg, source):
     """Its model and its AdamW, in the order of its training loop."""
     import torch
     torch.set_num_threads(1)
-    peer, length = run_source("nanogpt", source), stages(cfg)[0].seq_len
+    peer, length = run_source("nanogpt", source), cfg.stages[0].seq_len
     with contextlib.redirect_stdout(io.StringIO()):
         model = peer.GPT(peer.GPTConfig(n_layer=cfg.num_layers, n_head=cfg.num_heads, n_embd=cfg.model_dim, bias=False,
                                         block_size=length, vocab_size=cfg.vocab_size, dropout=0.0))
@@ -101,7 +118,7 @@ def calibrate(seconds=0.3, size=768):
 def work(pipe, workload, name, program, cfg, source):
     """A program's process: compile, run step 0, then for each number that arrives so many steps; at 0 it ends."""
     state, put, step, compile_s = program(cfg, source)
-    stage, rng, share = stages(cfg)[0], np.random.default_rng(1337), 1 / np.arange(1, cfg.vocab_size + 1)
+    stage, rng, share = cfg.stages[0], np.random.default_rng(1337), 1 / np.arange(1, cfg.vocab_size + 1)
     shape, losses, num_steps = (stage.batch_tokens // stage.seq_len, stage.seq_len + 1), [], 1
     while num_steps:
         batches = [put(rng.choice(cfg.vocab_size, shape, p=share / share.sum()).astype(np.uint16)) for _ in range(num_steps)]
@@ -142,7 +159,7 @@ def compare(rows, one, other):
     return f"{one} / {other}: {np.median(ratios):.3f} of the CPU time (by round: {' '.join(map('{:.3f}'.format, ratios))})"
 
 # ---- The host loader ----
-LOADS = list(itertools.product(("896", "2048"), ("131072", "262144", "393216")))  # max_doc_len, batch_tokens
+LOADS = list(itertools.product((896, 2048), (131_072, 262_144, 393_216)))  # doc_len, batch_tokens
 PROJECTION = ROOT / "records/v6e/speedrun.json"  # of scripts/dry_run.py
 
 def projected_consumption():
@@ -180,33 +197,32 @@ def load_turn(pattern, mesh, cfg):
     """Every batch once."""
     shards, disk, wall, cpu = open_shards(pattern), read_from_disk(), time.perf_counter(), time.process_time()
     for batch in train_batches(shards, 0, mesh, cfg):
-        batch.block_until_ready()
-    wall, cpu, tokens = time.perf_counter() - wall, time.process_time() - cpu, cfg.steps * int(cfg.batch_tokens)
+        jax.block_until_ready(batch)
+    wall, cpu, tokens = time.perf_counter() - wall, time.process_time() - cpu, cfg.steps * cfg.stages[0].batch_tokens
     return {"tokens_per_s": tokens / wall, "tokens_per_cpu_s": tokens / cpu, "disk_mb": read_from_disk() - disk}
 
 def count_waste(shards, mesh, cfg):
     """What is read and not trained on, counted from the batches: shares of the tokens read, of the places of rows, of the
-    documents cut to max_doc_len and by the end of a row; tokens cut per row end. A slice's address tells its document."""
-    lengths, stage, num_rows, holes, places, cuts = {}, stages(cfg)[0], 0, 0, 0, []
+    documents cut to doc_len and by the end of a row; tokens cut per row end. A slice's address tells its document."""
+    lengths, stage, num_rows, holes, places, cuts = {}, cfg.stages[0], 0, 0, 0, []
     for tokens in shards.tokens:
         edges = [*np.flatnonzero(tokens == cfg.bos_id).tolist(), len(tokens)]
         lengths |= {tokens.ctypes.data + 2 * first: last - first for first, last in itertools.pairwise(edges)}
     for rows, read in plan(shards, cfg):
-        batch, num_rows = np.asarray(to_devices(rows, stage, mesh, cfg)), num_rows + len(rows)
+        batch, num_rows = np.asarray(to_devices(rows, stage, mesh, cfg)["tokens"]), num_rows + len(rows)
         holes, places = holes + int((batch == NO_TOKEN).sum()), places + batch.size
         cuts += [(lengths[part.__array_interface__["data"][0]], len(part)) for row in rows for part in row]
     whole, left = np.array(cuts).T
-    kept = np.minimum(whole, stage.max_doc_len)
+    kept = np.minimum(whole, stage.doc_len)
     return {"not_trained": 1 - num_rows * stage.seq_len / read, "empty": holes / places, "documents": len(cuts), "too_long":
             float(np.mean(kept < whole)), "row_end": float(np.mean(left < kept)), "row_end_tokens": int(np.sum(kept - left)) / num_rows}
 
 def bench_loader(args):
     """Prints a row for each load, and returns them as dicts. Raises UsageError."""
-    always, flags = dict(stage_ends="1", window_short="0", window_long="0", stage_lr="1", vocab_size=BOS + 1, bos_id=BOS), parse_flags(args.flags)
-    configs = [Config(**always | dict(max_doc_len=longest, batch_tokens=batch, steps=999_999) | flags) for longest, batch in LOADS]
-    for cfg in configs:
-        validate(cfg)
-    print(f"jax {jax.__version__}, {pin(args.core)}. {args.shards} shards of {args.shard_tokens} tokens, rows of {cfg.seq_len}. "
+    always = [f"--steps=999999 --vocab_size={BOS + 1} --bos_id={BOS} --stages.end=1 --stages.short=0 --stages.long=0 "
+              f"--stages.doc_len={doc_len} --stages.batch_tokens={batch_tokens}".split() for doc_len, batch_tokens in LOADS]
+    configs = [parse_flags([*load, *args.flags]) for load in always]
+    print(f"jax {jax.__version__}, {pin(args.core)}. {args.shards} shards of {args.shard_tokens} tokens, rows of {configs[0].stages[0].seq_len}. "
           f"Consumed: {args.consumes / 1e6:.2f} million tokens/s"
           + (f", the projection of {PROJECTION.relative_to(ROOT)} for 8 chips" if args.projected else ""))
     jax.config.update("jax_platforms", "cpu")
@@ -217,32 +233,32 @@ def bench_loader(args):
         print(LOADER_HEAD)
         for cfg in dict.fromkeys(configs):
             rows.append(row := bench_load(f"{folder}/train_*.bin", mesh, cfg, args))
-            print("{max_doc_len:>7}{batch_tokens:>8}{median_m:10.1f}{best_m:8.1f}{cpu_m:8.1f}{cold_m:8.1f}{cold_disk_mb:6.0f}"
+            print("{doc_len:>7}{batch_tokens:>8}{median_m:10.1f}{best_m:8.1f}{cpu_m:8.1f}{cold_m:8.1f}{cold_disk_mb:6.0f}"
                   "{times:10.1f}{batch_ms:9.2f}{plan_s_per_gtoken:8.1f}{not_trained:11.1%}{empty:7.1%}{too_long:8.1%}{row_end:8.1%}"
                   "{row_end_tokens:11.1f}".format(**row), flush=True)
-    print("loader: at least {times:.1f} times what is consumed (max_doc_len {max_doc_len}, batch {batch_tokens})"
+    print("loader: at least {times:.1f} times what is consumed (doc_len {doc_len}, batch {batch_tokens})"
           .format(**min(rows, key=lambda row: row["times"])))
     return rows
 
 LOADER_HEAD = """\
-max_doc   batch   trained on, million tokens per second     times   ms per  plan s/  not trained  empty  documents cut  tokens cut
+    doc   batch   trained on, million tokens per second     times   ms per  plan s/  not trained  empty  documents cut  tokens cut
    _len  tokens    median    best per CPU-s  cold  (MB)  consumed    batch   Gtoken      of read places  length row end per row end"""
 
 def bench_load(pattern, mesh, cfg, args):
     shards, start = open_shards(pattern), time.process_time()
     reads = [read for _, read in plan(shards, cfg)]
     plan_s, steps = time.process_time() - start, min(args.steps or len(reads), len(reads))
-    if not steps:
-        raise UsageError(f"--shards={args.shards} --shard_tokens={args.shard_tokens}: too few for a batch of {cfg.batch_tokens} tokens")
-    cfg = dataclasses.replace(cfg, steps=steps)
+    batch_tokens, given = cfg.stages[0].batch_tokens, f"--shards={args.shards} --shard_tokens={args.shard_tokens}"
+    require(steps, f"{given}: too few for a batch of {batch_tokens} tokens")
+    cfg = replace(cfg, steps=steps)
     waste = count_waste(shards, mesh, cfg)
     del shards  # the kernel keeps in its cache what is mapped
     cold = load_turn(pattern, mesh, cfg) if drop_from_cache(pattern) else {"tokens_per_s": math.nan, "disk_mb": math.nan}
     turns = [load_turn(pattern, mesh, cfg) for _ in range(args.rounds)]
     median, median_cpu = (float(np.median([turn[key] for turn in turns])) for key in ("tokens_per_s", "tokens_per_cpu_s"))
-    return {"max_doc_len": cfg.max_doc_len, "batch_tokens": cfg.batch_tokens, "steps": cfg.steps, "turns": turns, "median_m": median / 1e6,
+    return {"doc_len": cfg.stages[0].doc_len, "batch_tokens": batch_tokens, "steps": cfg.steps, "turns": turns, "median_m": median / 1e6,
             "best_m": max(turn["tokens_per_s"] for turn in turns) / 1e6, "cpu_m": median_cpu / 1e6, "cold_m": cold["tokens_per_s"] / 1e6,
-            "cold_disk_mb": cold["disk_mb"], "times": median / args.consumes, "batch_ms": 1e3 * int(cfg.batch_tokens) / median,
+            "cold_disk_mb": cold["disk_mb"], "times": median / args.consumes, "batch_ms": 1e3 * batch_tokens / median,
             "plan_s_per_gtoken": 1e9 * plan_s / reads[-1]} | waste
 
 # ---- Command line ----
@@ -307,10 +323,10 @@ def main(argv=None):
         rows = bench_loader(args)
         return args.json and Path(args.json).write_text(json.dumps(rows, indent=1))
     for workload in args.only:
-        flags, (peer, path) = parse_flags([f"@{ROOT}/scripts/presets/{FLAGS[workload]}", *args.flags]), PEER[workload]
-        dtypes = [flags["compute_dtype"]] if "compute_dtype" in flags else ["bfloat16", "float32"]
-        configs = [Config(**PRESETS["demo"] | flags | {"compute_dtype": dtype}) for dtype in dtypes]
-        validate(configs[0])
+        flags, (peer, path) = read_words([f"@{ROOT}/scripts/presets/{FLAGS[workload]}", *args.flags]), PEER[workload]
+        asked = [flag.partition("=")[2] for flag in flags if flag.startswith("--compute_dtype=")]
+        dtypes = asked[-1:] or ["bfloat16", "float32"]
+        configs = [parse_flags([*flags, f"--compute_dtype={dtype}"]) for dtype in dtypes]
         source, lacks = peer_source(peer, path, getattr(args, peer))
         notes += [f"{peer}: not run: {lacks}"] if lacks else []
         programs = {f"ours {dtype}": (ours, cfg, None) for dtype, cfg in zip(dtypes, configs)}

@@ -18,7 +18,7 @@ for _name, _value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "
                       "TPU_ACCELERATOR_TYPE": "v6e-8"}.items():  # else minutes of asking the cloud's metadata server
     os.environ.setdefault(_name, _value)
 
-import argparse, collections, contextlib, dataclasses, importlib.util, json, math, multiprocessing, re, shutil, tempfile, time
+import argparse, collections, contextlib, importlib.util, json, math, multiprocessing, re, shutil, tempfile, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import train
 from scripts import bundles, estimate
-from train import Config, Model, UsageError, f32
+from train import GPT, UsageError, f32, replace
 
 TOPOLOGIES = {"v6e:1x1": (1, 1, 1), "v6e:2x2": None, "v6e:2x4": (2, 4, 1), "v6e:4x4": None, "v5e:1x1": (1, 1, 1),
               "v5e:2x2": None, "v5e:2x4": (2, 4, 1), "v5e:4x4": None, "v5p:2x2x1": None, "v5p:2x2x2": None}  # chips per host
@@ -69,10 +69,11 @@ def topology_devices(name):
         raise UsageError(f"{name}: no such topology for the compiler; these work: {', '.join(TOPOLOGIES)}, and more of a "
                          "kind as far as libtpu knows them") from error
 
-def time_kernels(pipe, argv, model):
+def time_kernels(pipe, argv, changes):
     """A process of its own, as libtpu is told once, when it loads, to write bundles: sends ({identity: seconds}, notes)."""
     args, flags = parse(argv)
-    folder, cfg = tempfile.mkdtemp(prefix="bundles-"), config(flags)
+    model = GPT._replace(**changes)
+    folder, cfg = tempfile.mkdtemp(prefix="bundles-"), config(flags, model.presets)
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {bundles.dump_flags(folder)}"
     jax.config.update("jax_enable_compilation_cache", False)  # what is cached leaves no bundles
     seconds, notes, seen = {}, [], set()
@@ -107,7 +108,8 @@ def kernel_seconds(jobs, argv, model):
         return {}
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
-    process = context.Process(target=time_kernels, args=(end, argv, model), daemon=True)
+    changes = {name: part for name, part in model._asdict().items() if part is not getattr(GPT, name)}
+    process = context.Process(target=time_kernels, args=(end, argv, changes), daemon=True)
     process.start()
     end.close()
     try:
@@ -120,20 +122,20 @@ def kernel_seconds(jobs, argv, model):
 
 # ---- Programs ----
 def programs_of(model, mesh, cfg, only=None):
-    """Jobs of the run: the distinct training programs and evaluation; with `only`, the program of that stage."""
-    listed, specs, table = train.list_programs(model, mesh, cfg), model.specs(cfg), train.stages(cfg)
-    jobs = {}
-    for stage in table if only is None else table[only:only + 1]:
-        name, function, arguments = listed[stage.index]
-        flops, steps = train.flops_per_token(stage, specs, cfg) * stage.batch_tokens, stage.last - stage.first
-        steps += jobs[name].steps if name in jobs else 0
-        jobs[name] = Job(name, function, arguments, mesh, steps, stage.batch_tokens, flops, stage)
+    """Jobs of the run: the training programs and evaluation; with `only`, the program of that stage."""
+    listed, specs = train.list_programs(model, mesh, cfg), model.specs(cfg)
+    jobs = []
+    for i, (stage, first, last) in enumerate(cfg.spans):
+        if only in (None, i):
+            flops = train.flops_per_token(stage, specs, cfg) * stage.batch_tokens
+            name, steps, tokens = f"train_{i}", last - first, stage.batch_tokens
+            jobs.append(Job(name, *listed[name], mesh, steps, tokens, flops, stage))
     if only is None:
-        stage, (name, function, arguments) = train.val_stage(cfg), listed["eval"]
-        flops = train.flops_per_token(stage, specs, cfg) / 3 * stage.batch_tokens  # forward only
-        steps = len({step for step in range(1, cfg.steps + 1) if cfg.val_every and step % cfg.val_every == 0} | {cfg.steps})
-        jobs[name] = Job(name, function, arguments, mesh, steps, stage.batch_tokens, flops, stage)
-    return list(jobs.values())
+        steps = sum(train.due(cfg.val_every, step) for step in range(1, cfg.steps)) + 1
+        tokens = -(-cfg.val_tokens // (cfg.val.seq_len - cfg.val_context)) * cfg.val.seq_len
+        flops = train.flops_per_token(cfg.val, specs, cfg) / 3 * tokens  # forward only
+        jobs.append(Job("eval", *listed["eval"], mesh, steps, tokens, flops, cfg.val))
+    return jobs
 
 def pieces_of(piece, stage, model, mesh, cfg):
     """Jobs of one part of a training step, in the shapes that a chip sees: `layer` two blocks forward and backward over two
@@ -147,12 +149,14 @@ def pieces_of(piece, stage, model, mesh, cfg):
         mapped = jax.shard_map(function, mesh=one, in_specs=P(), out_specs=P(), check_vma=False)
         return Job(name, jax.jit(mapped), arguments, one, 0, tokens, 0.0, stage, mesh.size)
     if piece == "layer":
-        few = dataclasses.replace(cfg, num_layers=2, mlp_only="", skips="", late_inputs="", backout="", vocab_size=128, bos_id=0)  # two blocks
+        few = replace(cfg, num_layers=2, mlp_only=(), skips=(), late_inputs=(), backout=(), vocab_size=128, bos_id=0)
         specs = {name: spec for name, spec in model.specs(few).items() if name != "head"}
-        params = jax.tree.map(lambda spec: shape(f32, *train.shape_of(spec, few)), specs)
+        params = jax.tree.map(lambda spec: shape(f32, *spec.shape), specs)
         def layer(params, tokens_ABT):
             weights = train.unstack(train.gather(params, specs, 1, few))
-            total = lambda weights, tokens_BT: train.forward(weights, tokens_BT, stage, few).astype(f32).sum()
+            def total(weights, tokens_BT):
+                x_BTD = train.forward(weights, tokens_BT, weights["embed"][tokens_BT], stage, few)
+                return x_BTD.astype(f32).sum()
             def add(sums, tokens_BT):
                 return jax.tree.map(lambda s, g: s + g.astype(f32), sums, jax.grad(total)(weights, tokens_BT)), None
             return jax.lax.scan(add, jax.tree.map(lambda w: jnp.zeros(w.shape, f32), weights), tokens_ABT)[0]
@@ -165,40 +169,40 @@ def pieces_of(piece, stage, model, mesh, cfg):
                 attend = lambda *inputs: train.ATTENTION[cfg.attention](*inputs, first_BT, table, window, cfg)
                 return jax.vjp(attend, q, k, v, gate_BTH)[1](g)
             return forward_and_backward
+        windows = sorted({train.window_of(layer, stage, cfg) for layer in range(cfg.num_layers)})
         gate_BTH, first_BT = shape(f32, B, T, cfg.num_heads), shape(jnp.int32, B, T)
-        return [job(f"attention_{window}", core(window), q, k, k, gate_BTH, first_BT, q) for window in sorted(set(stage.windows))]
+        return [job(f"attention_{window}", core(window), q, k, k, gate_BTH, first_BT, q) for window in windows]
     if piece == "head":
         loss = jax.value_and_grad(lambda x, w, weight: train.log_partition(x, w, weight, cfg), argnums=(0, 1))
         x, w = (shape(cfg.compute_dtype, size, cfg.model_dim) for size in (B * T, cfg.padded_vocab))
         return [job("head", loss, x, w, shape(f32, B * T))]
     specs, rules, n = model.specs(cfg), model.rules(cfg), mesh.size
-    state = train.list_programs(model, mesh, cfg)[stage.index][2][0]
-    parts = jax.tree.map(lambda place: place.spec, train.state_shardings(model, mesh, cfg))
+    state = train.list_programs(model, mesh, cfg)["train_0"][1][0]
+    parts = train.partition(train.state_shardings(model, mesh, cfg))
     def optimizer(state, grads):
         grads = train.reduce_grads(grads, specs, n, cfg)
-        params, slots = train.update(state.params, grads, state.opt_state, state.step, stage, specs, rules, n, cfg)
+        params, slots = model.update(state, grads, stage, specs, rules, n, cfg)
         return train.State(state.step + 1, params, slots), train.gather(params, specs, n, cfg)
     everywhere = NamedSharding(mesh, P())
-    grads = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(train.shape_of(spec, cfg), f32, sharding=everywhere), specs)
-    mapped = jax.shard_map(optimizer, mesh=mesh, in_specs=(parts, P()), out_specs=(parts, P()), check_vma=False)
-    return [Job("optimizer", jax.jit(mapped), (state, grads), mesh, 0, stage.batch_tokens, 0.0, stage)]
+    grads = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, f32, sharding=everywhere), specs)
+    function = train.on_devices(optimizer, mesh, (parts, P()), (parts, P()))
+    return [Job("optimizer", function, (state, grads), mesh, 0, stage.batch_tokens, 0.0, stage)]
 
 # ---- Compiling and judging one ----
 def out_of_memory(job, need_gib, have_gib, cfg):
-    """UsageError that says by how much a program does not fit, and what three fields could become: micro-steps halved as often
-    as the excess asks, blocks of the head whose logits and their gradient take a gibibyte, and what else is left."""
+    """UsageError that says by how much a program does not fit, and what three flags could become:
+    micro-steps halved as often as the excess asks, blocks of the head whose logits and their
+    gradient take a gibibyte, and a shorter row or a smaller batch."""
     _, num_rows, width = train.batch_shape(job.stage, job.mesh.size, cfg)
-    row, at_once, fields = width - 1, num_rows // job.mesh.size * (width - 1), {field.name for field in dataclasses.fields(cfg)}
-    halvings, evaluates = math.ceil(math.log2(need_gib / have_gib)) or 1, job.stage.index < 0
+    row, at_once = width - 1, num_rows // job.mesh.size * (width - 1)
+    halvings, evaluates = math.ceil(math.log2(need_gib / have_gib)) or 1, job.stage == cfg.val
     block, room = min(cfg.head_block or at_once, at_once), 2 ** int(math.log2(2**30 / (8 * cfg.padded_vocab)))
     advice = {"micro_tokens": at_once >> halvings, "head_block": room if room < block else block // 2}
-    if "fsdp" in fields and not cfg.fsdp and job.mesh.size > 1:
-        advice["fsdp"] = 1
-    elif advice["micro_tokens"] < row:  # a micro-step holds one row at least
-        advice["val_seq_len" if evaluates else "seq_len"] = row >> halvings
+    if advice["micro_tokens"] < row:  # a micro-step holds one row at least
+        advice["val.seq_len" if evaluates else "stages.seq_len"] = row >> halvings
     else:
         tokens = cfg.val_tokens if evaluates else job.stage.batch_tokens
-        advice["val_tokens" if evaluates else "batch_tokens"] = tokens >> halvings
+        advice["val_tokens" if evaluates else "stages.batch_tokens"] = tokens >> halvings
     turns = ", ".join(f"--{name}={value}" for name, value in advice.items())
     return UsageError(f"{job.name} does not fit: it needs {need_gib:.2f} GiB of the chip's {have_gib:.2f}, "
                       f"{need_gib - have_gib:.2f} too many. Turn one or more of these: {turns}")
@@ -208,15 +212,15 @@ def compile_job(job, chip, cfg):
     lowered, start = job.function.lower(*job.arguments), time.perf_counter()
     gib = lambda size: float(size[:-1]) * {"K": 2.0 ** -20, "M": 2.0 ** -10, "G": 1.0, "T": 2.0 ** 10}[size[-1]]
     try:
-        program = lowered.compile(compiler_options=train.COMPILER_OPTIONS["tpu"])
+        program = lowered.compile(compiler_options=train.TPU_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
         said = str(error)  # "Used 51.21G of 31.25G hbm", or "for HLO temporaries (50.91G) exceeds available HBM (31.25G)"
         sizes, of_hbm = re.findall(r"\b([\d.]+[KMGT])\b", said), re.search("memory (on|in memory space) hbm", said, re.I)
         if "RESOURCE_EXHAUSTED" in said and of_hbm and len(sizes) >= 2:
             raise out_of_memory(job, gib(sizes[0]), gib(sizes[1]), cfg) from error
         if "vmem" in said.lower():
-            raise UsageError(f"{job.name} does not fit: a kernel wants more fast memory than a core has; turn --seq_len, --val_seq_len or "
-                             "--head_dim down, or take --attention=xla") from error
+            raise UsageError(f"{job.name} does not fit: a kernel wants more fast memory than a core has; turn "
+                             "--stages.seq_len, --val.seq_len or --head_dim down, or take --attention=xla") from error
         raise
     need = train.memory_of(program) / 2**30
     if need > chip.hbm_gib:
@@ -255,7 +259,7 @@ def describe(job, row, cost, plain, kernels, chip):
     if job.chips:
         per_step = job.stage.batch_tokens / job.chips / job.tokens
         whole = f"{per_step * row['est_ms']:.2f} ms"
-        lines.append(f"  a step of stage {job.stage.index} holds {per_step:g} of these per chip: {whole}")
+        lines.append(f"  a step of this stage holds {per_step:g} of these per chip: {whole}")
     groups = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     for entry in cost["rows"]:
         if entry.op:
@@ -295,17 +299,13 @@ def parse(argv):
     args, rest = parser.parse_known_args(argv)
     return args, rest
 
-def config(flags):
-    """Config without data: vocabulary and BOS default to GPT-2's, for the embedded corpus to bytes. Raises UsageError."""
-    given = train.parse_flags(flags)
-    preset = given.get("preset", "auto")
-    preset = "speedrun" if preset == "auto" else preset
-    if preset not in train.PRESETS:
-        raise UsageError(f"--preset={preset}: wanted {', '.join(train.PRESETS)} or auto")
-    cfg = Config(**train.PRESETS[preset] | given | {"preset": preset})
+def config(flags, presets=train.PRESETS):
+    """Config without data: vocabulary and BOS default to GPT-2's, for the embedded corpus to bytes.
+    Raises UsageError."""
+    cfg = train.parse_flags(flags, next(iter(presets)), presets)
     vocab_size, bos_id = (50257, 50256) if cfg.train_files and cfg.val_files else (257, 256)
-    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or vocab_size, bos_id=cfg.bos_id if cfg.bos_id >= 0 else bos_id)
-    train.validate(cfg)
+    bos_id = bos_id if cfg.bos_id is None else cfg.bos_id
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab_size, bos_id=bos_id)
     cfg = train.choose_attention(cfg, "tpu")
     jax.config.update("jax_default_matmul_precision", "float32" if cfg.compute_dtype == "float32" else None)
     return cfg
@@ -314,7 +314,7 @@ def summary(rows, topology, cfg):
     """What the JSON file holds; the projection is of the training programs among rows."""
     steps = [row for row in rows if row["name"].startswith("train")]
     total = lambda key: sum(row["steps"] * row[key] for row in steps) / 1e3
-    tokens = sum((stage.last - stage.first) * stage.batch_tokens for stage in train.stages(cfg))
+    tokens = train.tokens_before(cfg.steps, cfg)
     if len(steps) == 1 and steps[0]["steps"] < cfg.steps:  # --stage
         tokens = steps[0]["steps"] * steps[0]["tokens_per_step"]
     return {"topology": topology, "preset": cfg.preset, "tokens": tokens, "projected_train_s": total("est_ms"),
@@ -322,18 +322,19 @@ def summary(rows, topology, cfg):
 
 def jobs_of(args, model, mesh, cfg):
     """Raises UsageError for a stage that is not there."""
-    table = train.stages(cfg)
-    if args.stage is not None and not 0 <= args.stage < len(table):
-        raise UsageError(f"--stage={args.stage}: wanted 0 to {len(table) - 1}")
+    last = len(cfg.stages) - 1
+    if args.stage is not None and not 0 <= args.stage <= last:
+        raise UsageError(f"--stage={args.stage}: wanted 0 to {last}")
     if args.piece:
-        return pieces_of(args.piece, table[-1 if args.stage is None else args.stage], model, mesh, cfg)
+        return pieces_of(args.piece, cfg.stages[last if args.stage is None else args.stage], model, mesh, cfg)
     return programs_of(model, mesh, cfg, args.stage)
 
-def main(argv=None, model=None):
-    """Returns what the JSON file holds. Raises UsageError. model: as of train.main, of functions that a module holds."""
-    argv, model = sys.argv[1:] if argv is None else argv, model or Model()
+def main(argv=None, model=GPT):
+    """Returns what the JSON file holds. Raises UsageError. model: as of train.main; what it changes
+    of GPT is sent to another process, so functions must be a module's."""
+    argv = sys.argv[1:] if argv is None else argv
     args, flags = parse(argv)
-    cfg = config(flags)
+    cfg = config(flags, model.presets)
     devices = topology_devices(args.topology)
     if args.dump:
         Path(args.dump).mkdir(parents=True, exist_ok=True)

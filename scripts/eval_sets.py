@@ -5,10 +5,9 @@ CORE's sets have them. The datasets' own terms hold. Not yet run against the Hub
 and columns are as their cards give them, and a set that is not to be had is told of.
 """
 import json, os
-from pathlib import Path
 
-from scripts.text import all_errors_as_data, package
-from train import DataError, errors_as
+from scripts.text import package, usage_errors
+from train import UsageError
 
 def by_label(row):  # place of the answer among the choices' labels
     return row["choices"]["label"].index(row["answerKey"])
@@ -60,20 +59,20 @@ SETS = {
 
 def fetch(folder, sets=SETS):
     """Writes folder/NAME.jsonl for the sets that it lacks, each whole or not at all; what fails is told of once the others are there.
-    Raises DataError, and UsageError without pyarrow."""
+    Raises UsageError, without pyarrow too."""
     missing, failed = [name for name in sets if not (folder / f"{name}.jsonl").exists()], []
     if missing:
         package("pyarrow", "--fetch")
         import pyarrow.parquet
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError
-        with errors_as(DataError, f"{folder}: cannot be made"):
+        with usage_errors(f"{folder}: cannot be made"):
             folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(missing, 1):
         repo, configuration, split, convert = sets[name]
         file, final = f"{configuration}/{split}/0000.parquet", folder / f"{name}.jsonl"
         try:
-            with all_errors_as_data(f"{name}: {file} of {repo}"):
+            with usage_errors(f"{name}: {file} of {repo}", Exception):
                 rows = pyarrow.parquet.read_table(hf_hub_download(
                     repo, file, repo_type="dataset", revision="refs/convert/parquet")).to_pylist()
                 lines = [json.dumps(convert(row), ensure_ascii=False) for row in rows]
@@ -81,11 +80,11 @@ def fetch(folder, sets=SETS):
             staging.write_text("\n".join(lines) + "\n", encoding="utf-8")
             staging.replace(final)
             print(f"[{i}/{len(missing)}] {name}: {len(lines)} questions of {repo}", flush=True)
-        except DataError as error:
-            failed.append(str(error).split("\n")[0])
+        except UsageError as error:
+            failed.append(str(error))
             print(f"[{i}/{len(missing)}] {failed[-1]}", flush=True)
             if isinstance(error.__cause__, LocalEntryNotFoundError):  # the Hub cannot be reached at all
                 break
     if failed:
-        raise DataError(f"{len(failed)} of {len(missing)} sets could not be had, the first: {failed[0]}; what is in {folder} "
+        raise UsageError(f"{len(failed)} of {len(missing)} sets could not be had, the first: {failed[0]}; what is in {folder} "
                         "scores without --fetch")

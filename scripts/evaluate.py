@@ -22,9 +22,9 @@ LAMBADA, WSC and WinoGrande. What is longer than --max_len is cut from the left,
 Centered accuracy is (accuracy - chance) / (1 - chance), chance one by the number of choices, 0 for a completion. The mean
 over the sets is in the manner of CORE, but of these sets and not of its 22; CORE centers BoolQ at 0.62, the share of "yes".
 Results are lines of --out, by default RUN/evaluate.jsonl; what is there for these weights, data and flags is kept.
-Exit codes: 0, 2 usage, 3 data, 4 checkpoint, 5 a loss that is not finite, 130 interrupted.
+Exit codes: 0, 2 flags, data or checkpoint, 5 a loss that is not finite, 130 interrupted.
 """
-import argparse, contextlib, dataclasses, hashlib, json, math, random, sys, time
+import argparse, contextlib, hashlib, json, math, random, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,8 @@ from jax.sharding import PartitionSpec as P
 import train
 from scripts import eval_sets, text
 from scripts.checkpoint import open_checkpoint
-from train import DataError, NonFiniteLoss, UsageError, errors_as
+from scripts.text import usage_errors
+from train import GPT, NonFiniteLoss, UsageError, replace
 
 SCORING = 1  # to be raised when a change of this file moves a score: older lines of --out count no more
 FORMS = {"multiple choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
@@ -77,24 +78,24 @@ def parse_row(row):
     return form, (pairs, 0 if form == "completion" else gold)
 
 def read_task(path):
-    """The Task of a .jsonl file. Raises DataError, naming the line."""
-    with errors_as(DataError, f"{path}: cannot be read"):
+    """The Task of a .jsonl file. Raises UsageError, naming the line."""
+    with usage_errors(f"{path}: cannot be read"):
         lines = path.read_text(encoding="utf-8").split("\n")
     forms, questions = [], []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            with errors_as(DataError, f"{path}, line {number}: damaged"):
+            with usage_errors(f"{path}, line {number}: damaged"):
                 form, question = parse_row(json.loads(line))
             if forms and form != forms[0]:
-                raise DataError(f"{path}, line {number}: a {form}, but the lines before are {forms[0]}; wanted one form in a file")
+                raise UsageError(f"{path}, line {number}: a {form}, but the lines before are {forms[0]}; wanted one form in a file")
             forms.append(form)
             questions.append(question)
     if not questions:
-        raise DataError(f"{path}: holds no questions; delete it, and --fetch gets the sets that the Hub has")
+        raise UsageError(f"{path}: holds no questions; delete it, and --fetch gets the sets that the Hub has")
     return Task(path.stem, forms[0], questions, train.file_sha256(path))
 
 def read_tasks(folder, names):
-    """Every Task of a folder, or the named ones. Raises UsageError and DataError."""
+    """Every Task of a folder, or the named ones. Raises UsageError."""
     found = {path.stem: path for path in sorted(Path(folder).glob("*.jsonl"))}
     if not found or (unknown := sorted({*names} - {*found})):
         raise UsageError(f"--tasks={folder}: no {unknown[0] if found else '*'}.jsonl there"
@@ -125,13 +126,15 @@ def encode_pair(before, after, tokenizer, max_len):
 def make_scorer(mesh, cfg):
     """(params, tokens uint16 [B, T + 1], first [B]) -> (summed log-likelihood of the tokens from place `first` of the row on,
     how many of them are not the likeliest), each [B]. Only what is scored gets logits."""
-    cfg, size = dataclasses.replace(cfg, attention="xla"), 256
+    cfg, size = replace(cfg, attention="xla"), 256
     def score_on_device(params, tokens_BT1, first_B):
         weights = train.unstack(train.gather(params, train.param_specs(cfg), mesh.size, cfg))
-        tokens_BT, target_BT, there_BT = train.inputs_and_targets(tokens_BT1, cfg)
+        batch = train.inputs_and_targets({"tokens": tokens_BT1}, cfg)
+        tokens_BT, target_BT = batch["tokens"], batch["targets"]
         length = tokens_BT.shape[1]
-        x_ND = rearrange(train.forward(weights, tokens_BT, train.val_stage(cfg), cfg), "B T D -> (B T) D")
-        scored_N = ((there_BT > 0) & (jnp.arange(1, length + 1)[None] >= first_B[:, None])).ravel()
+        x_BTD = train.forward(weights, tokens_BT, weights["embed"][tokens_BT], cfg.val, cfg)
+        x_ND = rearrange(x_BTD, "B T D -> (B T) D")
+        scored_N = ((batch["weights"] > 0) & (jnp.arange(1, length + 1)[None] >= first_B[:, None])).ravel()
         place_N = jnp.nonzero(scored_N, size=len(scored_N) + size, fill_value=0)[0]
         def block(i, totals):
             at_N = jax.lax.dynamic_slice(place_N, [i * size], [size])
@@ -143,8 +146,8 @@ def make_scorer(mesh, cfg):
                          for total_B, z_N in zip(totals, (likelihood_N, missed_N.astype(jnp.int32))))
         zeros = jnp.zeros(len(first_B)), jnp.zeros(len(first_B), jnp.int32)
         return jax.lax.fori_loop(0, -(-scored_N.sum() // size), block, zeros)
-    shares = train.partition(train.state_shardings(train.Model(), mesh, cfg).params), P("data"), P("data")
-    return jax.jit(train.on_devices(score_on_device, mesh, shares, (P("data"), P("data"))))
+    shares = train.partition(train.state_shardings(GPT, mesh, cfg).params), P("data"), P("data")
+    return train.on_devices(score_on_device, mesh, shares, (P("data"), P("data")))
 
 def lengths(max_len):
     """The few lengths of row that programs are compiled for."""
@@ -200,35 +203,34 @@ def judge(task, chosen, options, tokenizer, score, tick=lambda share: None):
 
 def open_validation(trained, args):
     """(Config of the evaluation, [(path, tokens, targets), ...], SHA-256 of the scored tokens). By default what the run itself
-    scores; of --val_files all targets, or the first --val_tokens. Raises DataError."""
+    scores; of --val_files all targets, or the first --val_tokens. Raises UsageError."""
     cfg = trained.cfg
     pattern = args.val_files or cfg.val_files or train.embedded_corpus()[1]
     if not train.find_shards(pattern):
-        raise DataError(f"no shards match {pattern}; give others with --val_files, or --val_tokens=0 with --tasks")
+        raise UsageError(f"no shards match {pattern}; give others with --val_files, or --val_tokens=0 with --tasks")
     shards = train.open_shards(pattern)
     if shards.meta != trained.meta:
-        raise DataError(f"{shards.paths[0]}: made with {shards.meta}, but the model with {trained.meta}")
+        raise UsageError(f"{shards.paths[0]}: made with {shards.meta}, but the model with {trained.meta}")
     asked = args.val_tokens or (sum(len(tokens) - 1 for tokens in shards.tokens) if args.val_files else cfg.val_tokens)
     left, parts, digest = asked, [], hashlib.sha256()
     for path, tokens in zip(shards.paths, shards.tokens):
         if count := min(left, len(tokens) - 1):
             if (largest := int(tokens[:count + 1].max())) >= trained.cfg.vocab_size:
-                raise DataError(f"{path}: holds token {largest}, but the model's vocabulary has {trained.cfg.vocab_size}")
+                raise UsageError(f"{path}: holds token {largest}, but the model's vocabulary has {trained.cfg.vocab_size}")
             parts, left = [*parts, (path, tokens, count)], left - count
             digest.update(tokens[:count + 1])
     if left:
-        raise DataError(f"{shards.paths[0]}: too short for {asked} targets; {asked - left} fit: --val_tokens={asked - left}")
-    return dataclasses.replace(cfg, val_tokens=max(count for *_, count in parts)), parts, digest.hexdigest()
+        raise UsageError(f"{shards.paths[0]}: too short for {asked} targets; {asked - left} fit: --val_tokens={asked - left}")
+    return replace(cfg, val_tokens=max(count for *_, count in parts)), parts, digest.hexdigest()
 
 def validate(parts, params, mesh, cfg, token_bytes, tick=lambda share: None):
     """{"val_loss", "val_tokens", "bits_per_byte", "bytes"}: mean nats of the targets by the trainer's evaluation step, a
     micro-step at a time, and bits per byte of the text that they are, None without token_bytes. Raises NonFiniteLoss."""
-    step, stage = train.make_eval_step(train.Model(), mesh, cfg), train.val_stage(cfg)
-    size = train.batch_shape(stage, mesh.size, cfg)[1]
-    stage, nats, total, num_bytes = stage._replace(batch_tokens=size * stage.seq_len), 0.0, 0, 0
+    step, size = train.make_eval_step(GPT, mesh, cfg), train.batch_shape(cfg.val, mesh.size, cfg)[1]
+    stage, nats, total, num_bytes = replace(cfg.val, batch_tokens=size * cfg.val.seq_len), 0.0, 0, 0
     wanted = sum(count for *_, count in parts)
     for path, tokens, count in parts:
-        rows = train.plan_val(train.Shards([path], [tokens], {}), dataclasses.replace(cfg, val_tokens=count))
+        rows = train.plan_val(train.Shards([path], [tokens], {}), replace(cfg, val_tokens=count))
         for start in range(0, len(rows), size):
             more, scored = step(params, train.to_devices(rows[start:start + size], stage, mesh, cfg))
             nats, total = nats + float(more), total + int(scored)
@@ -256,7 +258,7 @@ class Results:
     """The lines of --out. A line that a kill cut short is passed over."""
     def __init__(self, path, weights, shared):
         self.path, self.weights, self.shared, self.lines = path, weights, shared, {}
-        with errors_as(UsageError, f"--out={path}: cannot be read"):
+        with usage_errors(f"--out={path}: cannot be read"):
             there = path.read_text() if path.exists() else ""
         for line in there.splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -269,7 +271,7 @@ class Results:
     def add(self, key, name, numbers):
         line = {"key": key, "name": name} | self.shared
         line |= {name: round(x, 6) if isinstance(x, float) else x for name, x in numbers.items()}
-        with errors_as(UsageError, f"--out={self.path}: cannot be written"), open(self.path, "a") as file:
+        with usage_errors(f"--out={self.path}: cannot be written"), open(self.path, "a") as file:
             file.write("\n" * self.cut + json.dumps(line) + "\n")
         self.lines[key], self.cut = line, False
         return line
@@ -318,7 +320,7 @@ def parse(argv):
     flag("--fetch", action="store_true", help="first get the sets that DIR lacks from the Hub: " + ", ".join(eval_sets.SETS))
     flag("--max_per_task", type=int, default=0, metavar="N", help="of each set N questions, always the same ones (default: all)")
     flag("--shots", default="0", metavar="N|core", help="solved questions before each (default: %(default)s)")
-    flag("--max_len", type=int, default=0, metavar="T", help="tokens of a row at most (default: the run's val_seq_len)")
+    flag("--max_len", type=int, default=0, metavar="T", help="tokens of a row at most (default: the run's val.seq_len)")
     flag("--batch_tokens", type=int, default=0, metavar="N", help="of a batch, on each device (default: 4096 on a CPU, else 65536)")
     flag("--out", metavar="FILE", help="where the lines are (default: RUN/evaluate.jsonl)")
     args = parser.parse_args(argv)
@@ -348,7 +350,7 @@ def report_validation(trained, params, mesh, tokenizer, lacking, results, args):
 
 def report_tasks(tasks, trained, params, mesh, tokenizer, results, args):
     """Prints a line per set that is not in --out, which gets it, and the table of all. Returns accuracies and their mean."""
-    max_len, lines, todo = args.max_len or trained.cfg.val_seq_len, [], []
+    max_len, lines, todo = args.max_len or trained.cfg.val.seq_len, [], []
     batch_tokens = args.batch_tokens or (4096 if jax.default_backend() == "cpu" else 65536)
     for place, task in enumerate(tasks):
         count = len(task.questions)
@@ -374,7 +376,7 @@ def report_tasks(tasks, trained, params, mesh, tokenizer, results, args):
     return {"mean_centered": round(mean, 6), "sets": {line["name"]: line["accuracy"] for line in lines}}
 
 def main(argv=None):
-    """Returns the summary that is printed last. Raises UsageError, DataError, CheckpointError and NonFiniteLoss."""
+    """Returns the summary that is printed last. Raises UsageError and NonFiniteLoss."""
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.fetch:
         eval_sets.fetch(Path(args.tasks))
@@ -384,12 +386,12 @@ def main(argv=None):
     try:
         folder = Path(args.tokenizer) if args.tokenizer else text.folder_of_run(trained.cfg)
         tokenizer = text.open_tokenizer(trained.meta, folder)
-    except (UsageError, DataError) as error:
+    except UsageError as error:
         if tasks or args.tokenizer:
             raise
         lacking = str(error)
     mesh = train.make_mesh()
-    params = jax.device_put(trained.params, train.state_shardings(train.Model(), mesh, trained.cfg).params)
+    params = jax.device_put(trained.params, train.state_shardings(GPT, mesh, trained.cfg).params)
     print(f"{trained.folder}, on {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
     run, manifest = trained.folder.parent.parent, json.loads((trained.folder / "manifest.json").read_text())
     results = Results(Path(args.out) if args.out else run / "evaluate.jsonl", manifest["sha256"]["params.safetensors"],
@@ -403,7 +405,4 @@ def main(argv=None):
     return summary
 
 if __name__ == "__main__":
-    try:
-        sys.exit(train.command(main))
-    except KeyboardInterrupt:
-        sys.exit(print("interrupted; the sets that had ended are kept, the same command continues", file=sys.stderr) or 130)
+    sys.exit(train.command(main))

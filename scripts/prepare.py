@@ -26,8 +26,9 @@ from typing import Callable
 
 import numpy as np
 
-from scripts.text import BYTES, GPT2, GPT2_FILES, all_errors_as_data, fetch_gpt2, gpt2_files, open_tokenizer, package, train_bpe
-from train import DataError, UsageError, cache_dir, command, errors_as, open_shard, write_shard
+from scripts.text import (BYTES, GPT2, GPT2_FILES, fetch_gpt2, gpt2_files, open_tokenizer, package, train_bpe,
+                          usage_errors)
+from train import UsageError, cache_dir, command, open_shard, write_shard
 
 PIECE = 1 << 20  # characters of a piece of text, and of a batch that a worker encodes at a time
 KINDS, TEXT, ROWS = ("bytes", "chars", "gpt2", "bpe"), (".txt", ".txt.gz"), (".jsonl", ".jsonl.gz", ".parquet")
@@ -45,12 +46,12 @@ def kind_of(name):
     return next((suffix for suffix in (*TEXT, *ROWS) if name.lower().endswith(suffix)), "")
 
 def download(url):
-    """The Source of a URL, in the cache. Raises DataError."""
+    """The Source of a URL, in the cache. Raises UsageError."""
     path = cache_dir() / "text" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rsplit('/', 1)[-1]}"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         staging = path.with_suffix(f".{os.getpid()}")
-        with (errors_as(DataError, f"{url}: cannot be fetched"), urllib.request.urlopen(url, timeout=60) as answer,
+        with (usage_errors(f"{url}: cannot be fetched"), urllib.request.urlopen(url, timeout=60) as answer,
               open(staging, "wb") as file):
             shutil.copyfileobj(answer, file)
             if answer.length:
@@ -59,10 +60,10 @@ def download(url):
     return Source(url, path.stat().st_size, lambda: path)
 
 def hub_files(repo, args):
-    """The Sources of a dataset of the Hub: its own Parquet files, else those that the Hub has made of it. Raises DataError."""
+    """The Sources of a dataset of the Hub: its own Parquet files, else those that the Hub has made of it. Raises UsageError."""
     from huggingface_hub import HfApi, hf_hub_download
     def listed(revision):
-        with all_errors_as_data(f"{repo}: neither a file here nor to be had from the Hub"):
+        with usage_errors(f"{repo}: neither a file here nor to be had from the Hub", Exception):
             info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
         named = sorted((file.rfilename, file.size) for file in info.siblings if file.rfilename.endswith(".parquet"))
         return info.sha, [(name, size) for name, size in named if re.search(args.files, name)]
@@ -72,14 +73,14 @@ def hub_files(repo, args):
     if any("partial-" in name for name, _ in files):
         print(f"note: of {repo} the Hub has made Parquet files of the first part only", flush=True)
     if not files:
-        raise DataError(f"{repo}: no Parquet file there has a path that matches --files={args.files}")
+        raise UsageError(f"{repo}: no Parquet file there has a path that matches --files={args.files}")
     def fetch(name):
-        with all_errors_as_data(f"{repo}: {name} cannot be fetched"):
+        with usage_errors(f"{repo}: {name} cannot be fetched", Exception):
             return Path(hf_hub_download(repo, name, repo_type="dataset", revision=sha))
     return [Source(f"{repo}@{sha}/{name}", size, lambda name=name: fetch(name)) for name, size in files]
 
 def find_sources(args):
-    """[Source, ...] of what was named: files in the order given, those of folders and globs by name. Raises DataError."""
+    """[Source, ...] of what was named: files in the order given, those of folders and globs by name. Raises UsageError."""
     found = []
     for given in args.sources:
         if re.match("https?://", given):
@@ -92,10 +93,10 @@ def find_sources(args):
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not os.path.exists(given):
             found += hub_files(given, args)
         else:
-            raise DataError(f"{given}: no file, and no {', '.join((*TEXT, *ROWS))} in it; nor is it OWNER/NAME of a dataset of the Hub")
+            raise UsageError(f"{given}: no file, and no {', '.join((*TEXT, *ROWS))} in it; nor is it OWNER/NAME of a dataset of the Hub")
     for source in found:
         if not kind_of(source.name):
-            raise DataError(f"{source.name}: wanted {', '.join((*TEXT, *ROWS))}")
+            raise UsageError(f"{source.name}: wanted {', '.join((*TEXT, *ROWS))}")
     return found
 
 # ---- Documents ----
@@ -130,7 +131,7 @@ def texts(source, path, args):
     if kind == ".parquet":
         file = package("pyarrow.parquet", "a .parquet file").ParquetFile(path)
         if args.field not in file.schema_arrow.names:
-            raise DataError(f"{source.name}: no column {args.field!r}; --field can be {', '.join(file.schema_arrow.names)}")
+            raise UsageError(f"{source.name}: no column {args.field!r}; --field can be {', '.join(file.schema_arrow.names)}")
         for batch in file.iter_batches(256, columns=[args.field]):
             yield from map(as_file, filter(None, batch.column(0).to_pylist()))
         return
@@ -142,7 +143,7 @@ def texts(source, path, args):
         for number, line in enumerate(file, 1):
             row = json.loads(line) if line.strip() else {args.field: ""}
             if not isinstance(row, dict) or not isinstance(row.get(args.field), str):
-                raise DataError(f"{source.name}, line {number}: no text {args.field!r}; --field names it, here is "
+                raise UsageError(f"{source.name}, line {number}: no text {args.field!r}; --field names it, here is "
                                 f"{', '.join(row) if isinstance(row, dict) else type(row).__name__}")
             yield as_file(row[args.field])
 
@@ -151,9 +152,9 @@ def as_file(text):
     return io.StringIO(text.encode(errors="replace").decode(), newline="")
 
 def documents(source, args):
-    """Yield (whether a document begins, text) of a file. Raises DataError, UsageError."""
+    """Yield (whether a document begins, text) of a file. Raises UsageError."""
     path = source.fetch()
-    with errors_as(DataError, f"{source.name}: cannot be read"):
+    with usage_errors(f"{source.name}: cannot be read"):
         for file in texts(source, path, args):
             for number, piece in enumerate(cut(file)):
                 yield number == 0, piece
@@ -186,18 +187,18 @@ def sample(sources, args, split, most):
                 return
 
 def make_tokenizer(kind, vocab_size, folder, sources, args):
-    """Puts the files of a tokenizer into a folder. Returns what meta.json says of it. Raises UsageError, DataError."""
+    """Puts the files of a tokenizer into a folder. Returns what meta.json says of it. Raises UsageError."""
     if kind == "bytes":
         return BYTES
     if kind == "gpt2":
         package("tokenizers", "GPT-2's tokenizer")
         if args.gpt2 and not gpt2_files(args.gpt2):
-            raise DataError(f"--gpt2={args.gpt2}: wanted a folder of encoder.json and vocab.bpe")
+            raise UsageError(f"--gpt2={args.gpt2}: wanted a folder of encoder.json and vocab.bpe")
         for path, name in zip(gpt2_files(args.gpt2) if args.gpt2 else gpt2_files(folder) or fetch_gpt2(), GPT2_FILES[0]):
             put(folder / name, path.read_bytes())
         return GPT2
     if kind not in KINDS:
-        with errors_as(DataError, f"--tokenizer={kind}: wanted {', '.join(KINDS)}, or a folder of shards with a meta.json"):
+        with usage_errors(f"--tokenizer={kind}: wanted {', '.join(KINDS)}, or a folder of shards with a meta.json"):
             meta = {key: json.loads((Path(kind) / "meta.json").read_text())[key] for key in BYTES}
             for name in {"bytes": (), "gpt2": GPT2_FILES[0]}.get(meta["tokenizer"], (meta["tokenizer"],)):
                 put(folder / name, (Path(kind) / name).read_bytes())
@@ -208,7 +209,7 @@ def make_tokenizer(kind, vocab_size, folder, sources, args):
             put(folder / name, json.dumps("".join(sorted(set().union(*(text for _, _, text in pieces(sources, args)))))).encode())
         size = len(json.loads((folder / name).read_text())) + 1
         if size > 65534:
-            raise DataError(f"{size - 1} different characters: wanted at most 65533; --tokenizer=bpe spells any text")
+            raise UsageError(f"{size - 1} different characters: wanted at most 65533; --tokenizer=bpe spells any text")
         return {"tokenizer": name, "vocab_size": size, "bos_id": size - 1}
     if not (folder / name).exists():
         print(f"a BPE of {vocab_size} from the first {args.bpe_mib} MiB of training text ...", flush=True)
@@ -261,7 +262,7 @@ class Writer:
 
     def begin(self, split, number):
         path, there = self.out / f"{split}_{number:06d}.bin", False
-        with contextlib.suppress(DataError):
+        with contextlib.suppress(UsageError):
             self.counts[path.name], there = len(open_shard(path)), True
         self.there += there
         self.open[split] = Open(path, there)
@@ -312,11 +313,11 @@ class Writer:
             self.shown = now
 
 def write_shards(sources, meta, args, out):
-    """Write what is missing. Returns the Writer. Raises DataError."""
+    """Write what is missing. Returns the Writer. Raises UsageError."""
     tokenizer, total = open_tokenizer(meta, out), sum(source.size for source in sources)
     text = "".join(sample(sources, args, "train", PIECE))[:PIECE]
     if not text:
-        raise DataError(f"{args.sources[0]}: holds no training text")
+        raise UsageError(f"{args.sources[0]}: holds no training text")
     shard_bytes = max(1, round(args.shard_tokens * len(text.encode()) / len(tokenizer.encode(text))))
     jobs = args.jobs if total > 8 * PIECE else 1  # a process takes seconds to start
     pool = (ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (meta, out)) if jobs > 1
@@ -337,7 +338,7 @@ def report(sources, args):
     """Prints a table: the bytes of a token of each tokenizer in --report, and of GPT-2's, on the validation text."""
     rows, text = [], [*sample(sources, args, "val", 16 * PIECE)]
     if not text:
-        raise DataError(f"{args.sources[0]}: no validation text to count on; a larger --val or --val_tail takes some")
+        raise UsageError(f"{args.sources[0]}: no validation text to count on; a larger --val or --val_tail takes some")
     size = sum(len(piece.encode()) for piece in text)
     for name in dict.fromkeys(("gpt2", *args.report.split(","))):
         kind, _, vocab = name.partition(":") if name.partition(":")[0] in KINDS else (name, "", "")
@@ -396,7 +397,7 @@ def parse(argv):
     return args
 
 def main(argv=None):
-    """Writes shards, tokenizer and meta.json, or prints a report. Raises UsageError, DataError."""
+    """Writes shards, tokenizer and meta.json, or prints a report. Raises UsageError."""
     args = parse(sys.argv[1:] if argv is None else argv)
     sources = find_sources(args)
     if args.val_tail and (len(sources) != 1 or kind_of(sources[0].name) not in TEXT or args.separator):
@@ -408,7 +409,7 @@ def main(argv=None):
     recipe = {"sources": [[source.name, source.size] for source in sources]} | {name: getattr(args, name) for name in names}
     if any(out.glob("*.bin")) and not (out / "meta.json").exists():
         raise UsageError(f"{out}: holds shards without a meta.json; wanted a new folder")
-    with errors_as(DataError, f"{out / 'meta.json'}: cannot be read"):
+    with usage_errors(f"{out / 'meta.json'}: cannot be read"):
         old = json.loads((out / "meta.json").read_text()) if (out / "meta.json").exists() else {}
     if old and old.get("recipe") != recipe:
         was = old.get("recipe") or {}
@@ -438,7 +439,4 @@ def main(argv=None):
     return 0
 
 if __name__ == "__main__":
-    try:
-        sys.exit(command(main))
-    except KeyboardInterrupt:
-        sys.exit(print("interrupted; the same command continues", file=sys.stderr) or 130)
+    sys.exit(command(main))

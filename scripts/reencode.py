@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.text import BOS, gpt2_bytes, package, texts_of, train_bpe
-from train import DataError, UsageError, open_shards, write_shard
+from train import UsageError, open_shards, require, write_shard
 
 ALL = 1 << 40
 
@@ -35,15 +35,15 @@ def parse(argv):
     return args
 
 def main(argv):
-    """Writes shards, tokenizer.json and meta.json. Raises UsageError, DataError."""
+    """Writes shards, tokenizer.json and meta.json. Raises UsageError."""
     args = parse(argv)
     package("tokenizers", "reencode")
     shards = {split: open_shards(f"{args.shards}/*{split}_*.bin") for split in ("val", "train")}
     table, meta, out, start = gpt2_bytes(args.bpe), shards["train"].meta, Path(args.out), time.perf_counter()
-    if meta["vocab_size"] != len(table):
-        raise DataError(f"{args.shards}: a vocabulary of {meta['vocab_size']}, but {args.bpe} has {len(table)}")
-    if old := sorted(out.glob("*.bin")):
-        raise UsageError(f"{out}: holds {old[0].name} already; wanted a new folder")
+    fits = meta["vocab_size"] == len(table)
+    require(fits, f"{args.shards}: a vocabulary of {meta['vocab_size']}, but {args.bpe} has {len(table)}")
+    old = " ".join(sorted(path.name for path in out.glob("*.bin")))
+    require(not old, f"{out}: holds {old} already; wanted a new folder")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_bpe(itertools.islice(texts_of(shards["train"].tokens[0], table, meta["bos_id"]), args.sample), args.vocab)
     tokenizer.save(str(out / "tokenizer.json"))

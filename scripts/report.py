@@ -6,7 +6,7 @@
 report.html is one file that asks for nothing else, in light and dark; report.svg and report.png hold its losses for a README.
 Runs of one program, config, data and kind of machine, whatever their seeds, are one curve: the mean over the finished ones, step by
 step, and a band from the lowest to the highest. A folder that you rename gives its curve its name.
-Exit codes: 0; 2 where there is no run or a package is missing; 3 for a damaged line.
+Exit codes: 0; 2 where there is no run, a package is missing or a line is damaged.
 
 The same numbers in TensorBoard (`pip install tensorboardX`) or Weights & Biases (`pip install wandb`):
 
@@ -29,8 +29,9 @@ from typing import NamedTuple
 import numpy as np
 
 import train
-from scripts.verify_record import BAR, FINAL, MAY_DIFFER as RECORDS_MAY_DIFFER, STEP, parse_config, read_schedule, source_defaults
-from train import MAY_DIFFER, ROOT, DataError, UsageError, command, errors_as
+from scripts.verify_record import BAR, FINAL, MAY_DIFFER as RECORDS_MAY_DIFFER, STEP, flat, read_config, read_schedule
+from scripts.text import usage_errors
+from train import MAY_DIFFER, ROOT, UsageError, command
 
 # ---- Runs ----
 class Run(NamedTuple):
@@ -60,27 +61,40 @@ class Run(NamedTuple):
         config = {name: value for name, value in self.config.items() if name not in MAY_DIFFER | RECORDS_MAY_DIFFER}
         return json.dumps([config, *(self.facts.get(name) for name in ("devices", "program", "data"))], sort_keys=True)
 
-def learning_rates(source, config):
+def learning_rates(source, text):
     """step -> what multiplied the learning rates in it, for a log whose source has the schedule of this train.py; else None."""
-    if not all(inspect.getsource(function) in source for function in (train.ramp, train.lr_scale, train.stages)):
+    functions = (train.ramp, train.lr_scale, train.stage_at)
+    if not all(inspect.getsource(function) in source for function in functions):
         return None
-    kinds = {name: field.type for name, field in train.Config.__dataclass_fields__.items() if name in config}
-    cfg = train.Config(**{name: kind(config[name]) for name, kind in kinds.items()})
-    table = train.stages(cfg)
-    return lambda step: float(train.lr_scale(step - 1, train.stage_at(step - 1, table), cfg))
+    config = json.loads(text)
+    fields = {name: config[name] for name in train.Config.__annotations__}  # another model has more
+    stages = tuple(train.Stage(**row) for row in config["stages"])
+    cfg = train.Config(**fields | {"stages": stages})
+
+    def rate(step):
+        stage = cfg.stages[train.stage_at(step - 1, cfg)]
+        return float(train.lr_scale(step - 1, stage, cfg))
+
+    return rate
+
+def add_row(rows, row):
+    """A resumed run writes steps again: what stood there from this step on does not count."""
+    for step in [step for step in rows if step >= row["step"]]:
+        del rows[step]
+    rows[row["step"]] = row
 
 def read_log(path):
-    """The Run that a log tells of, whole or not. Raises UsageError where path is no log, DataError where it is damaged."""
-    with errors_as(DataError, f"{path}: cannot be read"):
+    """The Run that a log tells of, whole or not. Raises UsageError where path is no log, or damaged."""
+    with usage_errors(f"{path}: cannot be read"):
         text = path.read_text(encoding="utf-8")
     source, bar, _ = text.partition(BAR)
     if not bar:
         raise UsageError(f"{path}: no log of train.py; wanted a run's folder, a record's folder, or a seed<k>.txt in one")
     lines = text.rpartition(BAR)[2].split("\n")
     head = dict(line.split(": ", 1) for line in lines[::-1] if re.match(r"(preset|config|versions|devices): ", line))
-    with errors_as(DataError, f"{path}: its head is damaged or incomplete"):
-        config = parse_config(head["config"], [*source_defaults(source, head["preset"].split()[0])[0]])
-        schedule, rate = read_schedule(config), learning_rates(source, config)
+    with usage_errors(f"{path}: its head is damaged or incomplete"):
+        config = read_config(head["config"], source, head["preset"].split()[0])
+        schedule, rate = read_schedule(config), learning_rates(source, head["config"])
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:8]
     files = [line for line in lines if re.match(r"data: .*sha256", line)]
     facts = {"devices": head.get("devices", ""), "program": digest(source), "data": digest("".join(files))}
@@ -91,44 +105,42 @@ def read_log(path):
             break  # samples follow
         if re.match(r"step:\d+/", line):
             if not (match := STEP.fullmatch(line)) or not math.isfinite(float(match[3]) + float(match[4] or 0)):
-                raise DataError(f"{path}, line {number}: {line[:60]!r} is damaged, wanted a step line as train.py writes it")
+                raise UsageError(f"{path}, line {number}: {line[:60]!r} is damaged, wanted a step line as train.py writes it")
             step = int(match[1])
-            tokens = sum(schedule.sizes[i] * max(0, min(end, step) - start)
-                         for i, (start, end) in enumerate(itertools.pairwise([0, *schedule.ends])))
-            rows[step] = {"step": step, "tokens": tokens, "train_loss": float(match[3]), "train_time_s": float(match[5]),
-                          "step_ms": float(match[6]), "tokens_per_s": float(f"{match[7]}.{match[8]}") * {"k": 1e3, "M": 1e6}[match[9]]}
-            rows[step] |= {"val_loss": float(match[4])} if match[4] else {}
-            rows[step] |= {"mfu": float(match[10]) / 100} if match[10] else {}
-            rows[step] |= {"lr": rate(step)} if rate else {}
-    return Run(path, config, facts, [rows[step] for step in sorted(rows)], done, "\nresumed: " in text)
+            row = {"step": step, "tokens": schedule.tokens(step), "train_loss": float(match[3]), "train_time_s": float(match[5]),
+                   "step_ms": float(match[6]), "tokens_per_s": float(f"{match[7]}.{match[8]}") * {"k": 1e3, "M": 1e6}[match[9]]}
+            row |= {"val_loss": float(match[4])} if match[4] else {}
+            row |= {"mfu": float(match[10]) / 100} if match[10] else {}
+            row |= {"lr": rate(step)} if rate else {}
+            add_row(rows, row)
+    return Run(path, config, facts, [*rows.values()], done, "\nresumed: " in text)
 
 def read_metrics(path):
-    """({step: row}, the last of each step's; whether the result is among them). Raises DataError."""
+    """({step: row}, the last of each step's; whether the result is among them). Raises UsageError."""
     rows, done = {}, False
-    with errors_as(DataError, f"{path}: cannot be read"):
+    with usage_errors(f"{path}: cannot be read"):
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last is whole or still being written
     for number, line in enumerate(lines, 1):
-        with errors_as(DataError, f"{path}, line {number}: {line[:60]!r} is damaged, wanted a row of numbers as train.py writes it"):
+        with usage_errors(f"{path}, line {number}: {line[:60]!r} is damaged, wanted a row of numbers as train.py writes it"):
             row = json.loads(line)
             if not {"step", "tokens", "train_time_s"} <= {*row} or not all(math.isfinite(value) for value in row.values()):
                 raise ValueError("a number is missing")
         done = "train_loss" not in row  # the result repeats the last step's
-        rows[row["step"]] = (rows.get(row["step"], {}) if done else {}) | row
+        add_row(rows, rows.get(row["step"], {}) | row if done else row)
     return rows, done
 
 def read_folder(path):
-    """The Run in a folder that train.py made; of one without log.txt, less its facts. Raises DataError."""
+    """The Run in a folder that train.py made; of one without log.txt, less its facts. Raises UsageError."""
     log = read_log(path / "log.txt") if (path / "log.txt").exists() else None
     rows, done = read_metrics(path / "metrics.jsonl")
-    with errors_as(DataError, f"{path / 'config.json'}: damaged or missing, wanted the run's config"):
-        config = log.config if log else json.loads((path / "config.json").read_text())["config"]
-        config = {name: str(value) for name, value in config.items()}
+    with usage_errors(f"{path / 'config.json'}: damaged or missing, wanted the run's config"):
+        config = log.config if log else flat(json.loads((path / "config.json").read_text())["config"])
         read_schedule(config)
     facts, resumed = (log.facts, log.resumed) if log else ({}, False)
-    return Run(path, config, facts, [rows[step] for step in sorted(rows)], done, resumed)
+    return Run(path, config, facts, [*rows.values()], done, resumed)
 
 def find_runs(path):
-    """The Runs at a path: one, or a record's. Raises UsageError, DataError."""
+    """The Runs at a path: one, or a record's. Raises UsageError."""
     if path.is_file():
         return [read_log(path.resolve())]
     if any((path / name).is_file() for name in ("metrics.jsonl", "log.txt")):
@@ -501,7 +513,7 @@ def twins_text(curve):
 
 def leaderboard(path):
     """(head, rows) of the first Markdown table with a column `time`, as plain text; None without one. Raises UsageError."""
-    with errors_as(UsageError, f"--leaderboard={path}: cannot be read"):
+    with usage_errors(f"--leaderboard={path}: cannot be read"):
         lines = path.read_text(encoding="utf-8").splitlines()
     plain = lambda cell: re.sub(r"\[([^]]*)\]\([^)]*\)|[*`]", lambda match: match[1] or "", cell).strip()
     rows = [[plain(cell) for cell in line.strip().strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -545,7 +557,7 @@ type="radio" name="axis" id="pick-tokens"><label for="pick-tokens">tokens</label
 """
 
 def main(argv=None):
-    """Write the page and its figure. Raises UsageError, DataError."""
+    """Write the page and its figure. Raises UsageError."""
     parser = argparse.ArgumentParser(prog="python -m scripts.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -575,7 +587,7 @@ def main(argv=None):
         text = page(curves, args.title or (" and ".join(curve.label for curve in curves) if len(curves) < 3 else f"{len(curves)} configs"), board)
     for path, data in ((args.out, text.encode()), (args.svg or args.out.with_suffix(".svg"), svg.encode()),
                        (args.png or args.out.with_suffix(".png"), picture.getvalue())):
-        with errors_as(UsageError, f"{path}: cannot be written; does its folder exist?"):
+        with usage_errors(f"{path}: cannot be written; does its folder exist?"):
             path.write_bytes(data)
         print(f"wrote: {path}")
 

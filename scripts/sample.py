@@ -8,10 +8,10 @@
 Text goes to stdout while it is made, all else to stderr. Several samples are made at once, in one batch, and shown one after the
 other: the first as it comes, each next one from where it is by then. A sample ends with its document (the model says BOS) or after
 --max_new_tokens. A seed gives the same texts again, and its first text however many there are.
-Positions have no limit, only the memory of the cache: but where text grows past the rows that the model was trained on (--seq_len
+Positions have no limit, only the memory of the cache: but where text grows past the rows that the model was trained on (--stages.seq_len
 of the run), blocks without a window meet distances that they never saw, and the text gets worse.
 """
-import argparse, codecs, collections, dataclasses, functools, os, sys, time
+import argparse, codecs, collections, functools, os, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +21,10 @@ import numpy as np
 from einops import rearrange
 
 from scripts.checkpoint import open_checkpoint
-from scripts.text import folder_of_run, open_tokenizer
-from train import (PRESETS, Config, DataError, UsageError, attend_row, choose_attention, command, count_params, errors_as, forward, gated, gather,
-                   init_params, layer_list, next_logits, offset_keys, param_specs, rms_norm, rotary, rotate, softcapped_logits,
-                   softmax_average, stages, unstack, val_stage)
+from scripts.text import folder_of_run, open_tokenizer, usage_errors
+from train import (DEMO, UsageError, attend_row, choose_attention, command, count_params, forward, gated,
+                   gather, init_params, next_logits, offset_keys, param_specs, replace, rms_norm, rotary,
+                   rotate, softcapped_logits, softmax_average, unstack, window_of)
 
 # ---- Cache ----
 # The seam is forward's attend. Position p of a layer lies in slot p % S of its S slots: window + 1, or the capacity where that is less.
@@ -40,7 +40,7 @@ class Cache(NamedTuple):
     position: jax.Array  # how many tokens there are
 
 def heads_of(z_BTN, cfg): return rearrange(z_BTN, "B T (H K) -> B T H K", K=cfg.head_dim)
-def starts_document(token_B, cfg): return (token_B == cfg.bos_id) & any(stage.max_doc_len for stage in stages(cfg))
+def starts_document(token_B, cfg): return (token_B == cfg.bos_id) & any(stage.doc_len for stage in cfg.stages)
 def kept(z, cfg):
     """Rounded to compute_dtype; on a CPU in float32, to which XLA would widen all slots on each step to write one in bfloat16."""
     return z.astype(cfg.compute_dtype).astype(jnp.float32 if jax.default_backend() == "cpu" else cfg.compute_dtype)
@@ -48,30 +48,30 @@ def kept(z, cfg):
 def prefill(weights, tokens_BT, length, capacity, cfg):
     """(float32 logits_BV of what follows the first `length` of the tokens, their Cache). The others may be anything; length is traced.
     capacity: positions that the cache can hold, at least length."""
-    stage, cfg, num_tokens = val_stage(cfg), dataclasses.replace(cfg, attention="xla"), tokens_BT.shape[1]
+    stage, cfg, num_tokens = cfg.val, replace(cfg, attention="xla"), tokens_BT.shape[1]
     whole_row, (*table, _), last = attend_row(tokens_BT, stage, cfg), rotary(num_tokens, stage, cfg), length - 1
     place_BT = jnp.broadcast_to(jnp.arange(num_tokens)[None], tokens_BT.shape)
     start_BT = jax.lax.cummax(jnp.where(starts_document(tokens_BT, cfg), place_BT, 0), axis=1)
     keys, values, raw_keys = {}, {}, {}
     def attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH):
-        y_BTN, window = whole_row(layer, q_BTN, k_BTN, v_BTN, gate_BTH), stage.windows[layer]
-        if layer in layer_list(cfg.offset_layers):
+        y_BTN, window = whole_row(layer, q_BTN, k_BTN, v_BTN, gate_BTH), window_of(layer, stage, cfg)
+        if layer in cfg.offset_layers:
             raw_keys[layer] = jax.lax.dynamic_slice_in_dim(k_BTN, last, 1, axis=1)
             k_BTN = offset_keys(k_BTN, start_BT == place_BT, cfg)
         slot_S = jnp.arange(min(window + 1, capacity) if window else capacity)
         held_S = last - (last - slot_S) % len(slot_S)  # the position in each slot; below 0: none yet
         keys[layer], values[layer] = (
             rearrange(kept(jnp.take(z_BTGK, held_S, axis=1, mode="clip"), cfg), "B S G K -> (B G) S K")
-            for z_BTGK in (rotate(rms_norm(heads_of(k_BTN, cfg)), table), heads_of(v_BTN, cfg)))
+            for z_BTGK in (rotate(rms_norm(heads_of(k_BTN, cfg)), *table), heads_of(v_BTN, cfg)))
         return y_BTN
-    x_BTD = forward(weights, tokens_BT, stage, cfg, attend)
+    x_BTD = forward(weights, tokens_BT, weights["embed"][tokens_BT], stage, cfg, attend)
     at_last = lambda z_BT: jax.lax.dynamic_index_in_dim(z_BT, last, axis=1, keepdims=False)
     logits_BV = softcapped_logits(at_last(x_BTD), weights["head"], cfg)
     return logits_BV, Cache(keys, values, raw_keys, at_last(tokens_BT), at_last(start_BT), length)
 
 def decode(weights, cache, token_B, capacity, cfg):
     """(float32 logits_BV of what follows token_B, the next of each row; the Cache with it). capacity: as of prefill, above position."""
-    stage, position, is_start_B = val_stage(cfg), cache.position, starts_document(token_B, cfg)
+    stage, position, is_start_B = cfg.val, cache.position, starts_document(token_B, cfg)
     start_B, (*table, scale) = jnp.where(is_start_B, position, cache.start_B), rotary(capacity, stage, cfg)
     table = [jax.lax.dynamic_slice_in_dim(jnp.asarray(z), position, 1) for z in table]
     keys, values, raw_keys = {}, {}, {}
@@ -80,18 +80,20 @@ def decode(weights, cache, token_B, capacity, cfg):
         if layer in cache.raw_keys:
             raw_keys[layer], pair_BTN = k_B1N, jnp.concatenate([cache.raw_keys[layer], k_B1N], axis=1)
             k_B1N = offset_keys(pair_BTN, jnp.stack([is_start_B, is_start_B], axis=1), cfg)[:, 1:]
-        q_B1HK, k_B1GK = (rotate(rms_norm(heads_of(z, cfg)), table) for z in (q_B1N, k_B1N))
+        q_B1HK, k_B1GK = (rotate(rms_norm(heads_of(z, cfg)), *table) for z in (q_B1N, k_B1N))
         keys[layer], values[layer] = (jax.lax.dynamic_update_slice_in_dim(
             slots[layer], rearrange(kept(z, cfg), "B 1 G K -> (B G) 1 K"), position % size, axis=1)
             for slots, z in ((cache.keys, k_B1GK), (cache.values, heads_of(v_B1N, cfg))))
         held_S = position - (position - jnp.arange(size)) % size  # as in prefill; all within the window
         visible_N1S = jnp.repeat(held_S[None, None] >= start_B[:, None, None], cfg.kv_heads, axis=0)
-        q_N1RK = rearrange((q_B1HK * scale).astype(cfg.compute_dtype), "B 1 (G R) K -> (B G) 1 R K", G=cfg.kv_heads)
-        y_N1RK = softmax_average(q_N1RK, keys[layer][:, None], values[layer][:, None], visible_N1S)
-        y_B1N = gated(rearrange(y_N1RK, "(B G) 1 R K -> B 1 (G R K)", G=cfg.kv_heads), gate_BTH[:, -1:])
+        # the query heads of a key head stand where softmax_average has the queries of a row: they see the same keys
+        q_N11RK = rearrange((q_B1HK * scale).astype(cfg.compute_dtype), "B 1 (G R) K -> (B G) 1 1 R K", G=cfg.kv_heads)
+        y_N11RK = softmax_average(q_N11RK, keys[layer][:, None], values[layer][:, None], visible_N1S)
+        y_B1N = gated(rearrange(y_N11RK, "(B G) 1 1 R K -> B 1 (G R K)", G=cfg.kv_heads), gate_BTH[:, -1:])
         return jnp.pad(y_B1N, ((0, 0), (q_BTN.shape[1] - 1, 0), (0, 0)))
-    tokens_BT = jnp.stack([cache.token_B, token_B][1 - cfg.smear:], axis=1)  # smear reads the embedding of the token before, which is
-    x_BTD = forward(weights, tokens_BT, stage, cfg, attend)                  # there for that alone: nobody looks at what becomes of it
+    tokens_BT = jnp.stack([cache.token_B, token_B][1 - cfg.smear:], axis=1)
+    # smear reads the embedding of the token before, which is there for that alone: nobody looks at what becomes of it
+    x_BTD = forward(weights, tokens_BT, weights["embed"][tokens_BT], stage, cfg, attend)
     return softcapped_logits(x_BTD[:, -1], weights["head"], cfg), Cache(keys, values, raw_keys, token_B, start_B, position + 1)
 
 # ---- Choice of a token ----
@@ -138,7 +140,7 @@ def compile_programs(length, capacity, num_samples, choice, cfg):
 
 def random_weights(cfg, seed=0):
     specs = param_specs(cfg)
-    return unstack(gather(init_params(jax.random.key(seed), specs, cfg), specs, 1, cfg))
+    return unstack(gather(init_params(jax.random.key(seed), specs), specs, 1, cfg))
 
 def generate(weights, ids, num_tokens, num_samples, choice, seed, cfg):
     """Compile, then return an iterator of num_tokens int32 arrays [B]: the next token of each continuation of ids, at least one id.
@@ -195,7 +197,7 @@ def write_texts(tokens, prompt, tokenizer, num_samples, write):
 
 def bench(weights, cfg, num_tokens, choice, seed):
     """What a token of a row of num_tokens costs, with the cache and from a forward pass over the whole row, as train.sample has it."""
-    print(f"{count_params(param_specs(cfg), cfg)} parameters, {cfg.compute_dtype}, a row of {num_tokens} tokens; compiling ...",
+    print(f"{count_params(param_specs(cfg))} parameters, {cfg.compute_dtype}, a row of {num_tokens} tokens; compiling ...",
           file=sys.stderr)
     tokens = generate(weights, [cfg.bos_id], num_tokens - 1, 1, choice, seed, cfg)
     whole = jax.jit(lambda weights, ids_1T, last: jnp.argmax(next_logits(weights, ids_1T, cfg)[0, last]))
@@ -252,7 +254,7 @@ def prompts(args):
     """Raises UsageError for a file that cannot be read."""
     if not args.interactive:
         text = args.prompt or ""
-        with errors_as(UsageError, f"--prompt={text}: wanted a file of UTF-8 text"):
+        with usage_errors(f"--prompt={text}: wanted a file of UTF-8 text"):
             yield Path(text[len("FILE:"):]).read_text(encoding="utf-8") if text.startswith("FILE:") else text
     while args.interactive:
         if sys.stdin.isatty():
@@ -262,26 +264,26 @@ def prompts(args):
         yield line
 
 def main(argv=None):
-    """Raises UsageError, DataError, CheckpointError, and SystemExit of 130 if interrupted."""
+    """Raises UsageError."""
     args = parse(sys.argv[1:] if argv is None else argv)
     choice, tell = Choice(args.temperature, args.top_k, args.top_p), functools.partial(print, file=sys.stderr, flush=True)
     if not args.checkpoint:
-        cfg = choose_attention(Config(**PRESETS["demo"] | {"vocab_size": 257, "bos_id": 256}), jax.default_backend())
+        cfg = choose_attention(replace(DEMO, vocab_size=257, bos_id=256), jax.default_backend())
         return bench(random_weights(cfg), cfg, args.bench, choice, args.seed)
     trained = open_checkpoint(args.checkpoint)
     cfg, weights = trained.cfg, trained.weights()
     if args.bench:
         return bench(weights, cfg, args.bench, choice, args.seed)
     tokenizer = open_tokenizer(trained.meta, args.tokenizer or folder_of_run(cfg))
-    tell(f"{trained.folder}, step {trained.step}: {count_params(param_specs(cfg), cfg)} parameters, tokenizer {tokenizer.name}")
+    tell(f"{trained.folder}, step {trained.step}: {count_params(param_specs(cfg))} parameters, tokenizer {tokenizer.name}")
     def write(text):
         print(text, end="", flush=True)
-    longest = max([cfg.val_seq_len, *(stage.seq_len for stage in stages(cfg))])
+    longest = max(stage.seq_len for stage in (*cfg.stages, cfg.val))
     try:
         for i, prompt in enumerate(prompts(args)):
             try:
                 ids = [cfg.bos_id, *tokenizer.encode(prompt)]
-            except DataError as error:  # a character that the model's alphabet lacks
+            except UsageError as error:  # a character that the model's alphabet lacks
                 if not args.interactive:
                     raise
                 tell(f"error: {error}")
@@ -293,8 +295,6 @@ def main(argv=None):
             _, others, prefill_s, decode_s = write_texts(tokens, prompt, tokenizer, args.num_samples, write)
             tell(f"prefill: {len(ids)} tokens in {prefill_s:.3f} s, {len(ids) / prefill_s:.0f} tokens/s; "
                  f"decode: {others} tokens in {decode_s:.3f} s, {others / decode_s:.0f} tokens/s")
-    except KeyboardInterrupt:
-        sys.exit(tell("interrupted") or 130)
     except BrokenPipeError:  # as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
 

@@ -4,7 +4,7 @@ The whole speedrun in one command: shards, dry run, training, evaluation, record
 
     bash scripts/speedrun.sh                          on a TPU VM, after pip install: one run of the preset `speedrun`
     bash scripts/speedrun.sh --seeds=5 --name=Idea    five seeds, laid out as records/v6e-8/<date>_Idea and verified
-    bash scripts/speedrun.sh --smoke                  the same chain with the preset `tiny` on a CPU, in about a minute
+    bash scripts/speedrun.sh --smoke                  the same chain with scripts/presets/tiny.args on a CPU, in minutes
 
     --seeds=N         runs, with --seed=0 .. N-1 (default: 1; of --smoke 2). Two or more make a record
     --name=NAME       of the record (default: Speedrun)
@@ -15,9 +15,10 @@ The whole speedrun in one command: shards, dry run, training, evaluation, record
     --skip=A,B        leave out steps: shards, dry_run, evaluate, record, report
     -- FLAGS          flags of train.py for every run, as --preset=demo --steps=540
 
-The same command again continues: what was done with this train.py and these flags is not done again; a run that was cut
-goes on from its last checkpoint. (A record wants runs in one go: the verifier rejects a resumed one.) PYTHON names another
-interpreter. The chain has been run with --smoke; nobody has run it on a TPU yet.
+A run that was stopped (exit code 75, 143), killed (137), or whose host was lost or crashed (134, 139) is started again and goes
+on from its last checkpoint. The same command again continues: what was done with this train.py and these flags is not done again.
+(A record wants runs in one go: the verifier rejects a resumed one.) PYTHON names another interpreter. The chain has been run
+with --smoke; nobody has run it on a TPU yet.
 Exit codes: 0; 1 where the verifier rejects the record; otherwise that of the step that failed.
 HELP
 }
@@ -48,7 +49,7 @@ skips() { [[ ,$skip, == *",$1,"* ]]; }
 record=records/$track
 if [ -n "$smoke" ]; then
     export JAX_PLATFORMS=cpu
-    flags=(--preset=tiny ${flags[@]+"${flags[@]}"}) record=$out/record/cpu topology=v6e:1x1
+    flags=(@scripts/presets/tiny.args ${flags[@]+"${flags[@]}"}) record=$out/record/cpu topology=v6e:1x1
 fi
 needed="$python -m pip install -r"
 "$python" -c 'import jax, einops, safetensors, huggingface_hub' || die 2 "a package is missing: $needed requirements.txt"
@@ -57,14 +58,15 @@ companions=sys
 skips report || companions+=,matplotlib
 "$python" -c "import $companions" || die 2 "a package is missing, needed at the end: $needed scripts/requirements.txt"
 
-# what was done is known by train.py and the flags
-hash='import hashlib, sys; print(hashlib.sha256(open("train.py", "rb").read() + repr(sys.argv[1:]).encode()).hexdigest()[:12])'
+# what was done is known by train.py and the flags, those of an @FILE too
+hash='import hashlib, sys; read = lambda word: open(word[1:]).read() if word[0] == "@" else word
+print(hashlib.sha256(open("train.py", "rb").read() + repr([*map(read, sys.argv[1:])]).encode()).hexdigest()[:12])'
 key=$("$python" -c "$hash" ${flags[@]+"${flags[@]}"})
 state=$out/$key
 mkdir -p "$state"
 
 say "1. shards"
-if [ -n "$smoke" ]; then echo "none: the preset tiny reads this Python's own library"
+if [ -n "$smoke" ]; then echo "none: it reads this Python's own library"
 elif skips shards; then echo "left out"
 else "$python" cached_fineweb10B.py 8; fi  # what is there is only looked at
 
@@ -84,11 +86,12 @@ for ((seed = 0; seed < seeds; seed++)); do
     stamp=$state/seed$seed.done
     if [ -f "$stamp" ]; then echo "seed $seed: done, $(cat "$stamp")"
     else
-        for ((again = 0, code = 75; code == 75 && again < 100; again++)); do  # 75: preempted
-            [ $again = 0 ] || echo "seed $seed: preempted, on from the last checkpoint"
+        for ((again = 0; again < 100; again++)); do
             code=0
             "$python" train.py ${flags[@]+"${flags[@]}"} --seed=$seed --log_dir="$state/seed$seed" \
                 --save_every=250 --resume=auto || code=$?
+            case $code in 75 | 134 | 137 | 139 | 143) ;; *) break ;; esac
+            echo "seed $seed: ended with exit code $code, on from the last checkpoint"
         done
         [ $code = 0 ] || die $code "seed $seed ended with exit code $code; the same command goes on from its last checkpoint"
         run=$(for folder in "$state/seed$seed"/*/; do echo "${folder%/}"; done | tail -n 1)

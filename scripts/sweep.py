@@ -1,58 +1,77 @@
 """Train a grid or a list of settings, several seeds each; one table at the end, the best first.
 
-    python -m scripts.sweep lr --muon_lr=0.01,0.02,0.04 --head_lr=0.004,0.008 --seed=0,1 -- --preset=demo --steps=200
+    python -m scripts.sweep lr --muon_lr=0.01,0.02,0.04 --adam_lr=0.004,0.008 --seed=0,1 -- --preset=demo --steps=200
     python -m scripts.sweep lr --list=points.txt --seed=0,1 -- --preset=demo   (a line of flags each, # comments)
     ... --table     (between NAME and --: run nothing, print the table of what is there)
 
-Before -- every field of train.py's Config may take several values, and every combination runs; after it stand flags that all have.
-Values of a number have commas between them, or the flag is repeated. In a text a comma is part of the value: repeat the flag,
---stage_ends=0.5,1 --stage_ends=0.3,0.6,1 are two values. With --list each of its settings is combined with the grid.
+Before -- every flag of train.py may take several values, and every combination runs; after it stand flags that all have.
+Values of a number have commas between them, or the flag is repeated. In a tuple, a text or a column of the stage table a comma
+is part of the value: repeat the flag, --stages.lr=1 --stages.lr=1,1.5,1.7 are two values. With --list each of its settings is
+combined with the grid.
 
 Runs are lines of logs/sweeps/NAME.jsonl, known by settings, seed and data, whichever way these were said: stop a sweep with Ctrl-C,
 give the same command again and it continues; give it more values or seeds and only these are run. (scripts/ablate.py does that.)
 """
-import argparse, dataclasses, itertools, os, shlex, sys
+import argparse, itertools, os, shlex, sys
 from pathlib import Path
 
 import numpy as np
 
 from scripts import ablate
-from train import ROOT, Config, UsageError, errors_as, parse_flags
+from train import ROOT, Config, Stage, UsageError, flag_names, parse_flags, parse_value, read_words, require
 
-KINDS = {field.name: field.type for field in dataclasses.fields(Config)}
+NAMES = flag_names(Config)
 
-def read_grid(flags):
-    """{field: its values} of --FIELD=VALUES, in order. Raises UsageError."""
+KINDS = Config.__annotations__ | {f"val.{name}": kind for name, kind in Stage.__annotations__.items()}
+NUMBERS = (int, float, bool, int | None)
+
+def spell(flag, text):
+    """A value in one spelling, whichever way it was said: 2e-2 is 0.02. What is no value stays, to be refused later."""
+    try:
+        value = parse_value(text, KINDS[flag])
+    except (KeyError, TypeError, ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, str) else "none" if value is None else repr(value)
+
+def read_pairs(words):
+    """Yield (flag, text) of --FLAG=TEXT. Raises UsageError for a flag that is not there."""
+    for word in read_words(words):
+        flag, _, text = word.removeprefix("--").partition("=")
+        if flag not in NAMES:
+            parse_flags([word])  # says which flag is near
+        yield flag, text
+
+def read_grid(words):
+    """{flag: its values as texts} of --FLAG=VALUES, in order. Raises UsageError."""
     grid = {}
-    for flag in flags:
-        name, _, text = flag.removeprefix("--").partition("=")
-        values = text.split(",") if KINDS.get(name, str) is not str else [text]
-        for value in values:
-            grid.setdefault(name, []).append(parse_flags([f"--{name}={value}" if name in KINDS else flag])[name])
-    return {name: [*dict.fromkeys(values)] for name, values in grid.items()}
+    for flag, text in read_pairs(words):
+        texts = text.split(",") if KINDS.get(flag) in NUMBERS else [text]
+        grid.setdefault(flag, []).extend(spell(flag, text) for text in texts)
+    return {flag: [*dict.fromkeys(texts)] for flag, texts in grid.items()}
+
+def read_setting(words): return {flag: spell(flag, text) for flag, text in read_pairs(words)}
 
 def read_points(path):
-    """[{field: value}, ...] of a file's lines. Raises UsageError."""
-    with errors_as(UsageError, f"--list={path}: cannot be read"):
-        lines = [shlex.split(line, comments=True) for line in Path(path).read_text().splitlines()]
-    if not any(lines):
-        raise UsageError(f"--list={path}: no settings; wanted a line of flags for each")
-    return [parse_flags(line) for line in lines if line]
+    """[{flag: value}, ...] of a file's lines. Raises UsageError, and OSError where there is none."""
+    lines = [shlex.split(line, comments=True) for line in Path(path).read_text().splitlines()]
+    require(any(lines), f"--list={path}: no settings; wanted a line of flags for each")
+    return [read_setting(line) for line in lines if line]
 
-def flags_of(setting): return [f"--{name}={setting[name]}" for name in KINDS if name in setting]  # in one order, whatever was said
+def flags_of(setting): return [f"--{flag}={setting[flag]}" for flag in NAMES if flag in setting]  # in one order, whatever was said
 
 def settings_of(points, grid, common):
     """({entry name: what it has of its own}, [ablate.Entry, ...]) of all combinations. Raises UsageError."""
     grids = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     own = {}
     for point, values in itertools.product(points, grids):
-        if twice := [*point.keys() & values.keys(), *common.keys() & {*point, *values}]:
-            raise UsageError(f"--{twice[0]}: given twice, of grid, list and flags after --; give it once")
+        twice = [*point.keys() & values.keys(), *common.keys() & {*point, *values}]
+        require(not twice, f"--{''.join(twice[:1])}: given twice, of grid, list and flags after --; give it once")
         own[shlex.join(flags_of(point | values)) or "all alike"] = point | values
     everything = [common | values for values in own.values()]
-    for name in dict.fromkeys(name for setting in everything for name in setting):
-        if f"--{name}" in ablate.OURS:
-            raise UsageError(f"--{name}: given by the script; seeds are --seed=0,1 before --, a folder of shards is --data=DIR")
+    for flag in dict.fromkeys(flag for setting in everything for flag in setting):
+        require(f"--{flag}" not in ablate.OURS, f"--{flag}: given by the script; seeds are --seed=0,1 before --, a folder of shards is --data=DIR")
+    for setting in everything:
+        ablate.check_flags(flags_of(setting))
     return own, [ablate.Entry(name, "", flags_of(setting)) for name, setting in zip(own, everything)]
 
 def table_of(own, rows, common, data_flags=()):
@@ -102,10 +121,10 @@ def parse(argv):
     return args, fields, argv[split + 1:]
 
 def main(argv=None, command=ablate.command):
-    """Returns the exit code: 0, or 130 if interrupted. Raises UsageError and DataError before anything runs."""
+    """Returns the exit code: 0, or 130 if interrupted. Raises UsageError before anything runs."""
     args, fields, rest = parse(sys.argv[1:] if argv is None else argv)
-    grid, common, points = read_grid(fields), parse_flags(rest), read_points(args.list) if args.list else [{}]
-    args.seeds = grid.pop("seed", [0])
+    grid, common, points = read_grid(fields), read_setting(rest), read_points(args.list) if args.list else [{}]
+    args.seeds = [parse_flags([f"--seed={seed}"]).seed for seed in grid.pop("seed", ["0"])]
     own, entries = settings_of(points, grid, common)
     data = ablate.data_of(args.data)
     rows, interrupted = ablate.run_missing(entries, data, args, command)

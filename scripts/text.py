@@ -14,7 +14,7 @@ from typing import Callable
 
 import numpy as np
 
-from train import DataError, UsageError, errors_as, find_shards
+from train import UsageError, find_shards
 
 BOS = "<|endoftext|>"
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
@@ -27,7 +27,7 @@ class Tokenizer:
     vocab_size: int    # V
     bos_id: int
     pieces: list       # the bytes of each id, none for the BOS and ids that no text has
-    encode: Callable   # str -> list of ids, without BOS. Raises DataError for a character that an alphabet lacks
+    encode: Callable   # str -> list of ids, without BOS. Raises UsageError for a character that an alphabet lacks
 
     def decode(self, ids):
         """The text of ids; BOS and what is no id are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -45,13 +45,18 @@ def package(name, what):
     except ImportError:
         raise UsageError(f"{what} needs the package {name.split('.')[0]}: pip install -r scripts/requirements.txt") from None
 
+READING = (OSError, ValueError, LookupError, TypeError, EOFError, RecursionError)  # of files that others wrote
+
 @contextlib.contextmanager
-def all_errors_as_data(what):
-    """tokenizers raises bare Exceptions."""
+def usage_errors(what, kinds=READING):
+    """An error of these kinds becomes a UsageError that begins with `what`."""
     try:
         yield
-    except Exception as error:
-        raise DataError(f"{what} ({error!r})") from error
+    except UsageError:
+        raise
+    except kinds as error:
+        said = f"{what} ({type(error).__name__}: {error})"
+        raise UsageError(" ".join(said.split())) from error
 
 def byte_table():
     """{character: byte} of GPT-2's way to show any bytes as printable text."""
@@ -71,15 +76,15 @@ def gpt2_files(folder):
     return next((pair for pair in pairs if all(path.is_file() for path in pair)), None)
 
 def fetch_gpt2():
-    """gpt2_files of the Hub's copy, in its cache. Raises DataError."""
+    """gpt2_files of the Hub's copy, in its cache. Raises UsageError."""
     from huggingface_hub import hf_hub_download
-    with errors_as(DataError, "GPT-2's vocabulary cannot be had from the Hub; prepare takes --gpt2=DIR, a folder of "
+    with usage_errors("GPT-2's vocabulary cannot be had from the Hub; prepare takes --gpt2=DIR, a folder of "
             "encoder.json and vocab.bpe, and --tokenizer=bytes or bpe, which need no network"):
         return tuple(Path(hf_hub_download("openai-community/gpt2", name)) for name in GPT2_FILES[1])
 
 def gpt2_bytes(folder):
-    """The bytes of each GPT-2 token, by id, from encoder.json. Raises DataError."""
-    with errors_as(DataError, f"{folder}: wanted GPT-2's encoder.json"):
+    """The bytes of each GPT-2 token, by id, from encoder.json. Raises UsageError."""
+    with usage_errors(f"{folder}: wanted GPT-2's encoder.json"):
         return pieces_of(json.loads((Path(folder) / "encoder.json").read_text()))
 
 def byte_level(tokenizer):
@@ -113,7 +118,7 @@ def alphabet_encode(characters):
             return [*map(ids.__getitem__, text)]
         except KeyError as missing:
             character = missing.args[0]
-            raise DataError(f"{character!r} (U+{ord(character):04X}) is not one of this model's {len(ids)} characters") from None
+            raise UsageError(f"{character!r} (U+{ord(character):04X}) is not one of this model's {len(ids)} characters") from None
     return encode
 
 def bpe_encode(tokenizer):
@@ -121,31 +126,31 @@ def bpe_encode(tokenizer):
 
 def open_tokenizer(meta, folder):
     """The Tokenizer of meta.json's tokenizer, vocab_size and bos_id. folder: where its files lie, that of the shards.
-    Raises DataError where they are missing or another's, UsageError without the package tokenizers."""
+    Raises UsageError where they are missing or another's, and without the package tokenizers."""
     name, size, bos_id = meta["tokenizer"], meta["vocab_size"], meta["bos_id"]
     if name == "bytes":
         pieces, encode = [bytes([i]) for i in range(256)] + [b""], lambda text: [*text.encode()]
     elif name == "gpt2":
         tokenizers = package("tokenizers", "GPT-2's tokenizer")
         vocabulary, merges = folder and gpt2_files(folder) or fetch_gpt2()
-        with all_errors_as_data(f"{vocabulary}: wanted GPT-2's vocabulary, and {merges.name} beside it"):
+        with usage_errors(f"{vocabulary}: wanted GPT-2's vocabulary, and {merges.name} beside it", Exception):
             pieces = pieces_of(json.loads(vocabulary.read_text(encoding="utf-8")))
             encode = bpe_encode(byte_level(tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))))
     else:
         path = Path(folder) / name
-        with errors_as(DataError, f"{path}: wanted the tokenizer of these shards; give the folder that has it"):
+        with usage_errors(f"{path}: wanted the tokenizer of these shards; give the folder that has it"):
             found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, str):
             pieces, encode = [character.encode() for character in found] + [b""], alphabet_encode(found)
         else:
             tokenizers = package("tokenizers", path)
-            with all_errors_as_data(f"{path}: wanted a byte-level BPE of tokenizers {tokenizers.__version__}"):
+            with usage_errors(f"{path}: wanted a byte-level BPE of tokenizers {tokenizers.__version__}", Exception):
                 backend = tokenizers.Tokenizer.from_file(str(path))
                 pieces = pieces_of(backend.get_vocab())
             backend.encode_special_tokens = True
             encode = bpe_encode(backend)
     if len(pieces) != size or not 0 <= bos_id < size or pieces[bos_id]:
-        raise DataError(f"{folder}: the tokenizer {name} has {len(pieces)} ids, but the shards' meta.json says vocab_size={size}, "
+        raise UsageError(f"{folder}: the tokenizer {name} has {len(pieces)} ids, but the shards' meta.json says vocab_size={size}, "
                         f"bos_id={bos_id}")
     return Tokenizer(name, size, bos_id, pieces, encode)
 

@@ -5,10 +5,11 @@
 
 A record is `<track>/<date>_<Name>/` with a README.md and `seed<k>.txt`, the untouched log.txt of every run that came to its
 end; of one that did not, `failed<k>.txt`. What a track asks for stands in the table of records/README.md and nowhere else:
-no target, count or hash is taken from a log. records/README.md also says what each level of this check proves.
+no target, count or hash is taken from a log. records/README.md also says what each level of this check proves. The config of a
+log is JSON; up to commit e79511b it was `name=value name=value`, and of such a log the source's literals are read too.
 Exit codes: 0 accepted, 1 rejected, each reason on a line, 2 usage, or a folder or an output that fails.
 """
-import argparse, ast, contextlib, functools, hashlib, itertools, math, os, re, shlex, statistics, subprocess, sys, tempfile, warnings
+import argparse, ast, contextlib, functools, hashlib, itertools, json, math, os, re, shlex, statistics, subprocess, sys, tempfile, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,11 @@ HEADER = {  # the lines from there to the first step line, in this order; those 
 MAY_DIFFER = {"seed", "log_dir", "save_every", "resume"}           # fields, between the runs of a record
 ELSEWHERE = {"platform", "JAX_COMPILATION_CACHE_DIR"}              # versions, likewise
 SETTLED = {"vocab_size", "bos_id"}                                 # fields that the data settles, to a number; those of default "auto" too
-FIELDS = {"preset", "steps", "seed", "log_every", "val_every", "val_tokens", "batch_tokens", "stage_ends", "target_loss", "max_epochs",
-          "log_dir", "resume"}  # what is read here
+FIELDS = {"preset", "steps", "seed", "log_every", "val_every", "val_tokens", "target_loss",
+          "max_epochs", "log_dir", "resume"}  # what is read here, and of the stages
+OLD_STAGES, STAGES = ("stage_ends", "batch_tokens"), ("stages.end", "stages.batch_tokens")
+WORDS = {"true": True, "false": False, "none": None, "": []}  # values of flags that are no literals
+NO_JSON = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 SLACK = 1.002         # of a rounding error, for the arithmetic on it
 INT, LOSS, SECONDS, TENTHS = r"(\d{1,12})", r"(\d{1,6}\.\d{4}|nan|inf)", r"(\d{1,9}\.\d{3})s", r"(\d{1,12}\.\d)"
 STEP = re.compile(rf"step:{INT}/{INT} train_loss:{LOSS}(?: val_loss:{LOSS})? train_time:{SECONDS} step:{TENTHS}ms "
@@ -52,7 +56,7 @@ class Run(NamedTuple):
     name: str
     source: str
     argv: dict        # {flag: value}
-    config: dict      # {field: value}, all text
+    config: dict      # {field: value}, all text; a column of the stages is one field
     versions: dict
     devices: list
     parameters: str
@@ -127,7 +131,7 @@ def source_defaults(source, preset):
         fields = {node.target.id: str(ast.literal_eval(node.value)) for node in config if isinstance(node, ast.AnnAssign)}
         presets = {key.value: {} if ast.unparse(call) == "{}" else {word.arg: str(ast.literal_eval(word.value)) for word in call.keywords}
                    for key, call in zip(table.keys, table.values)}
-    need(FIELDS <= {*fields} and presets, "its source has no Config and PRESETS as train.py has")
+    need({*FIELDS, *OLD_STAGES} <= {*fields} and presets, "its source has no Config and PRESETS as train.py has")
     need(preset in presets, f"preset: {show(preset)} is none of its source")
     return fields, presets[preset]
 
@@ -145,7 +149,33 @@ def parse_argv(text):
         flags[name[2:]] = value
     return flags
 
-def parse_config(text, fields):
+def flat(config):
+    """{field: value, all text} of a config in JSON. A column of the stages is one field, a list."""
+    fields = {}
+    for name, value in dict(config).items():
+        if name == "stages":
+            for column in value[0]:
+                fields[f"stages.{column}"] = [row[column] for row in value]
+        elif isinstance(value, dict):
+            fields |= {f"{name}.{column}": cell for column, cell in value.items()}
+        else:
+            fields[name] = value
+    texts = fields.items()
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in texts}
+
+def read_config(text, source, preset):
+    """{field: value} of a line config: of either form. Raises Rejected."""
+    if not text.startswith("{"):
+        return parse_old_config(text, [*source_defaults(source, preset)[0]])
+    try:
+        config = json.loads(text)
+        values, written = flat(config), json.dumps(config)
+    except NO_JSON:
+        raise Rejected("config: not JSON as train.py writes it") from None
+    need(written == text and {*FIELDS, *STAGES} <= {*values}, "config: not JSON as train.py writes it")
+    return values
+
+def parse_old_config(text, fields):
     """{field: value}. As values may hold blanks, the source's fields, in their order, say where one ends. Raises Rejected."""
     text, values, at = f" {text}", {}, 0
     for name, following in zip(fields, [*fields[1:], None]):
@@ -162,17 +192,56 @@ def alike(a, b):
             return a == b or number(a) == number(b)
     return False
 
+def literal(text):
+    """What a flag's text means, as JSON gives it back: 3e-4, true, ((3, 6),); else the text."""
+    try:
+        return json.loads(json.dumps(WORDS[text] if text in WORDS else ast.literal_eval(text)))
+    except (*NO_JSON, SyntaxError, MemoryError):
+        return text
+
+def gives(text, value):
+    """Whether a flag's text is this value, of which a tuple may have lost its parentheses."""
+    return literal(text) in (value, *(value if isinstance(value, list) and len(value) == 1 else ()))
+
+def follows(name, text, value):
+    """Whether a config in JSON with this value (its text) is what --name=text asks for."""
+    if text == value or (name, text) == ("attention", "auto") or text == "none" and name in SETTLED:
+        return True
+    with contextlib.suppress(ValueError):
+        value = json.loads(value)
+    if not name.startswith("stages."):
+        return gives(text, value)
+    texts = re.split(r",(?![^(]*\))", text)  # at commas outside of parentheses: one a row, or one
+    texts *= len(value) if len(texts) == 1 else 1
+    return len(texts) == len(value) and all(map(gives, texts, value))
+
 def check_config(config, argv, source, preset):
-    """The config is what argv makes of the source, as far as its text tells. Raises Rejected."""
-    defaults, changes = source_defaults(source, preset)
+    """The config is what argv asks for, as far as text tells. Raises Rejected."""
     need(config["preset"] == preset, f"preset: {show(preset)}, but the config's is {show(config['preset'])}")
     for name in argv:
         need(name in config, f"argv: {show('--' + name)} is no field of the config")
+    if STAGES[0] in config:
+        check_json_config(config, argv, source)
+    else:
+        check_old_config(config, argv, source, preset)
+    need(config["resume"] in ("", "auto"), "config: resume is a path, but a resumed run's clock has a gap: not for records")
+
+def check_json_config(config, argv, source):
+    """That all of it follows from preset and argv is left to --rerun."""
+    for name in config:
+        declared = rf"^    {re.escape(name.rpartition('.')[2])}: "
+        need(re.search(declared, source, re.M), f"config: {show(name)} is no field of its source")
+    for name, text in argv.items():
+        ok = follows(name, text, config[name])
+        need(ok, f"config: {name}={show(config[name])}, but argv asks for {show(text)}")
+
+def check_old_config(config, argv, source, preset):
+    """It is what argv makes of the source's literals."""
+    defaults, changes = source_defaults(source, preset)
     for name, value in config.items():
         asked = argv.get(name, changes.get(name, defaults[name]))
         settled = asked == defaults[name] and (name in SETTLED and re.fullmatch("[0-9]+", value) or asked == "auto" and f'"{value}"' in source)
         need(settled or alike(value, asked), f"config: {name}={show(value)}, but argv and the source make it {show(asked)}")
-    need(config["resume"] in ("", "auto"), "config: resume is a path, but a resumed run's clock has a gap: not for records")
 
 def read_data(lines, epochs):
     """(files, scored, tokens trained on) of a header's data lines, less `data: `. Raises Rejected."""
@@ -203,8 +272,10 @@ class Schedule(NamedTuple):
 def read_schedule(config):
     """The Schedule that train.py makes of a config. Raises Rejected, ValueError, OverflowError."""
     steps, log_every, val_every = (int(config[name]) for name in ("steps", "log_every", "val_every"))
-    ends = [round(float(end) * steps) for end in config["stage_ends"].split(",")]
-    sizes = [int(size) for size in config["batch_tokens"].split(",")]
+    columns = STAGES if STAGES[0] in config else OLD_STAGES
+    ends, sizes = (config[name].strip("[]").split(",") for name in columns)
+    ends = [round(float(end) * steps) for end in ends]
+    sizes = [int(size) for size in sizes]
     sizes *= len(ends) if len(sizes) == 1 else 1
     need(min(steps, log_every, *sizes) > 0 and len(sizes) == len(ends) <= MAX_STAGES and ends == sorted(ends) and ends[-1] == steps,
          "config: a schedule that cannot be")
@@ -285,7 +356,7 @@ def read_run(path):
     need(not any(line.startswith("resumed: ") for line in lines[:final]), "a resumed run, whose clock has a gap: not for records")
     one, data = read_header(lines[:first])
     preset, devices = one["preset"].partition(" ")[0], one["devices"].split(", ")
-    argv, config = parse_argv(one["argv"]), parse_config(one["config"], [*source_defaults(source, preset)[0]])
+    argv, config = parse_argv(one["argv"]), read_config(one["config"], source, preset)
     check_config(config, argv, source, preset)
     files, scored, trained = read_data(data, int(config["max_epochs"]))
     schedule = read_schedule(config)
@@ -462,18 +533,11 @@ def main(argv=None):
     return 1 if reasons else 0
 
 def command():
-    """main() for the shell: one sentence for what it raises, and for an output that is full or closed, instead of a traceback."""
+    """main() for the shell: one sentence, and exit code 2, for what it raises."""
     try:
-        if sys.stdout:
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            return main()
-        finally:
-            print(end="", flush=True)
+        return main()
     except (UsageError, OSError) as error:
-        with contextlib.suppress(OSError):
-            print("error:", "".join(c if c.isprintable() else "?" for c in str(error)[:1000]), file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written is not tried again at the exit
+        print("error:", "".join(c if c.isprintable() else "?" for c in str(error)), file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Tests run on a CPU made to look like eight devices, with implicit rank promotion an error."""
+
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,7 +13,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory):
-    """Runs started by tests keep their corpus and compiled programs out of the user's cache, and share them, with the other workers' tests too."""
+    """Runs started by tests share a corpus and compiled programs, outside of the user's cache."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
     folder.mkdir(exist_ok=True)

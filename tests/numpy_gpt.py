@@ -1,16 +1,19 @@
-"""The GPT of train.py once more, in plain float64 numpy, written from the recipe's equations: the tests' oracle.
+"""The GPT of train.py once more, in plain float64 numpy, from the recipe's equations: an oracle.
 
-One row, one layer, one head, one query at a time, in the words of the recipe; nothing is shared with train.py but
-the weights' names and the Config's fields. `weights` are stacked over the layers that have them, as in the weight table.
-`longs` are the long windows of the stages so far, which is what YaRN goes by.
+One row, one layer, one head, one query at a time, in the words of the recipe. Nothing is shared
+with train.py but the weights' names and the Config's fields. `weights` are stacked over the layers
+that have them, as in the weight table. `longs`: the long windows of the stages so far, for YaRN.
 """
+
+import itertools
+
 import numpy as np
 
 
 def random_weights(cfg, shapes, seed=0):
     """Weights with no zeros and no symmetry, large enough that every part of the model matters.
 
-    shapes: {"embed": shape, "blocks": {...}, ...}. Float32 values, so that oracle and model start from the same.
+    shapes: {"embed": shape, "blocks": {...}, ...}. Float32, so that oracle and model have the same.
     """
     rng = np.random.default_rng(seed)
 
@@ -23,8 +26,13 @@ def random_weights(cfg, shapes, seed=0):
             return rng.standard_normal(shape)
         std = {"embed": 0.3, "head": 0.5}.get(name, 1.3 * shape[-2] ** -0.5)
         return std * rng.standard_normal(shape)
-    fill = lambda tree: {k: fill(v) if isinstance(v, dict) else np.float32(draw(k, v)) for k, v in tree.items()}
-    return fill(shapes)
+
+    def fill(name, shape):
+        if isinstance(shape, dict):
+            return {key: fill(key, value) for key, value in shape.items()}
+        return np.float32(draw(name, shape))
+
+    return fill("", shapes)
 
 
 def rms_norm(x):
@@ -35,22 +43,17 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def numbers(text, kind=int):
-    return [kind(x) for x in text.split(",") if x]
-
-
-def pairs(text):
-    return [tuple(int(x) for x in pair.split(">")) for pair in text.split(",") if pair]
-
-
 def turning(cfg, longs):
-    """(radians per token of the K/4 pairs that turn, the scale of q.k). At first base^-(j / (K/4 - 1)); then YaRN, whenever the
-    long window goes from `old` to `new`: a pair that turned 32 times in the old one keeps its rate, one that did not turn
-    once has it times old / new, linear between; and the scale grows by 1 + 0.2 ln(new / old)."""
+    """(radians per token of the K/4 pairs that turn, the scale of q.k).
+
+    At first 1024^-(j / (K/4 - 1)). Then YaRN, whenever the long window goes from `old` to `new`: a
+    pair that turned 32 times in the old one keeps its rate, one that did not turn once has it
+    times old / new, linear between; and the scale grows by 1 + 0.2 ln(new / old).
+    """
     count = cfg.head_dim // 4
-    rate = [cfg.rope_base ** -(j / (count - 1)) for j in range(count)]
-    scale = cfg.attn_scale if cfg.attn_scale else 1 / np.sqrt(cfg.head_dim)
-    for old, new in zip(longs, longs[1:]):
+    rate = [1024 ** -(j / (count - 1)) for j in range(count)]
+    scale = cfg.attn_scale
+    for old, new in itertools.pairwise(longs):
         for j in range(count):
             keeps = min(max((old * rate[j] / (2 * np.pi) - 1) / 31, 0), 1)
             rate[j] *= old / new + keeps * (1 - old / new)
@@ -59,7 +62,7 @@ def turning(cfg, longs):
 
 
 def rotated(x, position, rate):
-    """Dim j and dim j + K/2 are one complex number; the first K/4 of them turn by position * rate[j]."""
+    """Dims j and j + K/2 are one complex number; the first K/4 of them turn by position * rate."""
     half = len(x) // 2
     z = x[:half] + 1j * x[half:]
     for j, r in enumerate(rate):
@@ -68,9 +71,12 @@ def rotated(x, position, rate):
 
 
 def attention(u, layer, window, starts, offset, longs, cfg):
-    """u [T, D], starts: where each position's document begins, or zeros. offset: before their norm, the dims of a key that
-    do not turn are those of the key before it, zero where its document has none. One query head at a time; what comes out of
-    it is let through by sigmoid(w . first dims of u)."""
+    """u [T, D], starts: where each position's document begins, or zeros.
+
+    offset: before their norm, the dims of a key that do not turn are those of the key before it,
+    zero where its document has none. One query head at a time; what comes out of it is let through
+    by sigmoid(w . first dims of u).
+    """
     num_tokens, width = len(u), cfg.head_dim
     num_kv_heads = cfg.num_kv_heads or cfg.num_heads
     rate, scale = turning(cfg, longs)
@@ -78,42 +84,53 @@ def attention(u, layer, window, starts, offset, longs, cfg):
     for h in range(cfg.num_heads):
         g = h * num_kv_heads // cfg.num_heads
         mine, shared = slice(h * width, (h + 1) * width), slice(g * width, (g + 1) * width)
-        q = np.array([rotated(rms_norm(u[t] @ layer["w_q"][:, mine]), t, rate) for t in range(num_tokens)])
+        q = u @ layer["w_q"][:, mine]
+        q = np.array([rotated(rms_norm(q[t]), t, rate) for t in range(num_tokens)])
         k = u @ layer["w_k"][:, shared]
         if offset:
             still = [*range(width // 4, width // 2), *range(3 * width // 4, width)]
-            k = np.array([[k[s - 1, j] * (starts[s] < s) if j in still else k[s, j] for j in range(width)] for s in range(num_tokens)])
+            moved = k.copy()
+            for s in range(num_tokens):
+                moved[s, still] = k[s - 1, still] * (starts[s] < s)
+            k = moved
         k = np.array([rotated(rms_norm(k[s]), s, rate) for s in range(num_tokens)])
         v = u @ layer["w_v"][:, shared]
         for t in range(num_tokens):
             first = max(starts[t], t - window if window else 0, 0)
-            score = np.exp(scale * k[first:t + 1] @ q[t])
-            out[t, mine] = score @ v[first:t + 1] / score.sum()
+            score = np.exp(scale * k[first : t + 1] @ q[t])
+            out[t, mine] = score @ v[first : t + 1] / score.sum()
             if cfg.gate_dims:
-                out[t, mine] *= sigmoid(u[t, :cfg.gate_dims] @ layer["gate"][:, h])
+                out[t, mine] *= sigmoid(u[t, : cfg.gate_dims] @ layer["gate"][:, h])
     return out @ layer["w_out"]
 
 
 def attention_and_gradients(q, k, v, gate, first, g, cfg, longs=()):
-    """Raw q [B, T, HK] and k, v [B, T, GK], gate [B, T, H], first [B, T]: the first key each query sees. Returns gated attention's
-    output and the gradients of output . g in q, k, v and gate, derived by hand."""
+    """Gated attention's output and the gradients of output . g in q, k, v and gate, by hand.
+
+    Raw q [B, T, HK] and k, v [B, T, GK], gate [B, T, H], first [B, T]: the first key a query sees.
+    """
     gate_BTN, product_BTN = np.repeat(np.float64(gate), cfg.head_dim, axis=2), np.float64(g)
     q, k, v, g = (np.float64(x) for x in (q, k, v, g * gate_BTN))
-    (num_rows, num_tokens, _), width, half, quarter = q.shape, cfg.head_dim, cfg.head_dim // 2, cfg.head_dim // 4
+    (num_rows, num_tokens, _), width = q.shape, cfg.head_dim
+    half, quarter, place = width // 2, width // 4, np.arange(num_tokens)
     rate, scale = turning(cfg, longs)
-    turn = np.exp(1j * np.arange(num_tokens)[:, None] * np.array(rate + [0.0] * (half - quarter)))
+    turn = np.exp(1j * place[:, None] * np.array(rate + [0.0] * (half - quarter)))
+
     def turned(x, by):
         z = (x[:, :half] + 1j * x[:, half:]) * by
         return np.concatenate([z.real, z.imag], axis=1)
+
     def norm_backward(x, dy):
         r = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + 1e-6)
-        return r * dy - x * r ** 3 * np.mean(dy * x, axis=1, keepdims=True)
+        return r * dy - x * r**3 * np.mean(dy * x, axis=1, keepdims=True)
+
     y, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
     for b in range(num_rows):
-        seen = (np.arange(num_tokens) >= first[b][:, None]) & (np.arange(num_tokens) <= np.arange(num_tokens)[:, None])
+        seen = (place >= first[b][:, None]) & (place <= place[:, None])
         for h in range(q.shape[2] // width):
             shared = h * k.shape[2] // q.shape[2]
-            mine, shared = slice(h * width, (h + 1) * width), slice(shared * width, (shared + 1) * width)
+            mine = slice(h * width, (h + 1) * width)
+            shared = slice(shared * width, (shared + 1) * width)
             raw_q, raw_k = q[b][:, mine], k[b][:, shared]
             z_q, z_k = turned(rms_norm(raw_q), turn), turned(rms_norm(raw_k), turn)
             p = np.where(seen, np.exp(scale * z_q @ z_k.T), 0)
@@ -124,7 +141,8 @@ def attention_and_gradients(q, k, v, gate, first, g, cfg, longs=()):
             dq[b][:, mine] = norm_backward(raw_q, turned(ds @ z_k, turn.conj()))
             dk[b][:, shared] += norm_backward(raw_k, turned(ds.T @ z_q, turn.conj()))
             dv[b][:, shared] += p.T @ g[b][:, mine]
-    return y * gate_BTN, (dq, dk, dv, (product_BTN * y).reshape(*gate.shape, width).sum(axis=3))
+    dgate = (product_BTN * y).reshape(*gate.shape, width).sum(axis=3)
+    return y * gate_BTN, (dq, dk, dv, dgate)
 
 
 def final_activations(weights, row, windows, longs, cfg, packed):
@@ -135,36 +153,47 @@ def final_activations(weights, row, windows, longs, cfg, packed):
         starts.append(start)
     e = weights["embed"][row]
     if cfg.smear:
-        opened = sigmoid(e[:, :few] @ weights["smear_gate"][:, 0]) if few else np.full(len(row), 0.5)
-        e = np.array([e[t] + (weights["smear_mix"][0] * opened[t] * e[t - 1] if t else 0) for t in range(len(row))])
+        share = np.full(len(row), 0.5 * weights["smear_mix"][0])
+        if few:
+            share = weights["smear_mix"][0] * sigmoid(e[:, :few] @ weights["smear_gate"][:, 0])
+        e = np.array([e[t] + (share[t] * e[t - 1] if t else 0) for t in range(len(row))])
     x0 = x = rms_norm(e)
-    after, late, mlp_only = [], {to: source for source, to in pairs(cfg.late_inputs)}, numbers(cfg.mlp_only)
+    after, late = [], {to: source for source, to in cfg.late_inputs}
     for i in range(cfg.num_layers):
-        for j, (source, destination) in enumerate(pairs(cfg.skips)):
+        for j, (source, destination) in enumerate(cfg.skips):
             if destination == i:
-                opened = 2 * sigmoid(x0[:, :few] @ weights["skip_gate"][:, j]) if few else np.ones(len(row))
+                opened = np.ones(len(row))
+                if few:
+                    opened = 2 * sigmoid(x0[:, :few] @ weights["skip_gate"][:, j])
                 x = x + (sigmoid(weights["skip_mix"][j]) * opened)[:, None] * after[source]
-        if i not in mlp_only:
-            layer = {name: w[sum(j not in mlp_only for j in range(i))] for name, w in weights["attention"].items()}
+        if i not in cfg.mlp_only:
+            number = sum(j not in cfg.mlp_only for j in range(i))
+            layer = {name: w[number] for name, w in weights["attention"].items()}
             u = rms_norm(after[late[i]] if i in late else x)
-            y = attention(u, layer, windows[i], starts, i in numbers(cfg.offset_layers), longs, cfg)
+            y = attention(u, layer, windows[i], starts, i in cfg.offset_layers, longs, cfg)
             x = layer["x_mix"] * x + layer["y_mix"] * y + layer["x0_mix"] * x0
         layer = {name: w[i] for name, w in weights["blocks"].items()}
-        x = layer["x_mix"] * x + layer["y_mix"] * (np.maximum(rms_norm(x) @ layer["w_up"], 0) ** 2 @ layer["w_down"])
+        y = np.maximum(rms_norm(x) @ layer["w_up"], 0) ** 2 @ layer["w_down"]
+        x = layer["x_mix"] * x + layer["y_mix"] * y
         after.append(x)
-    for i in numbers(cfg.backout):
+    for i in cfg.backout:
         x = x - weights["backout_mix"][0] * after[i]
     return rms_norm(x)
 
 
 def logits(weights, tokens, windows, longs, cfg, packed):
-    """[B, T, vocab_size]. windows: per layer; packed: attention stays in its document, which begins with cfg.bos_id."""
-    weights = {k: {n: np.float64(w) for n, w in v.items()} if isinstance(v, dict) else np.float64(v)
-               for k, v in weights.items()}
-    x = np.array([final_activations(weights, row, windows, longs, cfg, packed) for row in np.asarray(tokens)])
-    z, cap = x @ weights["head"][:cfg.vocab_size].T, numbers(cfg.softcap, float)
-    height, width, shift = cap if len(cap) == 3 else (*cap, *cap, 0.0)
-    return height * np.tanh((z + shift) / width) if height else z
+    """[B, T, vocab_size]. windows: per layer; packed: attention stays in its document."""
+
+    def doubled(tree):
+        return {k: doubled(v) if isinstance(v, dict) else np.float64(v) for k, v in tree.items()}
+
+    weights, rows = doubled(weights), np.asarray(tokens)
+    x = [final_activations(weights, row, windows, longs, cfg, packed) for row in rows]
+    z = np.array(x) @ weights["head"][: cfg.vocab_size].T
+    if not cfg.softcap:
+        return z
+    height, width, shift = cfg.softcap
+    return height * np.tanh((z + shift) / width)
 
 
 def nats(logits, targets):
@@ -175,10 +204,14 @@ def nats(logits, targets):
 
 
 def loss(logits, targets, weight, ahead=()):
-    """Summed nats of the targets, each times its weight. ahead: the same logits predict the second and later next tokens too, with
-    these weights beside the first's 1, in their mean; beyond the row there are none."""
+    """Summed nats of the targets, each times its weight.
+
+    ahead: the same logits predict the second and later next tokens too, with these weights beside
+    the first's 1, in their mean; beyond the row there are none.
+    """
     total, shares = 0.0, [1.0, *ahead]
     for k, share in enumerate(shares):
         length = logits.shape[1] - k
-        total += share / sum(shares) * (weight[:, k:] * nats(logits[:, :length], targets[:, k:])).sum()
+        cost = weight[:, k:] * nats(logits[:, :length], targets[:, k:])
+        total += share / sum(shares) * cost.sum()
     return total

@@ -1,31 +1,42 @@
-"""Small shards, written from the description of the format alone: 256 int32 (magic, version, count, zeros), then uint16."""
+"""Small shards, written from the description of the format alone.
+
+A shard is 256 int32 (magic, version, count, zeros), then uint16.
+"""
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 
 BOS = 256
+TINY = f"@{Path(__file__).parents[1]}/scripts/presets/tiny.args"  # flags of a run of seconds
 
 
 def shard_bytes(tokens, magic=20240520, version=1, count=None):
     tokens = [int(token) for token in tokens]
-    header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
+    count = len(tokens) if count is None else count
+    header = struct.pack("<256i", magic, version, count, *[0] * 253)
     return header + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 def documents(seed, num_docs, shortest=20, longest=120):
     """Documents of skewed bytes, each led by BOS: a model has something to learn in a few steps."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(shortest, longest, num_docs)
-    return np.concatenate([np.r_[BOS, np.minimum(rng.geometric(0.1, length - 1), 255)] for length in lengths])
+    docs = []
+    for length in rng.integers(shortest, longest, num_docs):
+        docs.append(np.r_[BOS, np.minimum(rng.geometric(0.1, length - 1), 255)])
+    return np.concatenate(docs)
 
 
 def meta_json(tokenizer="test", vocab_size=257, bos_id=BOS):
     return json.dumps({"tokenizer": tokenizer, "vocab_size": vocab_size, "bos_id": bos_id})
 
 
-def make_folder(folder, tokenizer="test", train=(documents(1, 90), documents(2, 70)), val=documents(3, 40)):
-    """Training shards, one validation shard and their meta.json. Returns the two flags that name them."""
+TRAIN, VAL = (documents(1, 90), documents(2, 70)), documents(3, 40)
+
+
+def make_folder(folder, tokenizer="test", train=TRAIN, val=VAL):
+    """Training shards, a validation shard and their meta.json. Returns the flags that name them."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, tokens in enumerate(train):
         (folder / f"train_{i:06d}.bin").write_bytes(shard_bytes(tokens))

@@ -112,14 +112,6 @@ def test_a_second_run_asks_for_no_bytes(hub, run, shards):
     assert_complete(shards, hub, [VAL, ONE, TWO])
 
 
-def test_a_larger_n_fetches_only_what_is_new(hub, run, shards):
-    run(1)
-    status, out, _ = run(3)
-    assert (status, "2 fetched, 2 skipped" in out) == (0, True)
-    assert sorted(name for name, _ in hub.bodies()) == sorted([VAL, ONE, TWO, THREE])
-    assert_complete(shards, hub, [VAL, ONE, TWO, THREE])
-
-
 def test_the_record_keeps_shards_beyond_n_and_forgets_shards_that_are_gone(hub, run, shards):
     run(3)
     (shards / THREE).unlink()
@@ -149,16 +141,12 @@ def test_importing_the_script_does_nothing(tmp_path):
 
 # ---- Wrong arguments ----
 
-@pytest.mark.parametrize("n", ["0", "104", "abc", "-1", "1.5", "²"])
+@pytest.mark.parametrize("n", ["0", "104", "abc", "²"])
 def test_an_n_out_of_range_is_refused_in_one_sentence(run, shards, n):
     status, _, err = run(n)
     assert status == 2
     assert err == f"N is {n}, expected a whole number from 1 to 103, as in: python cached_fineweb10B.py 8\n"
     assert not shards.exists()
-
-
-def test_no_workers_are_refused(run):
-    assert run(1, "--workers", 0)[::2] == (2, "--workers is 0, expected 1 or more\n")
 
 
 def test_an_unknown_revision_is_named(run):
@@ -169,8 +157,7 @@ def test_an_unknown_revision_is_named(run):
 
 # ---- Broken transfers ----
 
-@pytest.mark.parametrize("how", ["cut", "reset"])
-@pytest.mark.parametrize("percent", [0, 10, 50, 99])
+@pytest.mark.parametrize("how, percent", [("cut", 0), ("cut", 99), ("reset", 50)])
 def test_a_broken_transfer_goes_on_from_where_it_broke(hub, run, shards, how, percent):
     hub.files[ONE] = make_shard(1, 150_000)
     size = len(hub.files[ONE])
@@ -216,27 +203,11 @@ def test_a_server_without_ranges_is_read_again_from_the_start(hub, run, shards):
     assert_complete(shards, hub, [VAL, ONE])
 
 
-def test_a_server_without_ranges_that_always_breaks_off_is_given_up(hub, run, shards):
-    hub.ranges = False
-    hub.on_get[ONE] = itertools.repeat(("cut", 2000))
-    status, _, err = run(1)
-    assert (status, f"{ONE}: RemoteProtocolError" in err) == (3, True)
-    assert len([name for name, _ in hub.bodies() if name == ONE]) == 1 + len(download.RETRY_WAITS)
-    assert ONE not in names_in(shards)
-
-
 def test_three_server_errors_and_then_an_answer_complete(hub, run, shards):
     hub.on_head[VAL], hub.on_head[ONE] = iter([500, 502, 503]), iter([503, 429, 500])
     hub.on_get[ONE] = iter([500, 500, 500])
     assert run(1)[0] == 0
     assert_complete(shards, hub, [VAL, ONE])
-
-
-def test_server_errors_without_end_are_given_up(hub, run, shards):
-    hub.on_get[ONE] = itertools.repeat(500)
-    status, _, err = run(1)
-    assert (status, err.startswith(f"{ONE}: HTTP 500 after 0 of {len(hub.files[ONE])} bytes")) == (3, True)
-    assert ONE not in names_in(shards)
 
 
 def test_a_redirect_loop_is_given_up(hub, run, shards):
@@ -329,9 +300,7 @@ def test_a_damaged_leftover_is_not_built_upon(hub, run, shards):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:1700]), flip_a_bit, lambda path: path.write_bytes(b""),
-    lambda path: path.write_text("<html>Too many requests</html>"),
-], ids=["truncated", "flipped", "empty", "error page"])
+    flip_a_bit, lambda path: path.write_text("<html>Too many requests</html>")], ids=["flipped", "error page"])
 def test_a_damaged_shard_is_found_and_replaced(hub, run, shards, damage):
     run(1)
     before = (shards / ONE).stat()
@@ -350,14 +319,6 @@ def test_a_damaged_shard_loses_its_name_even_when_the_new_one_does_not_come(hub,
     status, _, err = run(1)
     assert (status, err.startswith(f"{ONE}: HTTP 404")) == (3, True)
     assert ONE not in names_in(shards) and ONE not in (shards / "SHA256SUMS").read_text()
-
-
-def test_a_missing_file_is_named_with_its_repo(hub, run, shards):
-    del hub.files[TWO]
-    status, _, err = run(3)
-    assert status == 3
-    assert f"{TWO}: the hub answered HTTP 404 for this file of the dataset {REPO} at revision {COMMIT}" in err
-    assert names_in(shards) == []
 
 
 @pytest.mark.parametrize("etag", ["0123456789abcdef0123456789abcdef01234567", ""], ids=["of git", "none"])
@@ -421,11 +382,6 @@ def test_verify_with_n_also_misses_what_is_not_there(run, shards):
     assert (status, "2 of 4 shards" in err, "2 missing" in err) == (3, True, True)
 
 
-def test_verify_needs_something_to_verify(run, shards):
-    status, _, err = run("--verify")
-    assert (status, err.startswith(f"{shards}: no shards to verify")) == (3, True)
-
-
 def test_a_shard_without_a_record_cannot_be_verified_without_the_hub(run, shards):
     run(1)
     (shards / "SHA256SUMS").unlink()
@@ -433,11 +389,9 @@ def test_a_shard_without_a_record_cannot_be_verified_without_the_hub(run, shards
     assert (status, "expected one in SHA256SUMS to compare it with" in err) == (3, True)
 
 
-@pytest.mark.parametrize("env", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}],
-                         ids=["refused", "offline mode"])
-def test_without_a_network_recorded_shards_are_enough(run, shards, env):
+def test_without_a_network_recorded_shards_are_enough(run, shards):
     run(2)
-    status, out, _ = run(2, **env)
+    status, out, _ = run(2, HF_ENDPOINT="http://127.0.0.1:9")
     assert status == 0
     assert "all 3 shards verified against SHA256SUMS; the hub could not be reached (" in out
 

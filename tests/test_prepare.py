@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from scripts import prepare, text
-from train import ROOT, DataError, UsageError, open_shards
+from train import ROOT, UsageError, open_shards
 
 needs_tokenizers = functools.partial(pytest.importorskip, "tokenizers", reason="pip install -r scripts/requirements.txt")
 ODD = "héllo 中文 😀 <|endoftext|>\t\x00 \r\n  don't they'll 123\u0301  \n\nthe end \x85\xa0\u2028"
@@ -123,20 +123,20 @@ def test_gpt2_is_read_as_its_files_say(tmp_path, names):
 
 def test_a_tokenizer_that_cannot_be_is_one_sentence(each_kind, tmp_path, monkeypatch):
     of = lambda name, **other: next(meta for meta in each_kind if meta["tokenizer"] == name) | other
-    with pytest.raises(DataError, match=r"'ß' \(U\+00DF\)"):
+    with pytest.raises(UsageError, match=r"'ß' \(U\+00DF\)"):
         text.open_tokenizer(of("characters.json"), tmp_path).encode("the ß")
     for meta, wanted in ((of("gpt2", vocab_size=50257), "has 265 ids, but"), (of("tokenizer.json", bos_id=3), "bos_id=3"),
                          (of("bytes", tokenizer="nowhere.json"), "nowhere.json"), (of("bytes", tokenizer="vocab.bpe"), "vocab.bpe")):
-        with pytest.raises(DataError, match=wanted) as caught:
+        with pytest.raises(UsageError, match=wanted) as caught:
             text.open_tokenizer(meta, tmp_path)
         assert "\n" not in str(caught.value)
     (tmp_path / "tokenizer.json").write_text('{"model": 7}')
-    with pytest.raises(DataError, match="wanted a byte-level BPE"):
+    with pytest.raises(UsageError, match="wanted a byte-level BPE"):
         text.open_tokenizer(of("tokenizer.json"), tmp_path)
     def unreachable(*_, **__):
         raise OSError("no network")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(DataError, match="--gpt2=DIR, a folder of encoder.json and vocab.bpe"):
+    with pytest.raises(UsageError, match="--gpt2=DIR, a folder of encoder.json and vocab.bpe"):
         text.open_tokenizer(of("gpt2"), tmp_path / "empty")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match="pip install -r scripts/requirements.txt"):
@@ -167,7 +167,7 @@ def test_every_kind_of_file_gives_the_same_shards(tmp_path):
     (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"body": t}) + "\n\n" for t in texts[100:]).encode()))
     (folder / "README.md").write_text("no data")
     wanted = [token for t in texts if not is_val(t, 0.1) for token in (256, *t.encode())]
-    flags, out = ["--tokenizer=bytes", "--val=0.1"], tmp_path / "out"
+    flags = ["--tokenizer=bytes", "--val=0.1"]
     for i, (given, more) in enumerate([([folder], "--field=body"), ([folder / "a.jsonl", f"{folder}/*.gz"], "--field=body"),
                                        ([tmp_path / "a.txt", tmp_path / "b.txt.gz"], "--separator=|")]):
         run(given, tmp_path / f"out{i}", *flags, more)
@@ -178,7 +178,7 @@ def test_every_kind_of_file_gives_the_same_shards(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=70)
     run([tmp_path / "c.parquet"], tmp_path / "out3", *flags, "--field=body")
     assert tokens(tmp_path / "out3", "train") == wanted
-    with pytest.raises(DataError, match="no column 'text'; --field can be n, body"):
+    with pytest.raises(UsageError, match="no column 'text'; --field can be n, body"):
         run([tmp_path / "c.parquet"], tmp_path / "out4", *flags)
 
 
@@ -316,7 +316,7 @@ def test_a_dataset_of_the_hub_is_its_parquet_files_or_those_made_of_it(tmp_path,
         assert json.loads((out / "meta.json").read_text())["recipe"]["sources"][0] == [f"{repo}@sha-{revision}/{names[0]}", 9]
     for argv, words in ((["some/none"], "neither a file here nor to be had from the Hub"), (["some/own", "--files=nope"], "matches --files=nope")):
         theirs["some/own"]["refs/convert/parquet"] = []
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(UsageError, match=words):
             prepare.main([*argv, f"--out={tmp_path}/none", "--tokenizer=bytes"])
 
 
@@ -336,9 +336,9 @@ def test_a_url_is_fetched_once(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path / "www")))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    with pytest.raises(DataError, match="nothing.txt: cannot be fetched .*404"):
+    with pytest.raises(UsageError, match="nothing.txt: cannot be fetched .*404"):
         run([f"{url}/nothing.txt"], tmp_path / "out", "--tokenizer=chars")
-    with pytest.raises(DataError, match="ended 93 bytes early"):
+    with pytest.raises(UsageError, match="ended 93 bytes early"):
         run([f"{url}/short.txt"], tmp_path / "out", "--tokenizer=chars")
     files = run([f"{url}/input.txt"], tmp_path / "out", "--tokenizer=chars", "--val_tail=0.5")
     server.shutdown()
@@ -354,7 +354,7 @@ def test_the_report_counts_validation_text(tmp_path, capsys):
     letters, ids = made_up_gpt2(tmp_path / "gpt2")
     texts = documents(11, 400, 30)
     write_jsonl(tmp_path / "a.jsonl", texts)
-    with pytest.raises(DataError, match="has 265 ids"):
+    with pytest.raises(UsageError, match="has 265 ids"):
         prepare.main([f"{tmp_path}/a.jsonl", "--report=bytes", f"--gpt2={tmp_path}/gpt2", "--val=0.3"])
     prepare.GPT2, before = {"tokenizer": "gpt2", "vocab_size": 265, "bos_id": 264}, prepare.GPT2
     try:
@@ -372,19 +372,19 @@ def test_the_report_counts_validation_text(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, name, flags, words", [
-    (b'{"text": 3}\n', "a.jsonl", [], "line 1: no text 'text'.* here is text"), (b'{"a": "x"}\n', "a.jsonl", [], "--field names it, here is a"),
-    (b'{"text": "x"}\n{"te', "a.jsonl", [], "cannot be read"), (b"\xff\xfe", "a.txt", [], "a.txt: cannot be read .*utf-8"), (b"", "a.txt", [], "no training text"),
-    (b"x", "a.csv", [], "wanted .txt"), (b"not gzip", "a.txt.gz", [], "cannot be read"), (b"not parquet", "a.parquet", [], "cannot be read|pip install"),
-    (b"x", "a.txt", ["--tokenizer=/nowhere"], "or a folder of shards with a meta.json"), (b"x", "a.txt", ["--tokenizer=gpt2", "--gpt2=/nowhere"], "--gpt2=/nowhere|pip install"),
-    (b"x", "a.txt", ["--shard_tokens=0"], "--shard_tokens=0"), (b"x", "a.txt", ["--vocab_size=9"], "--vocab_size=9"), (b"x", "a.txt", ["--val=1"], "--val=1.0"),
-    (b"x", "a.txt", ["--val=0.1", "--val_tail=0.1"], "without --val"), (b"x", "a.txt", ["--files=("], "a regular expression"), (b"x", "a.txt", ["--job=1"], "--help")])
+    (b'{"text": 3}\n', "a.jsonl", [], "line 1: no text 'text'"), (b'{"text": "x"}\n{"te', "a.jsonl", [], "cannot be read"),
+    (b"\xff\xfe", "a.txt", [], "a.txt: cannot be read"), (b"", "a.txt", [], "no training text"), (b"x", "a.csv", [], "wanted .txt"),
+    (b"not gzip", "a.txt.gz", [], "cannot be read"), (b"not parquet", "a.parquet", [], "cannot be read|pip install"),
+    (b"x", "a.txt", ["--tokenizer=/nowhere"], "--tokenizer"), (b"x", "a.txt", ["--tokenizer=gpt2", "--gpt2=/nowhere"], "--gpt2=/nowhere|pip install"),
+    (b"x", "a.txt", ["--vocab_size=9"], "--vocab_size=9"), (b"x", "a.txt", ["--val=0.1", "--val_tail=0.1"], "--val"),
+    (b"x", "a.txt", ["--files=("], "--files"), (b"x", "a.txt", ["--job=1"], "--job")])
 def test_what_cannot_be_is_one_sentence(tmp_path, content, name, flags, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises((UsageError, DataError), match=words) as caught:
+    with pytest.raises(UsageError, match=words) as caught:
         prepare.main([str(tmp_path / name), f"--out={tmp_path}/out", "--tokenizer=bytes", *flags])
     assert "\n" not in str(caught.value) and not [*tmp_path.glob("out/*.bin")]
 
 
-def test_a_missing_source_ends_with_exit_code_3():
+def test_a_missing_source_ends_with_exit_code_2():
     done = subprocess.run([sys.executable, "-m", "scripts.prepare", "nowhere.txt", "--out=x"], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 3 and done.stderr.startswith("error: nowhere.txt: no file") and done.stderr.count("\n") == 1 and not done.stdout
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere.txt: no file") and done.stderr.count("\n") == 1 and not done.stdout

@@ -14,35 +14,33 @@ import pytest
 import train
 from scripts import report
 from scripts.report import DARK, LIGHT, SERIES, find_runs, main, make_curves
-from shards import shard_bytes
-from train import Config, DataError, Model, PRESETS, ROOT, UsageError, command
+from shards import TINY, make_folder
+from train import ROOT, UsageError, command, replace
 
 pytest.importorskip("matplotlib", reason="matplotlib, of scripts/requirements.txt, is not installed")
 HOSTILE = "<script>x()<∕script>&\"'$x^2$"  # ∕ is no slash: this is a folder's name
 
-def make_run(folder, seed=0, upto=30, loss=lambda step: 4 - step / 20, second=0.5, **changes):
-    """A run's folder as train.py itself writes it, without training: steps up to `upto`, and the end if that is the last."""
-    cfg = Config(**PRESETS["tiny"] | {"preset": "tiny", "seed": seed, "vocab_size": 257, "bos_id": 256, "target_loss": 3.0} | changes)
-    folder.mkdir(parents=True)
-    for name in ("train_000000.bin", "val_000000.bin"):
-        (folder.parent / name).write_bytes(shard_bytes(np.arange(4000) % 256))
-    shards = [train.open_shards(str(folder.parent / f"{kind}_*.bin")) for kind in ("train", "val")]
-    run = train.Run(folder, Model().specs(cfg), cfg, train.FRESH, {})
-    train.describe(run, (ROOT / "train.py").read_text(), "asked for", ["--preset=tiny"], *shards, ["parameters: 7"], cfg)
-    (folder / "config.json").write_text(json.dumps({"config": vars(cfg), "meta": {}}))
-    table = train.stages(cfg)
-    for step in range(5, upto + 1, 5):
-        stage = train.stage_at(step - 1, table)
-        row = {"step": step, "tokens": train.tokens_before(step, table), "train_time_s": second * step, "cpu_time_s": 1.0, "wall_s": 9.0,
-               "train_loss": loss(step), "stage": stage.index, "step_ms": 1e3 * second, "lr": train.lr_scale(step - 1, stage, cfg),
-               "tokens_per_s": stage.batch_tokens / second, "input_wait_ms": 0.0}
-        row |= {"val_loss": loss(step) - 0.25} if step % 10 == 0 else {}
-        if row.get("val_loss", 9) <= cfg.target_loss and not run.reached:
-            run.reached = {"step": step, "train_time_s": row["train_time_s"]}
-        run.write(row)
+def make_run(
+    folder, seed=0, upto=30, loss=lambda step: 4 - step / 20, second=0.5, first=5, **changes
+):
+    """A run's folder as train.py itself writes it, without training: steps first to `upto`, and the
+    end if that is the last. The same folder again is a run that is resumed."""
+    make_folder(folder.parent)
+    files = [f"{folder.parent}/{split}_*.bin" for split in ("train", "val")]
+    known = {"seed": seed, "vocab_size": 257, "bos_id": 256, "target_loss": 3.0}
+    cfg = replace(train.parse_flags([TINY]), **known | changes)
+    log = train.Log(folder, train.GPT.specs(cfg), cfg, {})
+    source, notes = (ROOT / "train.py").read_text(), ["parameters: 7"]
+    log.begin(source, "asked for", ["--preset=demo"], *map(train.open_shards, files), notes)
+    if first > 5:
+        log.line(f"resumed: {folder}/ckpt/step-{first - 5:06d} at step {first - 5}")
+        log.marked = first - 5, second * (first - 5)
+    for step in range(first, upto + 1, 5):
+        log.clock.total = np.array([second * step, 1.0])
+        log.step(step, loss(step), loss(step) - 0.25 if step % 10 == 0 else None)
     if upto == cfg.steps:
-        train.report(None, row, run, {"tokenizer": "none"}, None, cfg)
-        run.seal()
+        log.result()
+        log.seal()
     return folder
 
 class Page(html.parser.HTMLParser):
@@ -150,6 +148,17 @@ def test_a_line_that_is_being_written_is_not_yet_there(logs, tmp_path):
         (folder / name).write_text((folder / name).read_text()[:-20])
     assert [run.step for path in (folder, folder / "log.txt") for run in find_runs(path)] == [15, 15]
 
+def test_of_a_step_that_a_resumed_run_wrote_again_the_last_row_counts(tmp_path):
+    folder = make_run(tmp_path / "run", upto=25)
+    make_run(folder, first=15, upto=20, loss=lambda step: step)
+    for run in (*find_runs(folder), *find_runs(folder / "log.txt")):
+        assert run.state == "unfinished, resumed"
+        assert [row["step"] for row in run.rows] == [5, 10, 15, 20]  # 25 is of the run that was cut
+        assert [row["train_loss"] for row in run.rows] == [3.75, 3.5, 15, 20]
+    make_run(folder, first=25)
+    run, = find_runs(folder)
+    assert run.state == "finished, resumed" and [row["step"] for row in run.rows][-2:] == [25, 30]
+
 def test_what_differs_is_told_and_a_folder_that_is_named_names_its_curve(page):
     text = re.sub(r"\s+", " ", Page(page).text)
     assert "muon_lr 0.023 0.5" in text and "What differs" in text and "num_layers" not in text
@@ -165,15 +174,15 @@ def test_the_same_run_twice_is_compared_loss_by_loss(logs, tmp_path):
     ("metrics.jsonl", lambda text: text.replace('{"step": 15', '"step": 15')), ("metrics.jsonl", lambda text: text.replace("3.25,", "NaN,")),
     ("metrics.jsonl", lambda text: text.replace('"tokens"', '"tokns"', 1)), ("metrics.jsonl", lambda text: "[]\n" + text),
     ("log.txt", lambda text: text.replace("step:15/30 train_loss:3", "step:15/30 train_los:3")),
-    ("log.txt", lambda text: text.replace("config: preset", "confg: preset")), ("config.json", lambda text: text[:50])])
-def test_damage_is_one_sentence_and_exit_3(name, damage, logs, tmp_path, capsys):
+    ("log.txt", lambda text: text.replace("config: {", "confg: {")), ("config.json", lambda text: text[:50])])
+def test_damage_is_one_sentence_and_exit_2(name, damage, logs, tmp_path, capsys):
     folder = shutil.copytree(logs / "20260101T000000Z-000000", tmp_path / "run")
     text = (folder / name).read_text()
     assert damage(text) != text
     (folder / name).write_text(damage(text))
     if name == "config.json":
         (folder / "log.txt").unlink()
-    assert command(lambda: main([str(folder), f"--out={tmp_path}/a.html"])) == 3
+    assert command(lambda: main([str(folder), f"--out={tmp_path}/a.html"])) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(f"error: {folder / name}")
     assert not (tmp_path / "a.html").exists()

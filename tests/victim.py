@@ -1,10 +1,9 @@
-"""A run of train.py in a process of its own, to be struck by signals: from outside, or by itself at a chosen point.
+"""A run of train.py in a process of its own, to be struck by signals: from outside or by itself.
 
-The model is a table of bigrams, so that a run takes a second; all else is the trainer's own. Processes are forked from a
-server that has imported train and started no backend (multiprocessing's forkserver).
+The models are as small as can be, so that a run takes a second; all else is the trainer's own.
+Processes are forked from a server that has imported train and started no backend.
 """
-import contextlib
-import itertools
+
 import json
 import multiprocessing
 import os
@@ -22,30 +21,91 @@ import safetensors.numpy
 import train
 
 STEPS, EVERY = 12, 3
-FLAGS = ["--preset=tiny", "--cpu_devices=1", f"--steps={STEPS}", f"--save_every={EVERY}", "--val_every=4", "--log_every=1",
-         "--stage_ends=0.5,1", "--batch_tokens=56,112", "--seq_len=14,28", "--val_tokens=58", "--val_seq_len=40", "--val_context=11"]
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
-def bigram_loss(weights, tokens_BT, target_BT, weight_BT, stage, cfg):
-    logits_BTV = weights["table"][tokens_BT]
-    picked_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
-    return jnp.sum(weight_BT * (jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT))
+# ---- Models ----
 
 
-BIGRAM = train.Model(lambda cfg: {"table": train.Spec("V V", train.constant(0.0), "embed")}, bigram_loss,
-                     lambda cfg: {"embed": train.Rule("adam", 0.3, beta1=0.5, beta2=0.9, eps=1e-8)},
-                     lambda weights, tokens_BT, cfg: weights["table"][tokens_BT])
+def bigram_specs(cfg):
+    """One table."""
+    table = train.Spec("V V", "V", train.constant(0.0), "table")
+    return train.with_shapes({"table": table}, train.axis_sizes(cfg))
 
 
-def started(argv, output, strikes=(), cache=None):
-    """Start a run whose console goes to the file `output`. strikes: (point of POINTS, which time it is reached, signal numbers).
-    Returns the Process."""
+def bigram_logits(weights, tokens_BT, cfg):
+    return weights["table"][tokens_BT]
+
+
+def matrix_specs(cfg):
+    """A stack of matrices for Muon between two tables."""
+    specs = {
+        "table": train.Spec("V D", "V", train.normal(0.1), "table"),
+        "matrices": train.Spec("L D F", "F", train.normal(0.1), "muon"),
+        "head": train.Spec("V F", "V", train.normal(0.1), "table"),
+    }
+    return train.with_shapes(specs, train.axis_sizes(cfg))
+
+
+def matrix_logits(weights, tokens_BT, cfg):
+    hidden_BTF = weights["table"][tokens_BT] @ jnp.sum(weights["matrices"], axis=0)
+    return hidden_BTF @ weights["head"].T
+
+
+def loss_by(logits):
+    def loss(weights, batch, key, stage, cfg):
+        logits_BTV = logits(weights, batch["tokens"], cfg)
+        hit_BTV = batch["targets"][..., None] == jnp.arange(logits_BTV.shape[-1])[None, None]
+        nats_BT = -jnp.sum(jnp.where(hit_BTV, jax.nn.log_softmax(logits_BTV), 0), axis=-1)
+        return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"])
+
+    return loss
+
+
+def rules(cfg):
+    return {"table": train.Adam(0.3, beta1=0.5, beta2=0.9, eps=1e-8), "muon": train.Muon(0.02)}
+
+
+SMALL = train.replace(
+    train.DEMO,
+    steps=STEPS,
+    model_dim=24,
+    mlp_dim=40,
+    stages=(train.Stage(0.5, 56, seq_len=14), train.Stage(1.0, 112, seq_len=28)),
+    val=train.Stage(seq_len=40),
+    val_tokens=58,
+    val_context=11,
+    compute_dtype="float32",
+    shuffle=False,
+    target_loss=0.0,
+    save_every=EVERY,
+    val_every=4,
+    log_every=1,
+)
+PRESETS = {"demo": SMALL}
+BIGRAM = train.Model(PRESETS, bigram_specs, rules, loss_by(bigram_logits), bigram_logits)
+MATRIX = train.Model(PRESETS, matrix_specs, rules, loss_by(matrix_logits), matrix_logits)
+MODELS = {"bigram": BIGRAM, "matrix": MATRIX, "gpt": train.GPT}
+
+
+# ---- A process ----
+
+
+def started(argv, output, strikes=(), cache="", model="bigram", pause=0.0):
+    """Start a run whose console goes to the file `output`. Returns the Process.
+
+    strikes: (point, which time it is reached, signal numbers). A point is a key of POINTS, or
+    "step", which is reached after each dispatched step. model: of MODELS. pause: seconds to wait at
+    each step.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "victim"])
     here = [str(Path(train.__file__).parent), str(Path(__file__).parent)]
-    before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(here)  # for the server's first imports
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(here)  # for the server's first imports
     try:
-        process = context.Process(target=live, args=(argv, str(output), strikes, str(cache or Path(output).parent / "compiled")))
+        arguments = (argv, str(output), strikes, str(cache), model, pause)
+        process = context.Process(target=live, args=arguments)
         process.start()
     finally:
         del os.environ["PYTHONPATH"]
@@ -53,24 +113,34 @@ def started(argv, output, strikes=(), cache=None):
     return process
 
 
-def live(argv, output, strikes, cache):
+def live(argv, output, strikes, cache, model, pause):
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.argv = ["train.py", *argv]
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
-    for name, value in {"compilation_cache_dir": cache, "persistent_cache_min_compile_time_secs": 0,
-                        "persistent_cache_min_entry_size_bytes": -1, "disable_most_optimizations": True}.items():
-        jax.config.update(f"jax_{name}", value)
-    train.sample = lambda *_: [104, 105]  # drawing takes twice as long as all the rest
+    jax.config.update("jax_disable_most_optimizations", True)
+    if cache:
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": cache}
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    train.sample = lambda *_: [104, 105]  # drawing takes longer than all the rest
+    stop = train.Stop()
+    at_step = {count: numbers for point, count, numbers in strikes if point == "step"}
+
+    def hook(step):
+        hit(at_step.get(step, ()))
+        time.sleep(pause)
+        return stop(step)
+
     for point, count, numbers in strikes:
-        POINTS[point](count, numbers)
-    code = train.command(lambda: train.main(argv, BIGRAM, train.Stop().listen()))
-    sys.stdout.flush()
-    os._exit(code or 0)
+        if point != "step":
+            install(*POINTS[point], count, numbers)
+    sys.exit(train.command(lambda: train.main(argv, MODELS[model], hook)))
 
 
 # ---- Points at which a run strikes itself ----
+
 
 def hit(numbers):
     for number in numbers:
@@ -78,17 +148,18 @@ def hit(numbers):
         time.sleep(0.02)  # a Python handler runs between two bytecodes
 
 
-def replaced(owner, name, when, strike):
-    """Let a call of owner.name be strike(real function, *its arguments), the count-th time that when(*its arguments)."""
-    def install(count, numbers):
-        real, calls = getattr(owner, name, open), itertools.count(1)
+def install(owner, name, when, strike, count, numbers):
+    """The count-th call of owner.name for which when(*arguments) becomes strike(...)."""
+    real, calls = getattr(owner, name), []
 
-        def struck(*arguments, **rest):
-            if when(*arguments) and next(calls) == count:
-                return strike(lambda: real(*arguments, **rest), lambda: hit(numbers), *arguments)
-            return real(*arguments, **rest)
-        setattr(owner, name, struck)
-    return install
+    def struck(*arguments, **rest):
+        calls.extend([1] if when(*arguments) else [])
+        if len(calls) == count and when(*arguments):
+            calls.append(1)
+            return strike(lambda: real(*arguments, **rest), lambda: hit(numbers), *arguments)
+        return real(*arguments, **rest)
+
+    setattr(owner, name, struck)
 
 
 def before(real, strike, *_):
@@ -116,81 +187,37 @@ def half_deleted(real, strike, folder, **_):
     return real()
 
 
-def torn(real, strike, path, *_):
-    """An opened file of which only the first half of the first write arrives."""
-    file = real()
-    write = file.write
-
-    def half(text):
-        write(text[:len(text) // 2])
-        file.flush()
-        strike()
-        return write(text[len(text) // 2:])
-    file.write = half
-    return file
+def always(*_):
+    return True
 
 
-def of_program(key):
-    """A compiled program: before its count-th run, those of the warm-up aside."""
-    def install(count, numbers):
-        real, calls = train.compile_all, itertools.count(1 if key == "eval" else 0)
-
-        def compile_all(*arguments):
-            programs, notes = real(*arguments)
-
-            def program(*operands):
-                if next(calls) == count:
-                    hit(numbers)
-                return programs[key](*operands)
-            return programs | {key: program}, notes
-        train.compile_all = compile_all
-    return install
+def gets_its_name(path, to):
+    return to.name.startswith("step-")
 
 
-def written_anew(name):
-    return lambda path, mode="r": mode == "w" and Path(path).name.endswith(name)
+def is_manifest(path, *_):
+    return path.name == "manifest.json"
 
 
-always = lambda *_, **__: True
+def is_there(path, *_):
+    return Path(path).exists()
+
+
 POINTS = {
-    "the data are read": replaced(train, "open_data", always, before),
-    "programs are compiled": replaced(train, "compile_all", always, before),
-    "programs are warmed up": replaced(train, "warm_up", always, before),
-    "the first batch is made": replaced(train, "train_batches", always, after),
-    "training": of_program(0),
-    "training in a later stage": of_program(1),
-    "validation": of_program("eval"),
-    "tensors are half written": replaced(safetensors.numpy, "save_file", always, half_written),
-    "tensors are written": replaced(safetensors.numpy, "save_file", always, after),
-    "the manifest is half written": replaced(Path, "write_text", always, half_written),
-    "the manifest is written": replaced(Path, "write_text", always, after),
-    "files are flushed": replaced(train, "flush", always, before),
-    "the checkpoint gets its name": replaced(Path, "rename", lambda path, to: to.name.startswith("step-"), before),
-    "the checkpoint has its name": replaced(Path, "rename", lambda path, to: to.name.startswith("step-"), after),
-    "an old checkpoint is deleted": replaced(shutil, "rmtree", lambda path, **_: Path(path).exists(), before),
-    "an old checkpoint is half deleted": replaced(shutil, "rmtree", lambda path, **_: Path(path).exists(), half_deleted),
-    "metrics are half written": replaced(train, "open", written_anew("metrics.jsonl"), torn),
-    "the config is half written": replaced(train, "open", written_anew("config.json"), torn),
-    "the picture is half written": replaced(train, "open", written_anew("loss.svg"), torn),
-    "data are described": replaced(train.Run, "line", lambda run, text, *_: text.startswith("data: "), after),
-    "the result is reported": replaced(train, "report", always, before),
-    "samples are drawn": replaced(train, "sample", always, before),
-    "the log is sealed": replaced(train.Run, "seal", always, before),
+    "compiling": (train, "compile_all", always, before),
+    "tensors half written": (safetensors.numpy, "save_file", always, half_written),
+    "tensors written": (safetensors.numpy, "save_file", always, after),
+    "manifest half written": (Path, "write_text", is_manifest, half_written),
+    "before the name": (Path, "rename", gets_its_name, before),
+    "after the name": (Path, "rename", gets_its_name, after),
+    "half deleted": (shutil, "rmtree", is_there, half_deleted),
+    "validation": (train, "evaluate", always, before),
+    "samples": (train, "show_samples", always, before),
+    "seal": (train.Log, "seal", always, before),
 }
 
 
 # ---- What a run left ----
-
-def runs_of(logs):
-    return sorted(path for path in Path(logs).iterdir() if path.is_dir())
-
-
-def steps_written(folder):
-    return [int(step) for step in re.findall(rf"^step:(\d+)/\d+ ", (folder / "log.txt").read_text(), re.MULTILINE)]
-
-
-def metrics_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def ended(process, seconds=120):
@@ -200,13 +227,22 @@ def ended(process, seconds=120):
     return process.exitcode
 
 
-def struck(process, number):
-    with contextlib.suppress(ProcessLookupError):  # it has just ended
-        os.kill(process.pid, number)
+def steps_logged(run):
+    found = re.findall(r"^step:(\d+)/\d+ ", (run / "log.txt").read_text(), re.MULTILINE)
+    return list(map(int, found))
 
 
-KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+def metrics_of(run):
+    """The rows of metrics.jsonl. Of a step that was trained twice the last counts."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = {(row["step"], "train_loss" in row): row for row in rows}
+    return [last[key] for key in sorted(last, key=lambda key: (key[0], not key[1]))]
 
 
-if __name__ == "__main__":  # victim.py CACHE FLAGS: as `python train.py FLAGS`
-    live(sys.argv[2:], "/dev/stdout", (), sys.argv[1])
+def weights_of(run, step=STEPS):
+    folder = run / f"ckpt/step-{step:06d}"
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+if __name__ == "__main__":  # victim.py CACHE PAUSE FLAGS: as `python train.py FLAGS`
+    live(sys.argv[3:], "/dev/stdout", (), sys.argv[1], "bigram", float(sys.argv[2]))
