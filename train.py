@@ -157,9 +157,7 @@ class Config:
     softcap: tuple = (11.5, 15.0, 5.0)  # (A, B, C): A * tanh((logit + C) / B)
     attn_scale: float = 0.0707  # multiplies q.k, both of unit rms, in the first stage
     attention: str = "auto"  # band: the TPU kernels; xla: plain; auto: band on a TPU if it can
-    head_block: int = (
-        4096  # tokens whose logits exist at a time, if it divides a micro-step; 0: all
-    )
+    head_block: int = 4096  # tokens whose logits exist at a time, where it divides; 0: all
     compute_dtype: str = "bfloat16"  # of matmul operands and of gradients between devices
     residual_dtype: str | None = None  # of activations between matmuls; None: compute_dtype
     # Schedule
@@ -356,7 +354,7 @@ def parse_value(text, kind):
     if kind is str or (kind == str | None and text not in WORDS):
         return text
     value = WORDS[text] if text in WORDS else ast.literal_eval(text)
-    if type(value) is int and kind in (float, bool):
+    if type(value) is int and (kind is float or (kind is bool and value in (0, 1))):
         value = kind(value)
     if kind is tuple and not isinstance(value, tuple):
         value = (value,)
@@ -442,9 +440,11 @@ def rules(cfg):
     yield "adam_beta2", cfg.adam_beta2 < 1, "less than 1"
     yield "head_dim", cfg.head_dim % 4 == 0, "a multiple of 4, for half-RoPE"
     yield "num_kv_heads", cfg.num_heads % cfg.kv_heads == 0, "a divisor of num_heads"
-    cap = cfg.softcap
-    yield "softcap", cap == () or (len(cap) == 3 and min(cap[:2]) > 0), "(A, B, C) or ()"
-    yield "muon_momentum", len(cfg.muon_momentum) == 4, "FROM,TO,STEPS,STEPS"
+    for flag, sizes in (("softcap", (0, 3)), ("muon_momentum", (4,))):
+        values = getattr(cfg, flag)
+        numbers = len(values) in sizes and {type(x) for x in values} <= {int, float}
+        yield flag, numbers, f"{' or '.join(map(str, sizes))} numbers"
+    yield "softcap", min(cfg.softcap[:2], default=1) > 0, "A and B above 0"
     blocks = range(cfg.num_layers)
     for flag in ("mlp_only", "long_layers", "offset_layers", "backout"):
         layers = getattr(cfg, flag)
@@ -662,7 +662,7 @@ def unstack(weights):
     Their gradients are then stacked once; those of slices of a stack would be summed L times.
     """
     layers = dict(weights)
-    for part in STACKED:
+    for part in set(STACKED) & set(weights):
         num_layers = len(jax.tree.leaves(weights[part])[0])
         layers[part] = [{k: w[i] for k, w in weights[part].items()} for i in range(num_layers)]
     return layers
@@ -670,8 +670,10 @@ def unstack(weights):
 
 def restack(weights):
     """The inverse of unstack."""
-    stacks = {part: tree_map(lambda *w: jnp.stack(w), *weights[part]) for part in STACKED}
-    return weights | stacks
+    stacks = dict(weights)
+    for part in set(STACKED) & set(weights):
+        stacks[part] = tree_map(lambda *w: jnp.stack(w), *weights[part])
+    return stacks
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -1726,9 +1728,8 @@ def sum_rows(ids_N, g_ND, num_rows):
         return at_VD - jnp.pad(at_VD, ((1, 0), (0, 0)))[:-1]
 
     inside_ND = rearrange(inside_CND, "C N D -> (C N) D")
-    return added(inside_ND[ends_V]) + added(
-        before_CD[ends_V // size]
-    )  # one long sum would lose digits
+    # in two parts: one long running sum would lose digits
+    return added(inside_ND[ends_V]) + added(before_CD[ends_V // size])
 
 
 def tie(tree, stage):
@@ -1983,9 +1984,8 @@ def save_checkpoint(run_folder, state, progress, data, cfg):
     staging.rename(final)
     folders = sorted(final.parent.glob("step-*"))
     kept = [path for path in folders if path <= final][-2:]
-    for other in set(folders) - set(
-        kept
-    ):  # later ones are of an attempt before the last resumption
+    # later ones are of an attempt before the last resumption
+    for other in set(folders) - set(kept):
         shutil.rmtree(other)
     return final
 
@@ -2015,9 +2015,12 @@ def read_manifest(folder, cfg, data=None):
 
 def check_tensors(file, like):
     """Raises UsageError where names, shapes or dtypes in a .safetensors file are not `like`'s."""
-    with safetensors.safe_open(file, framework="numpy") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-        found = {(name, *part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    try:
+        with safetensors.safe_open(file, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            found = {(name, *part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    except safetensors.SafetensorError as error:
+        raise UsageError(f"{file}: {error}") from error
     wanted = {(name, *leaf.shape, "F32") for name, leaf in named(like).items()}
     others = sorted(map(str, wanted ^ found))
     require(not others, f"{file}: not of this weight table: {', '.join(others[:2])}")
@@ -2552,6 +2555,11 @@ def command(run):
         print(f"error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        code = 134  # as where JAX itself ends a process that lost a host
+        print(f"error: a host is gone, or the runtime failed: {error}", file=sys.stderr, flush=True)
     if code and jax.distributed.is_initialized():
         os._exit(code)  # the usual way out waits for hosts that wait for this one
     return code

@@ -124,7 +124,6 @@ def test_no_shards_at_all_names_the_pattern_and_the_ways_out(tmp_path, error_of)
 
 @pytest.mark.parametrize("text", [
     b"", b"{", b"[]", b"null", b'{"tokenizer": "test", "vocab_size": 257}', b"\xff\xfe\x00\x80",
-    b'{"tokenizer": "test", "vocab_size": "many", "bos_id": 256}',
     b'{"tokenizer": "test", "vocab_size": null, "bos_id": 256}'])
 def test_a_meta_json_that_says_too_little_is_named_with_the_keys_it_needs(text, tmp_path, error_of):
     flags = make_folder(tmp_path / "data")
@@ -551,17 +550,12 @@ def test_a_library_of_fewer_than_300_files_is_no_corpus(library, own_cache, erro
     assert "299" in message and "300" in message
 
 
-def test_the_corpus_is_written_once_and_a_damaged_file_is_written_again(library, own_cache):
+def test_a_damaged_corpus_is_written_again(library, own_cache):
     library(310)
-
-    def stamps():
-        return {path: path.stat().st_mtime_ns for path in own_cache.rglob("*.bin")}
     corpus_shards()
-    first, whole = stamps(), {path: path.read_bytes() for path in stamps()}
-    assert len(first) == 2
-    corpus_shards()
-    assert stamps() == first
+    whole = {path: path.read_bytes() for path in own_cache.rglob("*.bin")}
+    assert len(whole) == 2
     for path, blob in whole.items():
         path.write_bytes(blob[:2000] + b"\x01" + blob[2001:-7])
     corpus_shards()
-    assert {path: path.read_bytes() for path in stamps()} == whole
+    assert {path: path.read_bytes() for path in own_cache.rglob("*.bin")} == whole
