@@ -178,13 +178,13 @@ class Config:
     # Optimizers
     optimizer: str = "muon"  # muon: matrices by Muon, the rest by Adam; adamw: all by AdamW
     muon_lr: float = 0.023  # spectral norm of a step, times sqrt(longer / shorter side)
-    muon_wd: float = 1.2  # where a step shrinks a weight, it shrinks by lr * rate * wd more
+    muon_wd: float = 1.2  # a weight that a step shrinks also loses lr^2 * wd of itself, stretched
     muon_momentum: tuple = (0.85, 0.95, 300, 50)  # from, to, steps up (record 9), steps down
     adam_lr: float = 0.008  # embedding, head and gates
     adam_beta1: float = 0.5  # decay of the gradient's mean; embedding and head, with adamw all
     adam_beta2: float = 0.95  # decay of its square's mean; the same
     adam_eps: float = 1e-10  # added to the root of the square's mean
-    adam_wd: float = 0.75  # embedding, head, gates, as muon_wd; with adamw matrices too, lr * wd
+    adam_wd: float = 0.75  # embedding and head, as muon_wd; with adamw matrices too, lr * wd
     scalar_lr: float = 0.04  # learned scalars
     adamw_lr: float = 0.001  # everything, with --optimizer=adamw
     # Data
@@ -317,6 +317,9 @@ AT_LEAST_1 = (
 ).split()
 
 
+NOT_OF_VAL = {"end", "batch_tokens", "doc_len", "lr", "ahead", "tied"}  # fields of a training stage
+
+
 def field_types(row):
     """{field: type} of a Config or a Stage."""
     return {field.name: field.type for field in dataclasses.fields(row)}
@@ -325,8 +328,9 @@ def field_types(row):
 def flag_names(config):
     """All flags of a Config, or of another architecture's subclass of it."""
     names = set(field_types(config)) - {"stages", "val"}
-    names |= {f"stages.{name}" for name in field_types(Stage)}
-    return sorted(names | {"val.seq_len", "val.short", "val.long"})
+    columns = set(field_types(Stage))
+    names |= {f"stages.{name}" for name in columns}
+    return sorted(names | {f"val.{name}" for name in columns - NOT_OF_VAL})
 
 
 def read_words(argv):
@@ -396,30 +400,39 @@ def flag_text(cfg, flag):
     return str(getattr(cfg.val if table else cfg, name))
 
 
-def parse_flags(argv, preset="speedrun", presets=PRESETS):
-    """Command line -> Config. Without --preset it changes the one named here.
-
-    Raises UsageError for a flag that is not there, has another type or breaks a rule.
-    """
-    texts = dict(word.partition("=")[::2] for word in read_words(argv))  # the last one counts
-    preset = texts.get("--preset", preset)
+def parse_words(words, preset, presets):
+    """Words of the form --FLAG=VALUE -> Config. Raises UsageError as parse_flags."""
+    names = flag_names(next(iter(presets.values())))
+    texts = {}  # of a flag that is given twice the last one counts
+    for word in words:
+        flag, equals, text = word.removeprefix("--").partition("=")
+        texts[flag] = text
+        if flag not in names:
+            near = difflib.get_close_matches(flag, names, n=1, cutoff=0)[0]
+            what = RETIRED.get(flag, f"the nearest is --{near}=VALUE")
+            raise UsageError(f"{word}: there is no such flag; {what}")
+        require(equals and word.startswith("--"), f"{word}: wanted --{flag}=VALUE")
+    preset = texts.get("preset", preset)
     require(preset in presets, f"--preset={preset}: wanted {' or '.join(presets)}")
     cfg = presets[preset]
-    names = flag_names(cfg)
-    for word in sorted(texts, key=lambda word: word != "--stages.end"):  # the number of rows first
-        flag = word.removeprefix("--")
-        near = difflib.get_close_matches(flag, names, n=1, cutoff=0)[0]
-        what = RETIRED.get(flag, f"the nearest is --{near}=VALUE")
-        require(word == f"--{flag}" and flag in names, f"{word}: there is no such flag; {what}")
+    for flag in sorted(texts, key=lambda flag: flag != "stages.end"):  # the number of rows first
         try:
-            cfg = set_flag(cfg, flag, texts[word])
+            cfg = set_flag(cfg, flag, texts[flag])
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
             wanted = f"a value such as {flag_text(cfg, flag)}"
             if flag.startswith("stages."):
                 wanted += ", one for each stage or one for all"
-            raise UsageError(f"{word}={texts[word]}: wanted {wanted}") from error
+            raise UsageError(f"--{flag}={texts[flag]}: wanted {wanted}") from error
     check(cfg)
     return cfg
+
+
+def parse_flags(argv, preset="speedrun", presets=PRESETS):
+    """Command line, which may hold @FILE -> Config. Without --preset it changes the one named here.
+
+    Raises UsageError for a flag that is not there, has another type or breaks a rule.
+    """
+    return parse_words(read_words(argv), preset, presets)
 
 
 def rules(cfg):
@@ -445,6 +458,12 @@ def rules(cfg):
         numbers = len(values) in sizes and {type(x) for x in values} <= {int, float}
         yield flag, numbers, f"{' or '.join(map(str, sizes))} numbers"
     yield "softcap", min(cfg.softcap[:2], default=1) > 0, "A and B above 0"
+    yield from layer_rules(cfg)
+    yield from schedule_rules(cfg)
+
+
+def layer_rules(cfg):
+    """The rules about which blocks have what, as rules yields them."""
     blocks = range(cfg.num_layers)
     for flag in ("mlp_only", "long_layers", "offset_layers", "backout"):
         layers = getattr(cfg, flag)
@@ -454,11 +473,12 @@ def rules(cfg):
         ordered = set(getattr(cfg, flag)) <= set(itertools.combinations(blocks, 2))
         yield flag, ordered, "pairs of an earlier and a later block, such as ((3, 6),)"
     yield "mlp_only", len(cfg.mlp_only) < cfg.num_layers, "a block with attention left"
-    yield from schedule_rules(cfg)
+    readers = {reader for _, reader in cfg.late_inputs} - set(cfg.mlp_only)
+    yield "late_inputs", len(readers) == len(cfg.late_inputs), "each reader once, with attention"
 
 
 def schedule_rules(cfg):
-    """The same for stages and rows."""
+    """The rules of the stage table and of validation, as rules yields them."""
     ends = [0, *(stage.end for stage in cfg.stages)]
     rising = ends == sorted(set(ends)) and ends[-1] == 1
     yield "stages.end", rising, "rising shares of the steps, the last 1"
@@ -794,13 +814,13 @@ def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
 ATTENTION = {"xla": attention_xla, "band": attention_band}
 
 
-def choose_attention(cfg, platform):
+def choose_attention(cfg, backend):
     """The Config with --attention=auto settled. Raises UsageError where band cannot run."""
     rows = {stage.seq_len for stage in (*cfg.stages, cfg.val)}
     # a row of one head lies in fast memory
     fits = all(row % TILE == 0 and row * cfg.head_dim <= 1 << 21 for row in rows)
     wide = cfg.head_dim % 128 == 0 and cfg.compute_dtype == "bfloat16"
-    best = "band" if platform == "tpu" and fits and wide else "xla"
+    best = "band" if backend == "tpu" and fits and wide else "xla"
     wanted = f"head_dim in 128s, rows in {TILE}s of at most 2^21 / head_dim tokens, bfloat16"
     require(cfg.attention in (best, "auto", "xla"), f"--attention=band: wanted a TPU, {wanted}")
     return replace(cfg, attention=best) if cfg.attention == "auto" else cfg
@@ -1344,8 +1364,9 @@ def read_meta(file):
         return {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-        return {name: meta[name] for name in ("tokenizer", "vocab_size", "bos_id")}
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        kinds = {"tokenizer": str, "vocab_size": int, "bos_id": int}
+        return {name: kind(meta[name]) for name, kind in kinds.items()}
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise UsageError(f"{file}: wanted tokenizer, vocab_size and bos_id ({error!r})") from error
 
 
@@ -1590,6 +1611,7 @@ def open_data(cfg):
     cfg = complete_config(train, cfg)
     check_tokens(train, val, cfg)
     reads = [read for _, read in plan(train, cfg)]
+    require(reads, f"{train.paths[0]}: too few tokens, or none is --bos_id={cfg.bos_id}")
     text = f"--steps={cfg.steps}: the shards yield {len(reads)} steps. Fetch more shards"
     enough = len(reads) == cfg.steps
     require(enough, f"{text}, or read them again with --max_epochs={cfg.max_epochs + 1}")
@@ -1675,7 +1697,10 @@ def gather(params, specs, num_devices, cfg):
 
 
 def reduce_grads(grads, specs, num_devices, cfg):
-    """Sum over the devices, in compute_dtype. What is kept split arrives split."""
+    """Sum over the devices. What is kept split arrives split.
+
+    Gradients travel in compute_dtype, so with bfloat16 one device and eight differ by its rounding.
+    """
 
     def total(spec, g):
         if spec.group not in SCALAR_GROUPS:
@@ -1751,15 +1776,15 @@ def accumulate(weights, batch, key, step, stage, model, cfg):
     weights = tie(weights, stage)  # for look_up
     batch = inputs_and_targets(batch, cfg)
 
-    def loss_of(weights, rows, micro, micro_key):
+    def loss_of(weights, looked_up, micro, micro_key):
         weights = tie(weights, stage)  # again, so that all gradients reach the head
-        return model.loss(weights, micro | rows | {"step": step}, micro_key, stage, cfg)
+        return model.loss(weights, micro | looked_up | {"step": step}, micro_key, stage, cfg)
 
     def micro_step(totals, micro):
         micro, micro_key = micro
-        rows = look_up(weights, micro, model)
+        looked_up = look_up(weights, micro, model)
         with_grads = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        (nats, weight), (grads, row_grads) = with_grads(weights, rows, micro, micro_key)
+        (nats, weight), (grads, row_grads) = with_grads(weights, looked_up, micro, micro_key)
         new = nats, weight, grads
         return tree_map(lambda total, x: total + x.astype(f32), totals, new), row_grads
 
@@ -2040,6 +2065,7 @@ def find_checkpoint(cfg, data, like=None):
     folders = sorted(root.glob("*/ckpt/step-*" if is_auto else "ckpt/step-*"), reverse=True)
     if not is_auto and root.parent.name == "ckpt":
         folders = [root]
+    problem = "nothing is there"
     for folder in folders:  # the newest first
         try:
             manifest = read_manifest(folder, cfg, data)
@@ -2048,8 +2074,9 @@ def find_checkpoint(cfg, data, like=None):
                 check_tensors(folder / "opt.safetensors", like.opt_state)
             return folder.resolve(), manifest
         except UsageError as error:
+            problem = error
             print(f"--resume={cfg.resume}: passing over {error}")
-    require(is_auto, f"--resume={cfg.resume}: no checkpoint there to go on from")
+    require(is_auto, f"--resume={cfg.resume}: no checkpoint to go on from: {problem}")
     print(f"--resume=auto: nothing of this config in {cfg.log_dir}/, so it starts at step 0")
     return None, {}
 
@@ -2303,18 +2330,20 @@ class Stop:
 
     def hear(self, number, frame):
         self.asked = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if jax.distributed.is_initialized():
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def __call__(self, step):
-        if jax.distributed.is_initialized():
-            signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
-            return multihost_utils.reached_preemption_sync_point(step)
+        several_hosts = jax.distributed.is_initialized()
         if not self.listens:
             self.listens = True
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.hear)
-        return self.asked
+            signal.signal(signal.SIGINT, self.hear)
+            if not several_hosts:
+                signal.signal(signal.SIGTERM, self.hear)
+        return multihost_utils.reached_preemption_sync_point(step) if several_hosts else self.asked
 
 
 EARLY = ("--preset", "--cpu_devices", "--multihost")  # flags that are read before JAX starts
@@ -2368,10 +2397,10 @@ def configure(argv, presets=PRESETS):
     early = [f"{name}={texts[name]}" for name in EARLY if name in texts]
     preset = texts.get("--preset", next(iter(presets)))
     why = "asked for"
-    start_devices(parse_flags(early, preset, presets))
+    start_devices(parse_words(early, preset, presets))
     if "--preset" not in texts:
         preset, why = choose_preset(texts.get("--train_files", presets[preset].train_files))
-    cfg = parse_flags(words, preset, presets)
+    cfg = parse_words(words, preset, presets)
     set_up_jax(cfg)
     return choose_attention(cfg, jax.default_backend()), why
 
@@ -2381,8 +2410,10 @@ def hash_of(*things):
     return hashlib.sha256(json.dumps(things).encode()).hexdigest()
 
 
-def check_hosts_agree(digest):
-    """Raises UsageError on every host where one has another."""
+def check_hosts_agree(source, cfg, data_hash, manifest):
+    """Raises UsageError on every host where one has other code, flags, shards or checkpoint."""
+    config = as_json(replace(cfg, multihost=""))
+    digest = hash_of(source, config, data_hash, manifest.get("step"))
     try:
         multihost_utils.assert_equal(np.frombuffer(bytes.fromhex(digest), np.uint8))
     except AssertionError as error:
@@ -2411,8 +2442,8 @@ def memory_errors(cfg):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UsageError(
-            f"out of memory. Halve --micro_tokens={cfg.micro_tokens}, down to one row of "
-            f"stages.seq_len, or --head_block={cfg.head_block}: the update stays the same"
+            f"out of memory. Halve --micro_tokens={cfg.micro_tokens or 65536}, down to one row of "
+            f"stages.seq_len, or --head_block={cfg.head_block or 4096}: the update stays the same"
         ) from error
 
 
@@ -2423,7 +2454,7 @@ def evaluate(program, params, val_rows, cfg):
     return require_finite(float(nats) / cfg.val_tokens, "the validation loss")
 
 
-def train_loop(state, programs, batches, val_rows, data, log, hook):
+def train_loop(state, programs, batches, val_rows, data_hash, log, hook):
     """Dispatch a step, then wait for the loss of the one before. Returns the last State.
 
     Raises NonFiniteLoss, and SystemExit of 75 when the hook asks to leave.
@@ -2458,7 +2489,7 @@ def train_loop(state, programs, batches, val_rows, data, log, hook):
         pending = None
         if saves:
             start = time.perf_counter()
-            folder = save_checkpoint(log.folder, state, log.progress(), data, cfg)
+            folder = save_checkpoint(log.folder, state, log.progress(), data_hash, cfg)
             log.line(f"saved: {folder.name} in {time.perf_counter() - start:.1f}s")
         if stopping:
             if jax.process_index() == 0:
@@ -2510,14 +2541,15 @@ def main(argv=None, model=GPT, hook=lambda step: False):
     cfg, why = configure(argv, model.presets)
     print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
     train, val, cfg, data_note = open_data(cfg)
-    data = hash_of(train.sha256, val.sha256)
+    data_hash = hash_of(train.sha256, val.sha256)
     mesh = make_mesh()
     like = jax.eval_shape(make_init(model, mesh, cfg))
-    checkpoint, manifest = find_checkpoint(cfg, data, like)
-    config = as_json(replace(cfg, multihost=""))
-    check_hosts_agree(hash_of(source, config, data, manifest.get("step")))
+    checkpoint, manifest = find_checkpoint(cfg, data_hash, like)
+    check_hosts_agree(source, cfg, data_hash, manifest)
     folder = checkpoint.parent.parent if checkpoint else new_folder(cfg)
-    if manifest.get("step") == cfg.steps and is_sealed(folder):
+    if is_sealed(folder):
+        is_last = manifest["step"] == cfg.steps
+        require(is_last, f"--resume={cfg.resume}: that run has ended; start anew without --resume")
         print(f"{checkpoint} is that run's last step, nothing is left to train")
         return folder
 
@@ -2537,7 +2569,7 @@ def main(argv=None, model=GPT, hook=lambda step: False):
             state = model.first_state(state, cfg)
         val_rows = to_devices(plan_val(val, cfg), cfg.val, mesh, cfg)
         batches = train_batches(train, int(state.step), mesh, cfg)
-        state = train_loop(state, programs, batches, val_rows, data, log, hook)
+        state = train_loop(state, programs, batches, val_rows, data_hash, log, hook)
         log.result()
         if val.meta["tokenizer"] == "bytes" and jax.process_count() == 1:
             show_samples(state.params, model, log)
