@@ -327,10 +327,9 @@ def field_types(row):
 
 def flag_names(config):
     """All flags of a Config, or of another architecture's subclass of it."""
-    names = set(field_types(config)) - {"stages", "val"}
-    columns = set(field_types(Stage))
-    names |= {f"stages.{name}" for name in columns}
-    return sorted(names | {f"val.{name}" for name in columns - NOT_OF_VAL})
+    names = [name for name in field_types(config) if name not in ("stages", "val")]
+    names += [f"stages.{name}" for name in field_types(Stage)]
+    return names + [f"val.{name}" for name in field_types(Stage) if name not in NOT_OF_VAL]
 
 
 def read_words(argv):
@@ -2007,11 +2006,8 @@ def save_checkpoint(run_folder, state, progress, data, cfg):
     os.sync()  # all of it is on the disk before it bears its name
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
-    folders = sorted(final.parent.glob("step-*"))
-    kept = [path for path in folders if path <= final][-2:]
-    # later ones are of an attempt before the last resumption
-    for other in set(folders) - set(kept):
-        shutil.rmtree(other)
+    for old in sorted(path for path in final.parent.glob("step-*") if path <= final)[:-2]:
+        shutil.rmtree(old)
     return final
 
 
@@ -2325,8 +2321,10 @@ class Stop:
     service hears SIGTERM, and all stop after the same step.
     """
 
-    asked = False
-    listens = False
+    def __init__(self):
+        self.asked = False
+        self.listens = False
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step it ends at once
 
     def hear(self, number, frame):
         self.asked = True
@@ -2547,9 +2545,7 @@ def main(argv=None, model=GPT, hook=lambda step: False):
     checkpoint, manifest = find_checkpoint(cfg, data_hash, like)
     check_hosts_agree(source, cfg, data_hash, manifest)
     folder = checkpoint.parent.parent if checkpoint else new_folder(cfg)
-    if is_sealed(folder):
-        is_last = manifest["step"] == cfg.steps
-        require(is_last, f"--resume={cfg.resume}: that run has ended; start anew without --resume")
+    if manifest.get("step") == cfg.steps and is_sealed(folder):
         print(f"{checkpoint} is that run's last step, nothing is left to train")
         return folder
 

@@ -242,7 +242,7 @@ class RecordMuon(NamedTuple):
     def direction(self, grad, slots, step, cfg):
         """Momentum rises over at most 30 % of the steps, so that short runs see all of it."""
         low, high, warmup, _ = cfg.muon_momentum
-        momentum = ramp(step, [0.0, max(1.0, min(warmup, 0.3 * cfg.steps))], [low, high])
+        momentum = low + (high - low) * ramp(step, 0.0, max(1.0, min(warmup, 0.3 * cfg.steps)))
         average = momentum * slots["momentum"] + (1 - momentum) * grad
         return momentum * average + (1 - momentum) * grad, {"momentum": average}
 

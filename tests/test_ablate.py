@@ -135,7 +135,7 @@ def test_a_list_of_an_older_train_py_still_gives_its_table_but_does_not_run(caps
     path = str(ROOT / "records/ablations/bytes.txt")
     assert ablate.main([path, "--table"]) == 0
     assert cells(capsys.readouterr().out, "NorMuon")[2:5] == ["3", "1.2307", "+0.0537 ± 0.0183 (n=3)"]
-    with pytest.raises(UsageError, match="line 5, 'NorMuon': --muon_beta2: there is no such flag"):
+    with pytest.raises(UsageError, match="line 5, 'NorMuon': --muon_beta2=0: there is no such flag"):
         ablate.main([path])
 
 

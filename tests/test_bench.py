@@ -31,7 +31,7 @@ def test_help_names_the_workloads_and_every_flag(capsys):
     (["--stepz=1"], "--stepz"), (["--nanogpt=/nowhere"], "--nanogpt=/nowhere: no 3adf61e:model.py there"),
     (["--core=9999"], "--core=9999: this process may run on"), (["--consumes=0"], "--consumes=0"),
     (["--loader", "--shards=0"], "--shards=0"), (["--loader", "--", "--stages.seq_len=100"], "--stages.batch_tokens"),
-    (["--", "--num_layer=2"], "--num_layer:"), (["--", "--compute_dtype=int7"], "int7")])
+    (["--", "--num_layer=2"], "--num_layer=2:"), (["--", "--compute_dtype=int7"], "int7")])
 def test_a_wrong_flag_is_an_error_before_anything_runs(flag, words):
     with pytest.raises(UsageError, match=words):
         main(flag)

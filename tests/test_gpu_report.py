@@ -29,7 +29,7 @@ def report(*argv):
     (["--steps=0"], "more than 0 steps"), (["--micro_tokens=a"], "--micro_tokens=a"),
     (["--minutes=nan"], "minutes"), (["--stepz=1"], "--stepz"),
     (["--smoke", "--micro_tokens=100"], "--micro_tokens=100"),
-    (["--smoke", "--", "--num_layer=1"], "--num_layer:")])
+    (["--smoke", "--", "--num_layer=1"], "--num_layer=1:")])
 def test_a_wrong_flag_is_an_error_before_anything_is_timed(flags, words, tmp_path, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # main's are for its own process
     with pytest.raises(UsageError, match=words):

@@ -183,7 +183,7 @@ def test_a_signal_saves_the_present_step_and_leaves_with_75_and_a_second_one_end
     check_finished(logs, home)
 
 
-@pytest.mark.parametrize("number,code", [(TERM, -TERM), (INT, 130)])
+@pytest.mark.parametrize("number,code", [(TERM, -TERM), (INT, -INT)])
 def test_a_signal_before_the_first_step_ends_the_run_at_once(number, code, home):
     logs, output = home.logs()
     assert ended(home.start(logs, output, ("compiling", 1, [number]))) == code

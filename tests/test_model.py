@@ -565,7 +565,7 @@ def test_every_weight_has_the_shape_and_group_its_row_says():
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), specs))
     assert jax.tree.structure(params) == jax.tree.structure(specs)
     sizes = {"L": 4, "I": 3, "D": 20, "F": 37, "HK": 72, "GK": 12}
-    sizes |= {"V": 256, "H": 6, "E": 5, "J": 2, "1": 1}
+    sizes |= {"V": 256, "H": 6, "E": 5, "J": 2, "smear": 1, "backout": 1}
     for name, spec in named(specs).items():
         weight = named(params)[name]
         assert weight.shape == spec.shape == tuple(sizes[axis] for axis in spec.axes.split()), name
