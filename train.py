@@ -25,6 +25,7 @@ One letter is one axis, in array names, einsum strings and the weight table alik
     H  query heads                G  key heads           R  query heads per key head
     K  head width                 E  inputs of a gate    V  vocabulary       C  chunks of tokens
     M, N  any matrix's two axes, or several axes merged: tokens, heads and their width
+    1  an axis of size one        K4  the first quarter of K
 
 Every device runs one program on its own rows. Weights and optimizer state live split over the
 devices. A step gathers them once, accumulates gradients locally, and reduces each gradient once.
@@ -769,9 +770,9 @@ def gated(y_BTN, gate_BTH):
 
 
 def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
-    """Gated attention of raw queries over the keys first .. their own, for any machine.
+    """Gated attention, [B, T, HK], for any machine. Query t sees the keys first_BT[:, t] .. t.
 
-    q [B, T, HK], k and v [B, T, GK] are projections; table is rotary's. Rows go by blocks of at
+    q [B, T, HK], k and v [B, T, GK] are raw projections; table is rotary's. Rows go by blocks of at
     most 512 queries, each against the keys that its window can reach.
     """
     *table, scale = table
@@ -949,7 +950,7 @@ def softcap(z, cfg):
 
 
 def softcapped_logits(x_ND, head_VD, cfg):
-    """Float32 logits [N, V]; the ids that pad the table get none."""
+    """Float32 logits [N, V]. Ids that pad the table get -1e15: no probability, a finite square."""
     z_NV = softcap(matmul("ND,VD->NV", x_ND, head_VD, f32), cfg)
     if cfg.vocab_size == cfg.padded_vocab:
         return z_NV
@@ -960,10 +961,12 @@ def softcapped_logits(x_ND, head_VD, cfg):
 def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
     """(sum of w log Z, its gradients by x [N, D] and head [V, D]), by blocks of head_block tokens.
 
-    With logits l = softcap(x head^T) and Z = sum_v exp(l_v), the gradient of w log Z is
-    w / Z exp(l) l'. One array [N, V] is stored, exp(l) (1 - (l / height)^2), in head_VD's dtype;
-    w / Z and height / width go to the narrow side of two more matmuls. The label is no part of it
-    (predicted for a v6e-8: 16.2 ms a step, 21.6 with the label in it).
+    With logits z = x head^T, l = softcap(z) and Z = sum_v exp(l_v), of a token:
+        d(w log Z) / dz = (w / Z) exp(l) l'
+        l' = (height / width) (1 - (l / height)^2)
+    Of [N, V] only p = exp(l) (1 - (l / height)^2) is stored, in head_VD's dtype. The factor
+    (w / Z) (height / width) is a number per token and goes to the narrow side of two matmuls. The
+    label is no part of it (predicted: 16.2 ms a step, 21.6 with the label in it).
     """
     height, width, _ = cfg.softcap or (math.inf, math.inf, 0)
 
@@ -1070,9 +1073,10 @@ def tokens_before(step, cfg):
 
 
 def lr_scale(step, stage, cfg):
-    """What multiplies every learning rate: up over warmup_steps, then the stage's.
+    """What multiplies every learning rate: the stage's lr, after a linear rise over warmup_steps.
 
-    It is blended linearly into final_lr_scale, where it stays for the last steps.
+    Over cooldown_frac it turns linearly into final_lr_scale, whatever the stage, and stays there
+    for the last steps.
     """
     last = (1 - cfg.final_frac) * cfg.steps
     share = 1.0 - ramp(step, (1 - cfg.cooldown_frac) * last, last)
@@ -1277,8 +1281,8 @@ def move(p, direction, rule, spec, scale):
     if isinstance(rule, Muon):
         shorter, longer = sorted(spec.shape[-2:])
         stretch = (longer / shorter) ** 0.5
-    decay = lr * (direction * p > 0) if rule.cautious else 1.0
-    return p - lr * stretch * (direction + rule.wd * p * decay)
+    caution = lr * (direction * p > 0) if rule.cautious else 1.0
+    return p - lr * stretch * (direction + rule.wd * p * caution)
 
 
 def update(state, grads, stage, specs, rules, num_devices, cfg):
@@ -1663,7 +1667,8 @@ def state_shardings(model, mesh, cfg):
         axis = split_axis(spec, mesh.size)
         if axis is None:
             return NamedSharding(mesh, P())
-        return NamedSharding(mesh, P(*[None] * (len(spec.shape) + axis), "data"))
+        leading = [None] * (len(spec.shape) + axis)  # axis counts from the end
+        return NamedSharding(mesh, P(*leading, "data"))
 
     def places(spec):
         return tree_map(place, rules[spec.group].slots(spec))
@@ -1770,7 +1775,7 @@ def tie(tree, stage):
 def accumulate(weights, batch, key, step, stage, model, cfg):
     """Sums over a device's micro-steps: (nats, weight of the targets, gradients), float32.
 
-    weights: compute copies, layers unstacked. batch: arrays [A, B, ...].
+    weights: compute copies, layers unstacked. batch: {"tokens": [A, B, T+1], ...}, this device's.
     """
     weights = tie(weights, stage)  # for look_up
     batch = inputs_and_targets(batch, cfg)
@@ -2454,6 +2459,8 @@ def evaluate(program, params, val_rows, cfg):
 
 def train_loop(state, programs, batches, val_rows, data_hash, log, hook):
     """Dispatch a step, then wait for the loss of the one before. Returns the last State.
+
+    hook(step) must answer alike on all hosts.
 
     Raises NonFiniteLoss, and SystemExit of 75 when the hook asks to leave.
     """
