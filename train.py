@@ -2326,9 +2326,10 @@ class Stop:
     service hears SIGTERM, and all stop after the same step.
     """
 
+    asked = False
+    listens = False
+
     def __init__(self):
-        self.asked = False
-        self.listens = False
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step it ends at once
 
     def hear(self, number, frame):
