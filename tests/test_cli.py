@@ -43,6 +43,11 @@ def test_help_is_the_docstring_and_the_config_and_starts_no_device(capsys, monke
         assert re.search(rf"^    {name}: .* = (\(\n +)?.*{comment}$", printed, re.M), name
 
 
+@pytest.mark.parametrize("word", ["--resume", "--train_files", "steps=3"])
+def test_a_flag_without_its_value_or_its_dashes_is_refused_with_its_form(word):
+    assert "wanted --" in refusal(word)
+
+
 @pytest.mark.parametrize("typo,nearest", [
     ("--stps=5", "--steps"), ("--num-layers=5", "--num_layers"), ("--muonlr=0.1", "--muon_lr"),
     ("--stages.seqlen=64", "--stages.seq_len"), ("--val.shrot=64", "--val.short"),
@@ -213,6 +218,7 @@ def test_attention_follows_platform_and_shapes_unless_it_is_asked_for(changes, p
     "--num_kv_heads=4", "--skips=((2,1),)", "--skips=((0,3),)", "--skips=1",
     "--late_inputs=((1,1),)", "--mlp_only=7", "--backout=3", "--offset_layers=-1",
     "--long_layers=1.5", "--muon_lr=nan", "--mlp_only=[1]",
+    "--mlp_only=1,1", "--late_inputs=((0,2),(1,2))", "--adam_beta1=1", "--stages.lr=-1",
     "--attention=flash", "--optimizer=sgd", "--compute_dtype=int8", "--residual_dtype=big",
     "--softcap=1,2", "--muon_momentum=0.85", "--attn_scale=3.8", "--val_context=64",
     "--stages.end=0.5,0.9", "--stages.end=1,0.5", "--stages.end=0,1", "--stages.doc_len=0,32",
