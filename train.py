@@ -58,7 +58,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +122,8 @@ class Stage:
     batch_tokens: int = 0  # tokens per optimizer step, over all devices
     seq_len: int = 4096  # tokens per row
     doc_len: int = 0  # tokens kept of a document, rows packed; 0: one plain stream of text
-    short: int = 0  # tokens a short layer looks back; 0: no limit
-    long: int = 0  # tokens a long layer looks back; 0: no limit
+    short: int = 0  # tokens a short layer looks back; 0: seq_len
+    long: int = 0  # tokens a long layer looks back; 0: seq_len
     lr: float = 1.0  # multiplies every learning rate
     ahead: tuple = ()  # loss weights of the 2nd, 3rd ... next token; the last falls to 0
     tied: bool = False  # the embedding is the head
@@ -158,7 +158,7 @@ class Config:
     softcap: tuple = (11.5, 15.0, 5.0)  # (A, B, C): A * tanh((logit + C) / B)
     attn_scale: float = 0.0707  # multiplies q.k, both of unit rms, in the first stage
     attention: str = "auto"  # band: the TPU kernels; xla: plain; auto: band on a TPU if it can
-    head_block: int = 4096  # tokens whose logits exist at a time, where it divides; 0: all
+    head_block: int = 4096  # tokens whose logits exist at a time, where it divides
     compute_dtype: str = "bfloat16"  # of matmul operands and of gradients between devices
     residual_dtype: str | None = None  # of activations between matmuls; None: compute_dtype
     # Schedule
@@ -171,7 +171,7 @@ class Config:
     val: Stage = Stage(seq_len=8192, short=768, long=2560)  # --val.seq_len=..., --val.short=...
     val_tokens: int = 10_485_760  # targets scored, each once, from the first validation shard
     val_context: int = 2048  # first tokens of a validation row, context only (record 21)
-    micro_tokens: int = 4096  # tokens per device and micro-step, at least one row; 0: 65536
+    micro_tokens: int = 4096  # tokens per device and micro-step, at least one row
     warmup_steps: int = 0  # the learning rate rises linearly over these
     cooldown_frac: float = 0.6  # share of the steps before final_frac in which the rates fall
     final_lr_scale: float = 0.15  # what they fall to, of the base rates
@@ -198,7 +198,7 @@ class Config:
     save_every: int = 0  # steps between checkpoints; 0: only the one at the end
     log_every: int = 10  # steps between lines of the log
     log_dir: str = "logs"  # run folders are made here
-    resume: str = ""  # auto: go on with the newest run of this config; or a run's folder
+    resume: str = ""  # auto: go on with the newest run of this config; or the folder to go on in
     # Machine
     cpu_devices: int = 1  # devices to make of a CPU, each with its share of a batch
     multihost: str = ""  # auto on each host of a TPU slice; elsewhere HOST:PORT,COUNT,INDEX
@@ -314,40 +314,35 @@ CHOICES = {
 WORDS = {"true": True, "false": False, "none": None, "": ()}
 AT_LEAST_1 = (
     "steps num_layers model_dim num_heads head_dim mlp_dim val_tokens max_epochs cpu_devices "
-    "log_every seq_len"
+    "log_every head_block micro_tokens"
 ).split()
-
-
-NOT_OF_VAL = {"end", "batch_tokens", "doc_len", "lr", "ahead", "tied"}  # fields of a training stage
-
-
-def field_types(row):
-    """{field: type} of a Config or a Stage."""
-    return {field.name: field.type for field in dataclasses.fields(row)}
 
 
 def flag_names(config):
     """All flags of a Config, or of another architecture's subclass of it."""
-    names = [name for name in field_types(config) if name not in ("stages", "val")]
-    names += [f"stages.{name}" for name in field_types(Stage)]
-    return names + [f"val.{name}" for name in field_types(Stage) if name not in NOT_OF_VAL]
+    columns = [f"{table}.{name}" for table in ("stages", "val") for name in get_type_hints(Stage)]
+    return [name for name in get_type_hints(config) if name not in ("stages", "val")] + columns
 
 
-def read_words(argv):
-    """The words of a command line, with those of each @FILE in its place. # begins a comment there.
+def read_flags(argv):
+    """{flag: text} of a command line. @FILE stands for the flags in it, # begins a comment there.
 
-    Raises OSError for a file that is not there, UsageError for one that cannot be read as words.
+    Of a flag that is given twice the last one counts. Raises OSError for a file that is not there,
+    UsageError for what is no --FLAG=VALUE.
     """
-    words = []
+    texts = {}
     for word in argv:
-        if not word.startswith("@"):
-            words.append(word)
+        if word.startswith("@"):
+            try:
+                words = shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+            except ValueError as error:
+                raise UsageError(f"{word}: {error}") from error
+            texts |= read_flags(words)
             continue
-        try:
-            words += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
-        except ValueError as error:
-            raise UsageError(f"{word}: {error}") from error
-    return words
+        match = re.fullmatch("--([^=]+)=(.*)", word)
+        require(match, f"{word}: wanted --FLAG=VALUE, see --help")
+        texts[match[1]] = match[2]
+    return texts
 
 
 def parse_value(text, kind):
@@ -355,15 +350,15 @@ def parse_value(text, kind):
 
     Raises TypeError, ValueError or SyntaxError.
     """
-    if kind is str or (kind == str | None and text not in WORDS):
+    kinds = get_args(kind) or (kind,)  # int | None: (int, NoneType)
+    if str in kinds and text != "none":
         return text
     value = WORDS[text] if text in WORDS else ast.literal_eval(text)
     if type(value) is int and (kind is float or (kind is bool and value in (0, 1))):
         value = kind(value)
-    if kind is tuple and not isinstance(value, tuple):
+    if kind is tuple and type(value) is not tuple:
         value = (value,)
-    is_bool = isinstance(value, bool)  # which is an int to Python
-    if not isinstance(value, kind) or is_bool != (kind is bool):
+    if type(value) not in kinds:
         raise TypeError
     hash(value)  # a list is no value
     return value
@@ -379,50 +374,38 @@ def set_flag(row, flag, text):
     if name == "stages":
         texts = re.split(r",(?![^(]*\))", text)  # at commas outside of parentheses
         count = len(texts) if column == "end" else len(value)
-        texts = texts * count if len(texts) == 1 else texts
-        if len(texts) != count:
-            raise ValueError
         rows = (value + value[-1:] * count)[:count]
-        columns = [column] * count
-        value = tuple(map(set_flag, rows, columns, texts))
+        texts = texts * count if len(texts) == 1 else texts
+        value = tuple(set_flag(*cell) for cell in zip(rows, [column] * count, texts, strict=True))
     elif column:
         value = set_flag(value, column, text)
     else:
-        value = parse_value(text, field_types(row)[name])
+        value = parse_value(text, get_type_hints(type(row))[name])
     return replace(row, **{name: value})
 
 
 def flag_text(cfg, flag):
     """What a flag is set to, as it is written; of the stage table the column."""
     table, _, name = flag.rpartition(".")
-    if table == "stages":
-        return ",".join(str(getattr(stage, name)) for stage in cfg.stages)
-    return str(getattr(cfg.val if table else cfg, name))
+    rows = {"": [cfg], "val": [cfg.val], "stages": cfg.stages}
+    return ",".join(str(getattr(row, name)) for row in rows[table])
 
 
-def parse_words(words, preset, presets):
-    """Words of the form --FLAG=VALUE -> Config. Raises UsageError as parse_flags."""
-    names = flag_names(next(iter(presets.values())))
-    texts = {}  # of a flag that is given twice the last one counts
-    for word in words:
-        flag, equals, text = word.removeprefix("--").partition("=")
-        texts[flag] = text
+def parse_texts(texts, preset, presets):
+    """{flag: text} -> Config, from a preset on. Raises UsageError as parse_flags."""
+    require(preset in presets, f"--preset={preset}: wanted {' or '.join(presets)}")
+    cfg = presets[preset]
+    names = flag_names(type(cfg))
+    for flag in sorted(texts, key=lambda flag: flag != "stages.end"):  # the number of rows first
         if flag not in names:
             near = difflib.get_close_matches(flag, names, n=1, cutoff=0)[0]
             what = RETIRED.get(flag, f"the nearest is --{near}=VALUE")
-            raise UsageError(f"{word}: there is no such flag; {what}")
-        require(equals and word.startswith("--"), f"{word}: wanted --{flag}=VALUE")
-    preset = texts.get("preset", preset)
-    require(preset in presets, f"--preset={preset}: wanted {' or '.join(presets)}")
-    cfg = presets[preset]
-    for flag in sorted(texts, key=lambda flag: flag != "stages.end"):  # the number of rows first
+            raise UsageError(f"--{flag}={texts[flag]}: there is no such flag; {what}")
         try:
             cfg = set_flag(cfg, flag, texts[flag])
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-            wanted = f"a value such as {flag_text(cfg, flag)}"
-            if flag.startswith("stages."):
-                wanted += ", one for each stage or one for all"
-            raise UsageError(f"--{flag}={texts[flag]}: wanted {wanted}") from error
+            wanted = f"wanted a value such as {flag_text(cfg, flag)}"
+            raise UsageError(f"--{flag}={texts[flag]}: {wanted}") from error
     check(cfg)
     return cfg
 
@@ -432,7 +415,8 @@ def parse_flags(argv, preset="speedrun", presets=PRESETS):
 
     Raises UsageError for a flag that is not there, has another type or breaks a rule.
     """
-    return parse_words(read_words(argv), preset, presets)
+    texts = read_flags(argv)
+    return parse_texts(texts, texts.get("preset", preset), presets)
 
 
 def rules(cfg):
@@ -442,56 +426,31 @@ def rules(cfg):
     """
     for flag, choices in CHOICES.items():
         yield flag, getattr(cfg, flag) in choices, f"one of {choices}"
-    rows = [("", cfg), ("val.", cfg.val), *(("stages.", stage) for stage in cfg.stages)]
-    for table, row in rows:
-        for name, value in vars(row).items():
-            if isinstance(value, (int, float)):
-                least = int(name in AT_LEAST_1)
-                yield table + name, least <= value < 1 << 31, f"{least} or more"
-    yield "steps", cfg.steps < 1_000_000, "at most 999999"
-    yield "adam_beta1", cfg.adam_beta1 < 1, "less than 1"
-    yield "adam_beta2", cfg.adam_beta2 < 1, "less than 1"
+    for flag, value in vars(cfg).items():
+        if isinstance(value, (int, float)):
+            least = int(flag in AT_LEAST_1)
+            yield flag, least <= value < 1 << 31, f"{least} or more"
     yield "head_dim", cfg.head_dim % 4 == 0, "a multiple of 4, for half-RoPE"
-    yield "num_kv_heads", cfg.num_heads % cfg.kv_heads == 0, "a divisor of num_heads"
-    for flag, sizes in (("softcap", (0, 3)), ("muon_momentum", (4,))):
-        values = getattr(cfg, flag)
-        numbers = len(values) in sizes and {type(x) for x in values} <= {int, float}
-        yield flag, numbers, f"{' or '.join(map(str, sizes))} numbers"
-    yield "softcap", min(cfg.softcap[:2], default=1) > 0, "A and B above 0"
-    yield from layer_rules(cfg)
-    yield from schedule_rules(cfg)
-
-
-def layer_rules(cfg):
-    """The rules about which blocks have what, as rules yields them."""
     blocks = range(cfg.num_layers)
     for flag in ("mlp_only", "long_layers", "offset_layers", "backout"):
-        layers = getattr(cfg, flag)
-        distinct = len(set(layers)) == len(layers) and set(layers) <= set(blocks)
-        yield flag, distinct, f"different blocks below {cfg.num_layers}"
+        yield flag, set(getattr(cfg, flag)) <= set(blocks), f"blocks below {cfg.num_layers}"
     for flag in ("skips", "late_inputs"):
         ordered = set(getattr(cfg, flag)) <= set(itertools.combinations(blocks, 2))
         yield flag, ordered, "pairs of an earlier and a later block, such as ((3, 6),)"
-    yield "mlp_only", len(cfg.mlp_only) < cfg.num_layers, "a block with attention left"
     readers = {reader for _, reader in cfg.late_inputs} - set(cfg.mlp_only)
     yield "late_inputs", len(readers) == len(cfg.late_inputs), "each reader once, with attention"
-
-
-def schedule_rules(cfg):
-    """The rules of the stage table and of validation, as rules yields them."""
     ends = [0, *(stage.end for stage in cfg.stages)]
     rising = ends == sorted(set(ends)) and ends[-1] == 1
     yield "stages.end", rising, "rising shares of the steps, the last 1"
     longest = max(stage.seq_len for stage in cfg.stages)
     for stage in cfg.stages:
-        yield "stages.seq_len", longest % stage.seq_len == 0, "divisors of the longest"
+        divides = stage.seq_len > 0 and longest % stage.seq_len == 0
+        yield "stages.seq_len", divides, "divisors of the longest"
         whole = stage.batch_tokens > 0 and stage.batch_tokens % stage.seq_len == 0
         yield "stages.batch_tokens", whole, "whole rows of stages.seq_len"
     is_packed = {stage.doc_len > 0 for stage in cfg.stages}
     yield "stages.doc_len", len(is_packed) == 1, "0 in all stages or in none"
     yield "val_context", cfg.val_context < cfg.val.seq_len, "less than val.seq_len"
-    largest_score = rotary(1, cfg.val, cfg)[2] * cfg.head_dim
-    yield "attn_scale", largest_score <= 60, "less, or exp of a score overflows"
 
 
 def check(cfg):
@@ -650,11 +609,12 @@ def param_specs(cfg):
 
 
 def split_axis(spec, num_devices):
-    """The number of the split axis, from the end; None where each device has a copy."""
+    """The number of the split axis; None where each device has a copy."""
     axes = spec.axes.split()
-    if spec.split not in axes or spec.shape[axes.index(spec.split)] % num_devices:
+    if spec.split not in axes:
         return None
-    return axes.index(spec.split) - len(axes)
+    axis = axes.index(spec.split)
+    return axis if spec.shape[axis] % num_devices == 0 else None
 
 
 def count_params(specs):
@@ -718,8 +678,8 @@ def before(x_BTD):
 
 
 def window_of(layer, stage, cfg):
-    """Tokens a layer looks back in a stage; 0: no limit."""
-    return stage.long if layer in cfg.long_layers else stage.short
+    """Tokens a layer looks back in a stage."""
+    return (stage.long if layer in cfg.long_layers else stage.short) or stage.seq_len
 
 
 def rotary(num_positions, stage, cfg):
@@ -735,7 +695,7 @@ def rotary(num_positions, stage, cfg):
     scale = cfg.attn_scale
     rows = cfg.stages[: cfg.stages.index(stage) + 1] if stage in cfg.stages else cfg.stages
     layers = range(cfg.num_layers)
-    longest = [max(window_of(i, row, cfg) or row.seq_len for i in layers) for row in rows]
+    longest = [max(window_of(i, row, cfg) for i in layers) for row in rows]
     for old, new in itertools.pairwise(itertools.accumulate(longest, max)):
         keep = np.clip((old * rate_K4 / (2 * np.pi) - 1) / 31, 0, 1)
         rate_K4 = rate_K4 * (keep + (1 - keep) * old / new)
@@ -755,7 +715,8 @@ def rotate(x_BTHK, cos_TK, sin_TK):
 def softmax_average(q_BGRTK, k_BGSK, v_BGSK, visible_BTS):
     """softmax(q k) v over the visible keys, [B, G, R, T, K]. R query heads share a key head.
 
-    The scores of normed queries and keys are bounded, so exp needs no maximum.
+    The scores of normed queries and keys are bounded, so exp needs no maximum. (The gradient of
+    jax.nn.dot_product_attention would multiply float32.)
     """
     score_BGRTS = matmul("BGRTK,BGSK->BGRTS", q_BGRTK, k_BGSK, f32)
     exp_BGRTS = jnp.where(visible_BTS[:, None, None], jnp.exp(score_BGRTS), 0)
@@ -789,7 +750,7 @@ def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     outputs = []
     for begin in range(0, num_tokens, block):
         here = slice(begin, begin + block)
-        keys = slice(max(0, begin - window) if window else 0, begin + block)
+        keys = slice(max(0, begin - window), begin + block)
         key_11S = position_1T[:, None, keys]
         causal_1TS = key_11S <= position_1T[:, here, None]
         visible_BTS = causal_1TS & (key_11S >= first_BT[:, here, None])
@@ -806,23 +767,19 @@ def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     """
     *table, scale = table
     length = q_BTN.shape[1]
-    band = Band(length, window or length, math.gcd(length, 1024), scale, cfg.num_heads)
+    band = Band(length, window, math.gcd(length, 1024), scale, cfg.num_heads)
     inputs = (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table))
-    return banded(first_BT[:, None, None], gate_BTH.mT[:, :, None], *inputs, band)
-
-
-ATTENTION = {"xla": attention_xla, "band": attention_band}
+    return banded((first_BT[:, None, None], gate_BTH.mT[:, :, None], *inputs), band)
 
 
 def choose_attention(cfg, backend):
     """The Config with --attention=auto settled. Raises UsageError where band cannot run."""
-    rows = {stage.seq_len for stage in (*cfg.stages, cfg.val)}
-    # a row of one head lies in fast memory
-    fits = all(row % TILE == 0 and row * cfg.head_dim <= 1 << 21 for row in rows)
-    wide = cfg.head_dim % 128 == 0 and cfg.compute_dtype == "bfloat16"
-    best = "band" if backend == "tpu" and fits and wide else "xla"
+    able = backend == "tpu" and cfg.head_dim % 128 == 0 and cfg.compute_dtype == "bfloat16"
+    for stage in (*cfg.stages, cfg.val):  # a row of one head lies in fast memory
+        able &= stage.seq_len % TILE == 0 and stage.seq_len * cfg.head_dim <= 1 << 21
     wanted = f"head_dim in 128s, rows in {TILE}s of at most 2^21 / head_dim tokens, bfloat16"
-    require(cfg.attention in (best, "auto", "xla"), f"--attention=band: wanted a TPU, {wanted}")
+    require(able or cfg.attention != "band", f"--attention=band: wanted a TPU, {wanted}")
+    best = "band" if able else "xla"
     return replace(cfg, attention=best) if cfg.attention == "auto" else cfg
 
 
@@ -853,8 +810,9 @@ def attention(x_BTD, p, attend, cfg):
 
     The gates are record 28's; gain of all gates 0.009.
     """
-    ungated_BTH = jnp.ones((*x_BTD.shape[:2], cfg.num_heads), f32)
-    gate_BTH = gate(x_BTD, p["gate"]) if "gate" in p else ungated_BTH
+    gate_BTH = jnp.ones((*x_BTD.shape[:2], cfg.num_heads), f32)
+    if "gate" in p:
+        gate_BTH = gate(x_BTD, p["gate"])
     qkv = (matmul("BTD,DN->BTN", x_BTD, p[name]) for name in ("w_q", "w_k", "w_v"))
     y_BTN = attend(*qkv, gate_BTH)
     return matmul("BTN,ND->BTD", y_BTN, p["w_out"], x_BTD.dtype)
@@ -892,8 +850,8 @@ def attend_row(tokens_BT, stage, cfg):
         window = window_of(layer, stage, cfg)
         if layer in cfg.offset_layers:
             k_BTN = offset_keys(k_BTN, document_BT == position_1T, cfg)
-        first_BT = jnp.maximum(document_BT, position_1T - window) if window else document_BT
-        core = ATTENTION.get(cfg.attention, attention_xla)  # xla where auto was not settled
+        first_BT = jnp.maximum(document_BT, position_1T - window)
+        core = attention_band if cfg.attention == "band" else attention_xla
         return core(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg)
 
     return attend
@@ -952,8 +910,6 @@ def softcap(z, cfg):
 def softcapped_logits(x_ND, head_VD, cfg):
     """Float32 logits [N, V]. Ids that pad the table get -1e15: no probability, a finite square."""
     z_NV = softcap(matmul("ND,VD->NV", x_ND, head_VD, f32), cfg)
-    if cfg.vocab_size == cfg.padded_vocab:
-        return z_NV
     used_1V = jnp.arange(cfg.padded_vocab)[None] < cfg.vocab_size
     return jnp.where(used_1V, z_NV, -1e15)
 
@@ -968,7 +924,7 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
     (w / Z) (height / width) is a number per token and goes to the narrow side of two matmuls. The
     label is no part of it (predicted: 16.2 ms a step, 21.6 with the label in it).
     """
-    height, width, _ = cfg.softcap or (math.inf, math.inf, 0)
+    height, width, _ = cfg.softcap or (1e9, 1e9, 0)  # so high a cap has a slope of 1
 
     def block(totals, rows):
         x_ND, x_DN, weight_N1 = rows
@@ -977,18 +933,16 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
         if height > 60:
             top_N1 = jnp.max(logits_NV, axis=1, keepdims=True)
         exp_NV = jnp.exp(logits_NV - top_N1)
-        slope_NV = 1 - jnp.square(logits_NV / height) if cfg.softcap else 1.0
-        p_NV = (exp_NV * slope_NV).astype(head_VD.dtype)
+        p_NV = (exp_NV * (1 - jnp.square(logits_NV / height))).astype(head_VD.dtype)
         sum_N1 = jnp.sum(exp_NV, axis=1, keepdims=True)
         p_NV, sum_N1 = lax.optimization_barrier((p_NV, sum_N1))  # else XLA recomputes the logits
         nats = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1))
-        scale_N1 = weight_N1 / sum_N1 * (height / width if cfg.softcap else 1)
+        scale_N1 = weight_N1 / sum_N1 * (height / width)
         dhead_DV = product("DN,NV->DV", (x_DN * scale_N1.T).astype(head_VD.dtype), p_NV)
         dx_ND = product("NV,VD->ND", p_NV, head_VD) * scale_N1
         return (totals[0] + nats, totals[1] + dhead_DV), dx_ND
 
-    divides = cfg.head_block and len(x_ND) % cfg.head_block == 0
-    size = cfg.head_block if divides else len(x_ND)
+    size = cfg.head_block if len(x_ND) % cfg.head_block == 0 else len(x_ND)
     x_CND = rearrange(x_ND, "(C N) D -> C N D", N=size)
     weight_CN1 = rearrange(weight_N, "(C N) -> C N 1", N=size)
     # x goes in both ways round: XLA's CPU would widen a bf16 matmul that sums over the first axis
@@ -1113,6 +1067,11 @@ def ahead_weights(step, stage, cfg):
 # only where the step does so too.
 
 
+def average(decay, mean, new):
+    """The running mean, of which `decay` stays."""
+    return decay * mean + (1 - decay) * new
+
+
 class Adam(NamedTuple):
     """Adam (arXiv:1412.6980), bias-corrected, with decoupled decay."""
 
@@ -1128,8 +1087,8 @@ class Adam(NamedTuple):
 
     def direction(self, grad, slots, step, cfg):
         """(direction, slots). step counts from 0."""
-        m = self.beta1 * slots["m"] + (1 - self.beta1) * grad
-        v = self.beta2 * slots["v"] + (1 - self.beta2) * grad * grad
+        m = average(self.beta1, slots["m"], grad)
+        v = average(self.beta2, slots["v"], grad * grad)
         count = step.astype(f32) + 1
         m_hat = m / (1 - self.beta1**count)
         v_hat = v / (1 - self.beta2**count)
@@ -1158,8 +1117,8 @@ class Muon(NamedTuple):
     def direction(self, grad, slots, step, cfg):
         """Nesterov momentum: an average, then a step ahead along it."""
         momentum = muon_momentum(step, cfg)
-        average = momentum * slots["momentum"] + (1 - momentum) * grad
-        return momentum * average + (1 - momentum) * grad, slots | {"momentum": average}
+        mean = average(momentum, slots["momentum"], grad)
+        return average(momentum, mean, grad), slots | {"momentum": mean}
 
 
 def optimizer_rules(cfg):
@@ -1253,7 +1212,7 @@ def equalize_units(x_LMN, square_L1N, is_split, beta2=0.9):
         return lax.psum(sums, "data") if is_split else sums
 
     mean_L1N = jnp.mean(x_LMN * x_LMN, axis=-2, keepdims=True)
-    square_L1N = beta2 * square_L1N + (1 - beta2) * mean_L1N
+    square_L1N = average(beta2, square_L1N, mean_L1N)
     y_LMN = x_LMN * lax.rsqrt(jnp.maximum(square_L1N, 1e-10))
     ratio = total(x_LMN * x_LMN) / jnp.maximum(total(y_LMN * y_LMN), 1e-30)
     return y_LMN * jnp.sqrt(ratio), square_L1N
@@ -1344,12 +1303,13 @@ def file_sha256(path):
 def open_shard(path):
     """The tokens of a shard, memory-mapped. Raises UsageError for anything but a whole one."""
     require(path.is_file(), f"{path}: wanted a shard, this is no file")  # a pipe never ends
-    header = np.fromfile(path, "<i4", 256).tolist()
-    count = (path.stat().st_size - HEADER_BYTES) / 2
-    wanted = [*SHARD_BEGIN, count]
-    whole = header[:3] == wanted and count > 0
-    text = f"{path}: begins with {header[:3]}, for its size wanted {wanted}"
-    require(whole, f"{text}. Fetch it again: python cached_fineweb10B.py; or make it again")
+    header = np.fromfile(path, "<i4", 3).tolist()
+    wanted = [*SHARD_BEGIN, (path.stat().st_size - HEADER_BYTES) / 2]
+    require(
+        header == wanted and wanted[2] > 0,
+        f"{path}: begins with {header}, for its size wanted {wanted}. Fetch it again: "
+        "python cached_fineweb10B.py; or make it again",
+    )
     tokens = np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
     return np.asarray(tokens)  # slices of a plain array are ten times as fast as of a memmap
 
@@ -1406,21 +1366,20 @@ def plan_stream(shards, cfg):
         generator = np.random.default_rng([cfg.seed, epoch])
         return generator.permutation(len(blocks)) if cfg.shuffle else np.arange(len(blocks))
 
-    def row_at(position, length):
-        epoch, within = divmod(position, epoch_tokens)
-        tokens = blocks[order(epoch)[within // block]]
-        return [tokens[within % block :][: length + 1]]
-
     position = 0
     for stage, first, last in cfg.spans:
         position += -position % stage.seq_len  # rows never cross a block
         for _ in range(first, last):
-            end = position + stage.batch_tokens
-            if end > cfg.max_epochs * epoch_tokens:  # no tokens are left
+            starts = range(position, position + stage.batch_tokens, stage.seq_len)
+            position = starts.stop
+            if position > cfg.max_epochs * epoch_tokens:  # no tokens are left
                 return
-            starts = range(position, end, stage.seq_len)
-            yield [row_at(start, stage.seq_len) for start in starts], end
-            position = end
+            rows = []
+            for start in starts:
+                epoch, within = divmod(start, epoch_tokens)
+                tokens = blocks[order(epoch)[within // block]]
+                rows.append([tokens[start % block :][: stage.seq_len + 1]])
+            yield rows, position
 
 
 def each_document(shards, cfg):
@@ -1498,32 +1457,21 @@ def batch_shape(stage, num_devices, cfg):
     """
     num_rows = stage.batch_tokens // stage.seq_len
     if stage == cfg.val:
-        num_rows = -(-cfg.val_tokens // (stage.seq_len - cfg.val_context))
-    per_device = -(-num_rows // num_devices)
-    micro_rows = max(1, (cfg.micro_tokens or 1 << 16) // stage.seq_len)
-    num_micro = -(-per_device // micro_rows)
-    return num_micro, -(-per_device // num_micro) * num_devices, stage.seq_len + 1
+        num_rows = math.ceil(cfg.val_tokens / (stage.seq_len - cfg.val_context))
+    per_device = math.ceil(num_rows / num_devices)
+    num_micro = math.ceil(per_device / max(1, cfg.micro_tokens // stage.seq_len))
+    return num_micro, math.ceil(per_device / num_micro) * num_devices, stage.seq_len + 1
 
 
 def to_devices(rows, stage, mesh, cfg):
-    """Rows -> a batch {"tokens": uint16 [A, B, T+1]}, split over B.
-
-    A process reads only the rows that its devices hold.
-    """
-    num_micro, num_rows, width = shape = batch_shape(stage, mesh.size, cfg)
-
-    def local(index):
-        here = np.arange(num_rows)[index[1]]
-        chosen_AB = np.arange(num_micro)[:, None] * num_rows + here
-        out = np.full((*chosen_AB.shape, width), NO_TOKEN, np.uint16)
-        for place, i in zip(out.reshape(-1, width), chosen_AB.ravel(), strict=True):
-            if i < len(rows):
-                num_tokens = sum(map(len, rows[i]))
-                np.concatenate(rows[i], out=place[:num_tokens])
-        return out
-
+    """Rows -> a batch {"tokens": uint16 [A, B, T+1]}, split over B."""
+    tokens = np.full(batch_shape(stage, mesh.size, cfg), NO_TOKEN, np.uint16)
+    places = tokens.reshape(-1, tokens.shape[2])
+    for i, row in enumerate(rows):
+        np.concatenate(row, out=places[i, : sum(map(len, row))])
     sharding = NamedSharding(mesh, P(None, "data"))
-    return {"tokens": jax.make_array_from_callback(shape, sharding, local)}
+    batch = jax.make_array_from_callback(tokens.shape, sharding, tokens.__getitem__)
+    return {"tokens": batch}
 
 
 def train_batches(shards, first_step, mesh, cfg, depth=2):
@@ -1535,11 +1483,12 @@ def train_batches(shards, first_step, mesh, cfg, depth=2):
         return to_devices(rows, cfg.stages[stage_at(step, cfg)], mesh, cfg)
 
     with ThreadPoolExecutor(1) as pool:
-        futures = (pool.submit(make, step) for step in range(first_step, cfg.steps))
-        ahead = collections.deque(itertools.islice(futures, depth))
-        while ahead:
-            ahead.extend(itertools.islice(futures, 1))
-            yield ahead.popleft().result()
+        ahead = collections.deque()
+        for step in range(first_step, cfg.steps):
+            ahead.append(pool.submit(make, step))
+            if len(ahead) > depth:
+                yield ahead.popleft().result()
+        yield from (batch.result() for batch in ahead)
 
 
 def cache_dir():
@@ -1569,7 +1518,7 @@ def embedded_corpus():
         if is_text and not re.search(NOT_CORPUS, name):
             split = "val" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
             parts[split] += [np.array([256], np.uint16), np.fromfile(path, np.uint8)]
-    count = sum(map(len, parts.values())) // 2
+    count = len(parts["train"] + parts["val"]) // 2
     require(count >= 300, f"{root}: {count} Python files, the demo wants 300 of a whole Python")
     folder = cache_dir() / f"stdlib-{platform.python_version()}"
     folder.mkdir(exist_ok=True)
@@ -1582,24 +1531,26 @@ def embedded_corpus():
 
 def complete_config(train, cfg):
     """The Config with vocab_size and bos_id, its own or the shards'. Raises UsageError."""
-    for name in ("vocab_size", "bos_id"):
-        if getattr(cfg, name) is None:
-            cfg = replace(cfg, **{name: train.meta[name]})
-    fits = 0 <= cfg.bos_id < cfg.vocab_size <= 1 << 16
-    require(fits, f"wanted --bos_id={cfg.bos_id} < --vocab_size={cfg.vocab_size} <= {1 << 16}")
+    missing = [name for name in ("vocab_size", "bos_id") if getattr(cfg, name) is None]
+    cfg = replace(cfg, **{name: train.meta[name] for name in missing})
+    fits = 0 <= cfg.bos_id < cfg.vocab_size <= 65536
+    require(fits, f"wanted --bos_id={cfg.bos_id} < --vocab_size={cfg.vocab_size} <= 65536")
     return cfg
 
 
 def check_tokens(train, val, cfg):
     """Raises UsageError where the shards do not fit each other or the Config."""
-    fits = val.meta == train.meta
-    require(fits, f"{val.paths[0]}: made with {val.meta}, training with {train.meta}")
+    file = val.paths[0]
+    require(val.meta == train.meta, f"{file}: made with {val.meta}, training with {train.meta}")
+    missing = cfg.val_tokens + 1 - len(val.tokens[0])
+    require(missing <= 0, f"{file}: {missing} too short for --val_tokens={cfg.val_tokens}")
     for path, tokens, _ in train.rows() + val.rows():
-        fits = tokens.max() < min(cfg.vocab_size, NO_TOKEN)
-        text = f"{path}: holds token {tokens.max()}, --vocab_size is {cfg.vocab_size}"
-        require(fits, f"{text}. If another tokenizer made it, its meta.json must say so")
-    spare = len(val.tokens[0]) - 1 - cfg.val_tokens
-    require(spare >= 0, f"{val.paths[0]}: {-spare} too short for --val_tokens={cfg.val_tokens}")
+        largest = tokens.max()
+        require(
+            largest < min(cfg.vocab_size, NO_TOKEN),
+            f"{path}: holds token {largest}, --vocab_size is {cfg.vocab_size}. If another "
+            "tokenizer made it, its meta.json must say so",
+        )
 
 
 def open_data(cfg):
@@ -1614,10 +1565,11 @@ def open_data(cfg):
     cfg = complete_config(train, cfg)
     check_tokens(train, val, cfg)
     reads = [read for _, read in plan(train, cfg)]
-    require(reads, f"{train.paths[0]}: too few tokens, or none is --bos_id={cfg.bos_id}")
-    text = f"--steps={cfg.steps}: the shards yield {len(reads)} steps. Fetch more shards"
-    enough = len(reads) == cfg.steps
-    require(enough, f"{text}, or read them again with --max_epochs={cfg.max_epochs + 1}")
+    require(
+        len(reads) == cfg.steps,
+        f"--steps={cfg.steps}: the shards yield {len(reads)} steps. Fetch more shards, or read "
+        f"them again with --max_epochs={cfg.max_epochs + 1}",
+    )
     trained = tokens_before(cfg.steps, cfg)
     cut = f"{1 - trained / reads[-1]:.1%} cut off"
     return train, val, cfg, f"data: {reads[-1]} tokens read for {trained} trained on, {cut}"
@@ -1667,8 +1619,7 @@ def state_shardings(model, mesh, cfg):
         axis = split_axis(spec, mesh.size)
         if axis is None:
             return NamedSharding(mesh, P())
-        leading = [None] * (len(spec.shape) + axis)  # axis counts from the end
-        return NamedSharding(mesh, P(*leading, "data"))
+        return NamedSharding(mesh, P(*[None] * axis, "data"))
 
     def places(spec):
         return tree_map(place, rules[spec.group].slots(spec))
@@ -1695,7 +1646,7 @@ def gather(params, specs, num_devices, cfg):
         axis = split_axis(spec, num_devices)
         if axis is None or num_devices == 1:
             return w
-        return lax.all_gather(w, "data", axis=w.ndim + axis, tiled=True)
+        return lax.all_gather(w, "data", axis=axis, tiled=True)
 
     return tree_map(whole, specs, params)
 
@@ -1792,9 +1743,8 @@ def accumulate(weights, batch, key, step, stage, model, cfg):
         new = nats, weight, grads
         return tree_map(lambda total, x: total + x.astype(f32), totals, new), row_grads
 
-    zeros = tree_map(lambda w: jnp.zeros(w.shape, f32), weights)
     keys_A = jax.random.split(key, len(batch["tokens"]))
-    start = f32(0), f32(0), zeros
+    start = f32(0), f32(0), tree_map(lambda w: jnp.zeros(w.shape, f32), weights)
     (nats, weight, grads), row_grads = lax.scan(micro_step, start, (batch, keys_A))
     for name, (table, ids) in model.lookups.items():  # once per step, not per micro-step
         if stage.tied and table == "embed":
@@ -1864,15 +1814,12 @@ def list_programs(model, mesh, cfg):
     """{"init", "train_0", "train_1", ..., "eval": (jitted function, shapes of its arguments)}."""
     init = make_init(model, mesh, cfg)
 
-    def shape(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
     def batch(stage):
         rows = NamedSharding(mesh, P(None, "data"))
-        tokens = jax.ShapeDtypeStruct(batch_shape(stage, mesh.size, cfg), jnp.uint16, sharding=rows)
-        return {"tokens": tokens}
+        shape = batch_shape(stage, mesh.size, cfg)
+        return {"tokens": jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=rows)}
 
-    state = tree_map(shape, jax.eval_shape(init), state_shardings(model, mesh, cfg))
+    state = jax.eval_shape(init)  # with the shardings of init's results
     programs = {"init": (init, ())}
     for i, stage in enumerate(cfg.stages):
         step = make_train_step(stage, model, mesh, cfg)
@@ -1935,8 +1882,7 @@ def flops_per_token(stage, specs, cfg):
     keys = 0.0
     for i in range(cfg.num_layers):
         if i not in cfg.mlp_only:
-            window = window_of(i, stage, cfg) or stage.seq_len
-            width = min(window + 1, stage.seq_len)
+            width = min(window_of(i, stage, cfg) + 1, stage.seq_len)
             keys += width - width * (width - 1) / 2 / stage.seq_len
     return 6 * matrices + 12 * cfg.num_heads * cfg.head_dim * keys
 
@@ -2039,25 +1985,11 @@ def read_manifest(folder, cfg, data=None):
         raise UsageError(f"{folder}: no checkpoint to go on from: {error}") from error
 
 
-def check_tensors(file, like):
-    """Raises UsageError where names, shapes or dtypes in a .safetensors file are not `like`'s."""
-    try:
-        with safetensors.safe_open(file, framework="numpy") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-            found = {(name, *part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-    except safetensors.SafetensorError as error:
-        raise UsageError(f"{file}: {error}") from error
-    wanted = {(name, *leaf.shape, "F32") for name, leaf in named(like).items()}
-    others = sorted(map(str, wanted ^ found))
-    require(not others, f"{file}: not of this weight table: {', '.join(others[:2])}")
-
-
-def find_checkpoint(cfg, data, like=None):
+def find_checkpoint(cfg, data):
     """(folder, manifest) of the checkpoint to resume from, or (None, {}) to start at step 0.
 
-    data: the hash of the shards. like: a State of the shapes wanted, else they are not looked at.
-    --resume=auto passes over what is damaged or another run's, and says so. Raises UsageError where
-    a folder was named that has none to go on from.
+    data: the hash of the shards. --resume=auto passes over what is damaged or another run's, and
+    says so. Raises UsageError where a folder was named that has none to go on from.
     """
     if not cfg.resume:
         return None, {}
@@ -2069,11 +2001,7 @@ def find_checkpoint(cfg, data, like=None):
     problem = "nothing is there"
     for folder in folders:  # the newest first
         try:
-            manifest = read_manifest(folder, cfg, data)
-            if like:
-                check_tensors(folder / "params.safetensors", like.params)
-                check_tensors(folder / "opt.safetensors", like.opt_state)
-            return folder.resolve(), manifest
+            return folder.resolve(), read_manifest(folder, cfg, data)
         except UsageError as error:
             problem = error
             print(f"--resume={cfg.resume}: passing over {error}")
@@ -2085,10 +2013,12 @@ def find_checkpoint(cfg, data, like=None):
 def load_tensors(file, like):
     """The tree of a verified .safetensors file, each leaf placed as the one of `like`.
 
-    Raises UsageError as check_tensors.
+    Raises UsageError where names, shapes or dtypes are not those of `like`.
     """
-    check_tensors(file, like)
     tensors = safetensors.numpy.load_file(file)
+    found = {(name, *x.shape, x.dtype.name) for name, x in tensors.items()}
+    wanted = {(name, *leaf.shape, leaf.dtype.name) for name, leaf in named(like).items()}
+    require(wanted == found, f"{file}: not of this weight table: {sorted(wanted ^ found)[:2]}")
 
     def place(path, leaf):
         array = tensors[name_of(path)]
@@ -2133,16 +2063,16 @@ def versions():
     """What may change the bits or the speed of a run: {name: text}."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*\S)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    found = {
+    flags = {name: os.environ[name] for name in os.environ if name[:4] in ("JAX_", "XLA_", "LIBT")}
+    return {
         "python": platform.python_version(),
         "jax": jax.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
         "backend": " ".join(jax.devices()[0].client.platform_version.split()),
         "processor": [*names, platform.machine()][0],  # a CPU sums bfloat16 in its own order
+        **flags,
     }
-    flags = {name: os.environ[name] for name in os.environ if name[:4] in ("JAX_", "XLA_", "LIBT")}
-    return found | flags
 
 
 def require_finite(loss, what):
@@ -2171,6 +2101,7 @@ class Log:
     def __init__(self, folder, specs, cfg, manifest):
         progress = manifest.get("progress", {"seconds": [0.0, 0.0], "row": {}, "reached": None})
         self.folder = folder
+        self.writes = jax.process_index() == 0
         self.cfg = cfg
         self.peak = peak_flops()
         self.flops = [flops_per_token(stage, specs, cfg) for stage in cfg.stages]
@@ -2187,39 +2118,39 @@ class Log:
         return {"seconds": seconds, "row": self.row, "reached": self.reached}
 
     def append(self, name, text):
-        if jax.process_index() == 0:
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(text)
 
     def line(self, text):
         """To log.txt and the console."""
         self.append("log.txt", text + "\n")
-        if jax.process_index() == 0:
+        if self.writes:
             print(text, flush=True)
 
     def begin(self, source, why, argv, train, val, notes):
-        """The folder, and in the log all that the run can be repeated from."""
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            config = {"config": dataclasses.asdict(self.cfg), "meta": val.meta}
-            (self.folder / "config.json").write_text(json.dumps(config, indent=1))
+        """Write into the log all that the run can be repeated from."""
+        config = dataclasses.asdict(self.cfg)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        cores = f"{jax.process_count()} processes, {os.cpu_count()} host cores"
         facts = [
             f"preset: {self.cfg.preset} ({why})",
             f"argv: {shlex.join(argv)}",
-            f"config: {json.dumps(dataclasses.asdict(self.cfg))}",
-            "versions: " + " ".join(f"{name}={text}" for name, text in versions().items()),
-            f"devices: {devices}, {cores}",
+            f"config: {json.dumps(config)}",
+            "versions: " + " ".join(map("=".join, versions().items())),
+            f"devices: {devices}, {jax.process_count()} processes, {os.cpu_count()} host cores",
         ]
         for path, tokens, digest in train.rows() + val.rows():
             facts.append(f"data: {path.name} tokens:{len(tokens)} sha256:{digest}")
-        targets = f"validation scores {self.cfg.val_tokens} targets"
         scored = hashlib.sha256(val.tokens[0][: self.cfg.val_tokens + 1]).hexdigest()
-        facts.append(f"data: {targets}; sha256 of these and the token before them:{scored}")
+        targets = f"validation scores {self.cfg.val_tokens} targets; sha256 of these"
+        facts.append(f"data: {targets} and the token before them:{scored}")
         self.append("log.txt", source + "\n" + "=" * 120 + "\n")
         for fact in facts + notes:
             self.line(fact)
+        if self.writes:
+            text = json.dumps({"config": config, "meta": val.meta}, indent=1)
+            (self.folder / "config.json").write_text(text)
 
     def metrics(self, row):
         self.append("metrics.jsonl", json.dumps(row) + "\n")
@@ -2252,21 +2183,19 @@ class Log:
             "tokens_per_s": rate,
             "input_wait_ms": 1e3 * self.waited / num_steps,
         }
-        more = {
-            "steps": cfg.steps,
-            "val": "",
-            "speed": f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k",
-            "percent": "-",
-            "eta": (tokens_before(cfg.steps, cfg) - tokens) / rate,
-        }
+        val = ""
+        percent = "-"
         if self.peak:
             row["mfu"] = rate * self.flops[i] / self.peak
-            more["percent"] = f"{row['mfu']:.1%}"
+            percent = f"{row['mfu']:.1%}"
         if val_loss is not None:
             row["val_loss"] = val_loss
-            more["val"] = f" val_loss:{val_loss:.4f}"
+            val = f" val_loss:{val_loss:.4f}"
             if val_loss <= cfg.target_loss and not self.reached:
                 self.reached = {"step": step, "train_time_s": wall}
+        eta = (tokens_before(cfg.steps, cfg) - tokens) / rate
+        speed = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k"
+        more = {"steps": cfg.steps, "val": val, "percent": percent, "speed": speed, "eta": eta}
         self.line(STEP_LINE.format(**row, **more))
         self.metrics(row)
         self.marked = step, wall
@@ -2274,12 +2203,11 @@ class Log:
 
     def result(self):
         """The final line, and a row of metrics without a training loss."""
-        names = ("step", "tokens", "train_time_s", "cpu_time_s", "val_loss")
-        row = {name: self.row[name] for name in names}
+        kept = ("step", "tokens", "train_time_s", "cpu_time_s", "val_loss")
+        row = {name: self.row[name] for name in kept}
         line = FINAL_LINE.format(**self.row)
-        stats = [device.memory_stats() or {} for device in jax.local_devices()]
-        if memory := max(stat.get("peak_bytes_in_use", 0) for stat in stats):
-            line += f" peak_memory:{memory / 2**30:.2f}GiB"
+        if stats := jax.local_devices()[0].memory_stats():  # None of a CPU
+            line += f" peak_memory:{stats['peak_bytes_in_use'] / 2**30:.2f}GiB"
         when = "not reached"
         if self.reached:
             when = REACHED.format(**self.reached)
@@ -2291,16 +2219,16 @@ class Log:
 
     def seal(self):
         """The log's last line is the SHA-256 of all bytes above it."""
-        last = f"{self.folder}/ckpt/step-{self.cfg.steps:06d}"
         folder = shlex.quote(str(self.folder))
+        last = f"{folder}/ckpt/step-{self.cfg.steps:06d}"
         self.line(f"wrote: {last}, and metrics.jsonl, config.json, log.txt beside ckpt")
         self.line(f"next: its curves: python -m scripts.report {folder}; all flags: --help")
-        if jax.process_index() == 0:
+        if self.writes:
             self.append("log.txt", f"sha256:{file_sha256(self.folder / 'log.txt')}\n")
 
 
 def due(every, step):
-    return every > 0 and step % every == 0
+    return every and step % every == 0
 
 
 def new_folder(cfg):
@@ -2311,9 +2239,7 @@ def new_folder(cfg):
 
 def is_sealed(folder):
     """Whether a run came to its end."""
-    log = folder / "log.txt"
-    last_line = log.read_bytes()[-73:] if log.exists() else b""
-    return last_line.startswith(b"\nsha256:")
+    return (folder / "log.txt").read_bytes()[-73:].startswith(b"\nsha256:")
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -2323,34 +2249,33 @@ class Stop:
     """A hook that hears SIGTERM and Ctrl-C from the first step on: the loop saves and leaves.
 
     A second one ends at once, as does one before the first step. On several hosts JAX's preemption
-    service hears SIGTERM, and all stop after the same step.
+    service hears SIGTERM, and all stop after the same step; Ctrl-C ends at once there.
     """
 
     asked = False
     listens = False
 
     def __init__(self):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step it ends at once
+        self.answer(signal.SIG_DFL)
+
+    def answer(self, handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
 
     def hear(self, number, frame):
         self.asked = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if jax.distributed.is_initialized():
-            signal.raise_signal(signal.SIGTERM)
-        else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.answer(signal.SIG_DFL)
 
     def __call__(self, step):
-        several_hosts = jax.distributed.is_initialized()
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
         if not self.listens:
             self.listens = True
-            signal.signal(signal.SIGINT, self.hear)
-            if not several_hosts:
-                signal.signal(signal.SIGTERM, self.hear)
-        return multihost_utils.reached_preemption_sync_point(step) if several_hosts else self.asked
+            self.answer(self.hear)
+        return self.asked
 
 
-EARLY = ("--preset", "--cpu_devices", "--multihost")  # flags that are read before JAX starts
+EARLY = ("cpu_devices", "multihost")  # flags that are read before JAX starts
 
 
 def start_devices(cfg):
@@ -2378,8 +2303,8 @@ def choose_preset(train_files):
             f"standard library. The real thing, on a TPU VM or a GPU machine: {real}"
         )
     kind = f"JAX sees {jax.device_count()} x {jax.devices()[0].device_kind}"
-    found = not train_files or find_shards(train_files)
-    require(found, f"{kind}, but no shards match {train_files}: {real}; or --preset=demo")
+    required = f"{kind}, but no shards match {train_files}: {real}; or --preset=demo"
+    require(not train_files or find_shards(train_files), required)
     return "speedrun", f"{kind}, and there are shards"
 
 
@@ -2396,15 +2321,14 @@ def set_up_jax(cfg):
 
 def configure(argv, presets=PRESETS):
     """Command line -> (Config, why this preset). Starts the devices. Raises UsageError."""
-    words = read_words(argv)
-    texts = dict(word.partition("=")[::2] for word in words)
-    early = [f"{name}={texts[name]}" for name in EARLY if name in texts]
-    preset = texts.get("--preset", next(iter(presets)))
+    texts = read_flags(argv)
+    preset = texts.get("preset", next(iter(presets)))
     why = "asked for"
-    start_devices(parse_words(early, preset, presets))
-    if "--preset" not in texts:
-        preset, why = choose_preset(texts.get("--train_files", presets[preset].train_files))
-    cfg = parse_words(words, preset, presets)
+    early = {name: texts[name] for name in EARLY if name in texts}
+    start_devices(parse_texts(early, preset, presets))
+    if "preset" not in texts:
+        preset, why = choose_preset(texts.get("train_files", presets[preset].train_files))
+    cfg = parse_texts(texts, preset, presets)
     set_up_jax(cfg)
     return choose_attention(cfg, jax.default_backend()), why
 
@@ -2433,8 +2357,6 @@ def warm_up(programs, mesh, cfg):
     for i, stage in enumerate(cfg.stages):
         state, _ = programs[f"train_{i}"](state, to_devices([], stage, mesh, cfg))
     jax.block_until_ready(state)
-    if jax.process_count() > 1:  # nor does the first save compile its gather
-        multihost_utils.process_allgather((state.params, state.opt_state), tiled=True)
 
 
 @contextlib.contextmanager
@@ -2446,8 +2368,8 @@ def memory_errors(cfg):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UsageError(
-            f"out of memory. Halve --micro_tokens={cfg.micro_tokens or 65536}, down to one row of "
-            f"stages.seq_len, or --head_block={cfg.head_block or 4096}: the update stays the same"
+            f"out of memory. Halve --micro_tokens={cfg.micro_tokens}, down to one row of "
+            f"stages.seq_len, or --head_block={cfg.head_block}: the update stays the same"
         ) from error
 
 
@@ -2489,7 +2411,6 @@ def train_loop(state, programs, batches, val_rows, data_hash, log, hook):
             continue
         jax.block_until_ready(state)
         clock.stop()
-        require_finite(loss, f"the training loss of step {step}")
         val_loss = evaluate(programs["eval"], state.params, val_rows, cfg) if evaluates else None
         log.step(*pending, val_loss)
         pending = None
@@ -2498,7 +2419,7 @@ def train_loop(state, programs, batches, val_rows, data_hash, log, hook):
             folder = save_checkpoint(log.folder, state, log.progress(), data_hash, cfg)
             log.line(f"saved: {folder.name} in {time.perf_counter() - start:.1f}s")
         if stopping:
-            if jax.process_index() == 0:
+            if log.writes:
                 print(f"stopped after step {step}. --resume={log.folder} or auto goes on")
             raise SystemExit(75)
         clock.start()
@@ -2506,28 +2427,23 @@ def train_loop(state, programs, batches, val_rows, data_hash, log, hook):
     return state
 
 
-def sample(weights, prompt, num_tokens, model, cfg, temperature=0.7):
-    """The prompt's (ids) next num_tokens ids, each from a whole forward pass."""
-    ids = jnp.array([*prompt, *[0] * num_tokens], jnp.int32)
+def show_samples(params, model, log):
+    """Two samples of a model of bytes, each byte from a whole forward pass, in the log."""
+    cfg = log.cfg
+    params = jax.device_put(params, jax.devices()[0])
+    weights = unstack(gather(params, model.specs(cfg), 1, cfg))
 
     @jax.jit
-    def next_id(weights, ids, i):
+    def add_byte(weights, ids, i):
         logits_V = model.logits(weights, ids[None], cfg)[0, i - 1]
         key = jax.random.fold_in(jax.random.key(cfg.seed), i)
-        return ids.at[i].set(jax.random.categorical(key, logits_V / temperature))
+        return ids.at[i].set(jax.random.categorical(key, logits_V / 0.7))
 
-    for i in range(len(prompt), len(ids)):
-        ids = next_id(weights, ids, i)
-    return ids.tolist()[len(prompt) :]
-
-
-def show_samples(params, model, log):
-    """Two samples of a model of bytes, in the log."""
-    params = jax.device_put(params, jax.devices()[0])
-    weights = unstack(gather(params, model.specs(log.cfg), 1, log.cfg))
     for prompt in (b"def main(", b"class "):
-        ids = sample(weights, [log.cfg.bos_id, *prompt], 200, model, log.cfg)
-        text = (prompt + bytes(i for i in ids if i < 256)).decode(errors="replace")
+        ids = jnp.array([cfg.bos_id, *prompt, *[0] * 200])
+        for i in range(1 + len(prompt), len(ids)):
+            ids = add_byte(weights, ids, i)
+        text = bytes(i for i in ids.tolist() if i < 256).decode(errors="replace")
         log.line("sample: " + "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text))
 
 
@@ -2549,8 +2465,7 @@ def main(argv=None, model=GPT, hook=lambda step: False):
     train, val, cfg, data_note = open_data(cfg)
     data_hash = hash_of(train.sha256, val.sha256)
     mesh = make_mesh()
-    like = jax.eval_shape(make_init(model, mesh, cfg))
-    checkpoint, manifest = find_checkpoint(cfg, data_hash, like)
+    checkpoint, manifest = find_checkpoint(cfg, data_hash)
     check_hosts_agree(source, cfg, data_hash, manifest)
     folder = checkpoint.parent.parent if checkpoint else new_folder(cfg)
     if manifest.get("step") == cfg.steps and is_sealed(folder):
@@ -2717,24 +2632,22 @@ def each_tile(tile, band):
     here: its rows in the block. own: the queries' rows. keys: the rows of all keys in reach.
     """
     i = pl.program_id(2)
-
-    def run(d, spans):
-        for key, query in spans:
-            base = (i - d) * band.block
-            here = pl.ds(query % band.block, TILE)
-            tile(here, rows_at(base + query), rows_at(base + key, query - key + TILE))
-
     for d, spans in enumerate(band.spans):
-        is_here = jnp.minimum(i, len(band.spans) - 1) == d
-        pl.when(is_here)(functools.partial(run, d, spans))
+
+        @pl.when(jnp.minimum(i, len(band.spans) - 1) == d)
+        def _(d=d, spans=spans):
+            for key, query in spans:
+                base = (i - d) * band.block
+                here = pl.ds(query % band.block, TILE)
+                tile(here, rows_at(base + query), rows_at(base + key, query - key + TILE))
 
 
 def load_tile(refs, here, own, band):
     """(q, its r, k's r, rotary's table) of a tile; its keys and values join those of the row."""
     table = band_table(refs, own)
-    refs.z[own], k_r_T1 = prepare(refs.k[0, here], *table, band.scale)
-    refs.values[own] = refs.v[0, here]
-    q_TK, q_r_T1 = prepare(refs.q[0, here], *table, band.scale)
+    refs.z[own], k_r_T1 = prepare(refs.k[here], *table, band.scale)
+    refs.values[own] = refs.v[here]
+    q_TK, q_r_T1 = prepare(refs.q[here], *table, band.scale)
     return q_TK, q_r_T1, k_r_T1, table
 
 
@@ -2743,23 +2656,23 @@ def band_fwd(*refs, band):
 
     def tile(here, own, keys):
         q_TK, *_ = load_tile(refs, here, own, band)
-        first_T1 = refs.first[0, 0, 0, here].reshape(TILE, 1) - keys.start
+        first_T1 = refs.first[0, here].reshape(TILE, 1) - keys.start
         e_TS = visible(jnp.exp2(dot(q_TK, refs.z[keys], 1, 1)), first_T1, 1)
         sum_T1 = jnp.sum(e_TS, axis=1, keepdims=True)
-        gate_T1 = refs.gate[0, 0, 0, here].reshape(TILE, 1)
+        gate_T1 = refs.gate[0, here].reshape(TILE, 1)
         y_TK = dot(e_TS.astype(q_TK.dtype), refs.values[keys], 1, 0) * (gate_T1 / sum_T1)
-        refs.y[0, here] = y_TK.astype(q_TK.dtype)
-        refs.log_sum[0, 0, :, here] = as_row(jnp.log2(sum_T1))
+        refs.y[here] = y_TK.astype(q_TK.dtype)
+        refs.log_sum[:, here] = as_row(jnp.log2(sum_T1))
 
     each_tile(tile, band)
 
 
 def write_keys(refs, rows, band):
     """dk and dv of a tile of the row, once all queries have added to them."""
-    r_TK = jnp.tile(refs.r[rows], (1, refs.q.shape[2] // 128))
+    r_TK = jnp.tile(refs.r[rows], (1, refs.q.shape[1] // 128))
     table = band_table(refs, rows)
-    refs.dk[0, rows] = prepare_backward(refs.dz[rows], refs.z[rows], r_TK, *table, band.scale)
-    refs.dv[0, rows] = refs.dvalues[rows].astype(refs.dv.dtype)
+    refs.dk[rows] = prepare_backward(refs.dz[rows], refs.z[rows], r_TK, *table, band.scale)
+    refs.dv[rows] = refs.dvalues[rows].astype(refs.dv.dtype)
 
 
 def band_bwd(*refs, band):
@@ -2773,16 +2686,16 @@ def band_bwd(*refs, band):
         q_TK, q_r_T1, k_r_T1, table = load_tile(refs, here, own, band)
         refs.r[own] = jnp.broadcast_to(k_r_T1, (TILE, 128))
         refs.dz[own] = refs.dvalues[own] = jnp.zeros(q_TK.shape, f32)
-        dy_TK = refs.dy[0, here].astype(f32)
-        y_dy_TK = refs.y[0, here].astype(f32) * dy_TK
-        refs.delta[0, 0, :, here] = delta_1T = as_row(jnp.sum(y_dy_TK, axis=1, keepdims=True))
-        dy_TK = (dy_TK * refs.gate[0, 0, 0, here].reshape(TILE, 1)).astype(q_TK.dtype)
-        p_ST = jnp.exp2(dot(refs.z[keys], q_TK, 1, 1) - refs.log_sum[0, 0, :, here])
-        p_ST = visible(p_ST, refs.first[0, 0, :, here] - keys.start, 0)
+        dy_TK = refs.dy[here].astype(f32)
+        y_dy_TK = refs.y[here].astype(f32) * dy_TK
+        refs.delta[:, here] = delta_1T = as_row(jnp.sum(y_dy_TK, axis=1, keepdims=True))
+        dy_TK = (dy_TK * refs.gate[0, here].reshape(TILE, 1)).astype(q_TK.dtype)
+        p_ST = jnp.exp2(dot(refs.z[keys], q_TK, 1, 1) - refs.log_sum[:, here])
+        p_ST = visible(p_ST, refs.first[:, here] - keys.start, 0)
         dp_ST = dot(refs.values[keys], dy_TK, 1, 1)
         ds_ST = (p_ST * (dp_ST - delta_1T)).astype(q_TK.dtype)
         dz_TK = dot(ds_ST, refs.z[keys], 0, 0)
-        refs.dq[0, here] = prepare_backward(dz_TK, q_TK, q_r_T1, *table, band.scale)
+        refs.dq[here] = prepare_backward(dz_TK, q_TK, q_r_T1, *table, band.scale)
         refs.dz[keys] += dot(ds_ST, q_TK, 1, 0)
         refs.dvalues[keys] += dot(p_ST.astype(dy_TK.dtype), dy_TK, 1, 0)
 
@@ -2805,14 +2718,14 @@ def band_specs(q_BTN, k_BTN, band):
         return b, i, lax.div(h, heads_per_key)
 
     return {
-        # [B, 1, 1, T], one for all heads, and [B, H, 1, T]
-        "row": pl.BlockSpec((1, 1, 1, block), lambda b, h, i: (b, 0, 0, i)),
-        "head": pl.BlockSpec((1, 1, 1, block), lambda b, h, i: (b, h, 0, i)),
+        # [B, 1, 1, T], one for all heads, and [B, H, 1, T]; a kernel does not see axes of None
+        "row": pl.BlockSpec((None, None, 1, block), lambda b, h, i: (b, 0, 0, i)),
+        "head": pl.BlockSpec((None, None, 1, block), lambda b, h, i: (b, h, 0, i)),
         # [B, T, HK]: a block of one head; the same of the key head it shares; a whole row, which
         # leaves with its last block
-        "queries": pl.BlockSpec((1, block, head_dim), lambda b, h, i: (b, i, h)),
-        "keys": pl.BlockSpec((1, block, head_dim), key_head),
-        "whole": pl.BlockSpec((1, band.length, head_dim), lambda b, h, i: (b, 0, h)),
+        "queries": pl.BlockSpec((None, block, head_dim), lambda b, h, i: (b, i, h)),
+        "keys": pl.BlockSpec((None, block, head_dim), key_head),
+        "whole": pl.BlockSpec((None, band.length, head_dim), lambda b, h, i: (b, 0, h)),
         # [T, K/2], all of it
         "table": pl.BlockSpec((band.length, head_dim // 2), lambda b, h, i: (0, 0)),
     }
@@ -2830,7 +2743,7 @@ def band_call(kernel, num_matmuls, inputs, input_specs, outputs, output_specs, s
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs]
     num_rows, length, width = shapes[0].shape
     scores = num_rows * band.num_scores
-    cost = pl.CostEstimate(
+    cost = pl.CostEstimate(  # without it XLA would plan as if the kernel took no time
         flops=2 * num_matmuls * scores * width,
         transcendentals=band.num_heads * scores,
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *shapes)),
@@ -2852,8 +2765,8 @@ def band_call(kernel, num_matmuls, inputs, input_specs, outputs, output_specs, s
     return call(*inputs)
 
 
-def _banded_forward(first_B11T, gate_BH1T, q_BTN, k_BTN, v_BTN, cos, sin, band):
-    inputs = (first_B11T, gate_BH1T, q_BTN, k_BTN, v_BTN, cos, sin)
+def _banded_forward(inputs, band):
+    q_BTN = inputs[2]
     log_sum = jax.ShapeDtypeStruct((len(q_BTN), band.num_heads, 1, band.length), f32)
     scratch = [(q_BTN.shape[2] // band.num_heads, q_BTN.dtype)] * 2  # z, values
     y_BTN, log_sum_BH1T = band_call(
@@ -2862,10 +2775,13 @@ def _banded_forward(first_B11T, gate_BH1T, q_BTN, k_BTN, v_BTN, cos, sin, band):
     return y_BTN, (inputs, y_BTN, log_sum_BH1T)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def banded(first_B11T, gate_BH1T, q_BTN, k_BTN, v_BTN, cos, sin, band):
-    """Gated attention [B, T, HK] of raw queries over the keys first .. T. cos, sin: rotary's."""
-    return _banded_forward(first_B11T, gate_BH1T, q_BTN, k_BTN, v_BTN, cos, sin, band)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def banded(inputs, band):
+    """Gated attention [B, T, HK] of raw queries over the keys first .. T.
+
+    inputs: (first_B11T, gate_BH1T, q_BTN, k_BTN, v_BTN, cos, sin), the last two from rotary.
+    """
+    return _banded_forward(inputs, band)[0]
 
 
 def _banded_backward(band, saved, dy_BTN):
@@ -2887,7 +2803,7 @@ def _banded_backward(band, saved, dy_BTN):
     num_groups = k_BTN.shape[2] // head_dim
     dk, dv = (reduce(g, of_group, "sum", G=num_groups, K=head_dim) for g in dkv_BTN)
     dgate = delta_BH1T / jnp.maximum(gate_BH1T, 1e-30)
-    return None, dgate, dq_BTN, dk, dv, None, None
+    return ((None, dgate, dq_BTN, dk, dv, None, None),)
 
 
 banded.defvjp(_banded_forward, _banded_backward)

@@ -347,7 +347,6 @@ def record_orthogonal(direction, spec, num_devices, cfg):
     axis = split_axis(spec, num_devices)
     if axis is None:
         return larger * newton_schulz(direction, cfg)
-    axis += direction.ndim
     size = direction.shape[axis]
     share = direction.astype(cfg.compute_dtype)
     whole = lax.all_gather(share, "data", axis=axis, tiled=True).astype(f32)

@@ -39,7 +39,7 @@ from train import (
     open_shards,
     parse_flags,
     plan,
-    read_words,
+    read_flags,
     replace,
     require,
     to_devices,
@@ -323,9 +323,9 @@ def main(argv=None):
         rows = bench_loader(args)
         return args.json and Path(args.json).write_text(json.dumps(rows, indent=1))
     for workload in args.only:
-        flags, (peer, path) = read_words([f"@{ROOT}/scripts/presets/{FLAGS[workload]}", *args.flags]), PEER[workload]
-        asked = [flag.partition("=")[2] for flag in flags if flag.startswith("--compute_dtype=")]
-        dtypes = asked[-1:] or ["bfloat16", "float32"]
+        flags, (peer, path) = [f"@{ROOT}/scripts/presets/{FLAGS[workload]}", *args.flags], PEER[workload]
+        asked = read_flags(flags).get("compute_dtype")
+        dtypes = [asked] if asked else ["bfloat16", "float32"]
         configs = [parse_flags([*flags, f"--compute_dtype={dtype}"]) for dtype in dtypes]
         source, lacks = peer_source(peer, path, getattr(args, peer))
         notes += [f"{peer}: not run: {lacks}"] if lacks else []

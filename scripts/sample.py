@@ -58,7 +58,7 @@ def prefill(weights, tokens_BT, length, capacity, cfg):
         if layer in cfg.offset_layers:
             raw_keys[layer] = jax.lax.dynamic_slice_in_dim(k_BTN, last, 1, axis=1)
             k_BTN = offset_keys(k_BTN, start_BT == place_BT, cfg)
-        slot_S = jnp.arange(min(window + 1, capacity) if window else capacity)
+        slot_S = jnp.arange(min(window + 1, capacity))
         held_S = last - (last - slot_S) % len(slot_S)  # the position in each slot; below 0: none yet
         keys[layer], values[layer] = (
             rearrange(kept(jnp.take(z_BTGK, held_S, axis=1, mode="clip"), cfg), "B S G K -> (B G) S K")

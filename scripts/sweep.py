@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts import ablate
-from train import ROOT, Config, Stage, UsageError, flag_names, parse_flags, parse_value, read_words, require
+from train import ROOT, Config, Stage, UsageError, flag_names, parse_flags, parse_value, read_flags, require
 
 NAMES = flag_names(Config)
 
@@ -35,11 +35,11 @@ def spell(flag, text):
 
 def read_pairs(words):
     """Yield (flag, text) of --FLAG=TEXT. Raises UsageError for a flag that is not there."""
-    for word in read_words(words):
-        flag, _, text = word.removeprefix("--").partition("=")
-        if flag not in NAMES:
-            parse_flags([word])  # says which flag is near
-        yield flag, text
+    for word in words:  # one by one: a flag may come several times
+        for flag, text in read_flags([word]).items():
+            if flag not in NAMES:
+                parse_flags([f"--{flag}={text}"])  # says which flag is near
+            yield flag, text
 
 def read_grid(words):
     """{flag: its values as texts} of --FLAG=VALUES, in order. Raises UsageError."""

@@ -86,7 +86,7 @@ def run_kernels(inputs, window, block, cfg):
     band = Band(length, window or length, block, scale, cfg.num_heads)
 
     def attend(q, k, v, gate, first):
-        return banded(first[:, None, None], gate.mT[:, :, None], q, k, v, *table, band)
+        return banded((first[:, None, None], gate.mT[:, :, None], q, k, v, *table), band)
 
     return run(functools.partial(with_gradients, attend), *inputs)
 

@@ -373,36 +373,6 @@ def test_micro_steps_divide_a_batch_without_losing_a_row(micro_tokens):
         assert tokens_in(batch) == [np.concatenate(row).tolist() for row in rows]
 
 
-class Recording(list):
-    """Rows that note which of them are looked at."""
-    def __init__(self, rows):
-        super().__init__(rows)
-        self.read = set()
-
-    def __getitem__(self, i):
-        self.read.add(i)
-        return super().__getitem__(i)
-
-
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_a_process_reads_only_the_rows_of_its_own_devices(num_processes, monkeypatch):
-    cfg, shards = PLANS["packed"]
-    cfg = replace(cfg, micro_tokens=16)
-    rows = Recording(next(train.plan(shards, cfg))[0])
-    calls = []
-    monkeypatch.setattr(jax, "make_array_from_callback", lambda *arguments: calls.append(arguments))
-    train.to_devices(rows, cfg.stages[0], mesh_of(8), cfg)
-    (shape, sharding, local), = calls
-    places, per_process = sharding.devices_indices_map(shape), 8 // num_processes
-    read = []
-    for process in range(num_processes):
-        rows.read.clear()
-        for device in jax.devices()[process * per_process:][:per_process]:
-            assert local(places[device]).shape == (shape[0], shape[1] // 8, shape[2])
-        read += rows.read
-    assert sorted(read) == list(range(len(rows)))  # every row by one process, none by two
-
-
 def test_an_error_in_the_prefetch_thread_is_raised_in_the_loop(monkeypatch):
     cfg, shards = PLANS["stream"]
     made, real = itertools.count(1), train.to_devices

@@ -210,7 +210,7 @@ def test_without_the_compiler_the_error_names_the_package(monkeypatch):
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_turn():
     with pytest.raises(UsageError) as raised:
-        dry_run.main(["v6e:1x1", "--stage=0", *TOY, "--head_block=0", "--micro_tokens=262144", "--stages.batch_tokens=262144",
+        dry_run.main(["v6e:1x1", "--stage=0", *TOY, "--head_block=262144", "--micro_tokens=262144", "--stages.batch_tokens=262144",
                       "--vocab_size=50257"])
     said = re.fullmatch(r"train_0 does not fit: it needs ([\d.]+) GiB of the chip's (31.2[45]), ([\d.]+) too many. Turn one or more of these: "
                         r"--micro_tokens=(\d+), --head_block=(\d+), --stages.batch_tokens=(\d+)", str(raised.value))

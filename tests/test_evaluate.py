@@ -24,7 +24,7 @@ BYTES = text.open_tokenizer(text.BYTES, ".")
 FLAGS = """--preset=demo --steps=2 --num_layers=2 --model_dim=32 --num_heads=2 --head_dim=16 --mlp_dim=64
  --skips=((0,1),) --late_inputs=((0,1),) --backout=0 --offset_layers=1 --long_layers=1 --compute_dtype=float32
  --residual_dtype=none --stages.end=1 --stages.batch_tokens=512 --stages.seq_len=32 --stages.short=16 --stages.long=24
- --micro_tokens=0 --val.seq_len=64 --val.short=24 --val_tokens=1000 --val_context=32 --target_loss=0""".split()
+ --micro_tokens=65536 --val.seq_len=64 --val.short=24 --val_tokens=1000 --val_context=32 --target_loss=0""".split()
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_a_stage_that_does_not_fit_stays_as_a_row_and_the_others_are_timed(monke
     monkeypatch.setattr(gpu_report, "time_stage", time_stage)
     monkeypatch.setattr(gpu_report, "compile_step", lambda *_: None)
     said, kept = [], []
-    args = gpu_report.parse(["--smoke", "--micro_tokens=0,64", "--", *SMALL])
+    args = gpu_report.parse(["--smoke", "--micro_tokens=65536,64", "--", *SMALL])
 
     def say(text, rows=()):
         said.append(text)

@@ -305,7 +305,7 @@ def test_eight_devices_update_weights_and_state_as_one():
     rules, specs = optimizer_rules(cfg), named(param_specs(cfg))
     axes = {name.split("/")[1]: split_axis(specs[name], 8) for name in specs if "/w_" in name}
     whole = {"w_up": None, "w_down": None}
-    assert axes == {"w_q": -1, "w_k": -1, "w_v": -1, "w_out": -2} | whole
+    assert axes == {"w_q": 2, "w_k": 2, "w_v": 2, "w_out": 1} | whole
     params, grads = (
         fill(lambda name, shape, seed=seed: random(shape, seed + len(name)), cfg) for seed in (1, 2)
     )

@@ -24,7 +24,7 @@ def flags_of(name): return [f"@{ROOT}/scripts/presets/{name}.args"]
 
 @pytest.mark.parametrize("name", sorted(NARROW))
 def test_a_preset_takes_a_step_at_reduced_width(name, tmp_path):
-    small = [*WIDTH, *NARROW[name], "--steps=1", "--val.seq_len=64", "--val_tokens=640", "--head_block=0", f"--log_dir={tmp_path}/logs"]
+    small = [*WIDTH, *NARROW[name], "--steps=1", "--val.seq_len=64", "--val_tokens=640", "--head_block=65536", f"--log_dir={tmp_path}/logs"]
     if name in ("gqa", "d24"):
         data = [*make_folder(tmp_path / "data"), "--vocab_size=300", "--bos_id=256"]
     else:

@@ -113,7 +113,7 @@ def finished(tmp_path_factory, compiled_once):
 
 @pytest.fixture
 def no_samples(monkeypatch):
-    monkeypatch.setattr(train, "sample", lambda *_: [104, 105])
+    monkeypatch.setattr(train, "show_samples", lambda *_: None)
 
 
 def files_of(folder):
@@ -237,13 +237,14 @@ def test_console_and_log_get_the_same_lines(finished):
 
 
 def test_what_a_model_writes_does_not_reach_the_terminal_as_control_characters(
-    finished, tmp_path, monkeypatch
+    finished, monkeypatch
 ):
-    monkeypatch.setattr(train, "sample", lambda *_: [*b"\x1b[2J\n\ta", 255, 256])
-    folder, printed = trained(*finished.data, f"--log_dir={tmp_path}/logs")
-    log = (folder / "log.txt").read_text()
-    for text in (log.split("=" * 120)[-1], printed):
-        assert "sample: def main(?[2J\n\ta\ufffd\n" in text and "\x1b" not in text
+    written = iter(2 * b"\x1b[2J\n\ta\xff".ljust(200, b"x"))
+    draw = lambda key, logits: jnp.int32(next(written))
+    monkeypatch.setattr(jax, "jit", lambda function: function)
+    monkeypatch.setattr(jax.random, "categorical", draw)
+    for line in samples_of({"table": np.zeros((384, 384))}, BIGRAM, config_of(finished)):
+        assert "(?[2J\n\ta\ufffdxx" in line.replace("class ", "(") and "\x1b" not in line
 
 
 # ---- metrics.jsonl ----
@@ -419,7 +420,7 @@ def resumed(finished, tmp_path_factory):
     log_dir = tmp_path_factory.mktemp("resumed") / "logs"
     flags = [*finished.data, f"--log_dir={log_dir}", "--resume=auto"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "sample", lambda *_: [104, 105])
+        patch.setattr(train, "show_samples", lambda *_: None)
         slow_clock(patch)
         with pytest.raises(SystemExit) as left:
             trained(*flags, hook=lambda step: step == 4)
@@ -428,7 +429,7 @@ def resumed(finished, tmp_path_factory):
     assert [path.name for path in (first / "ckpt").iterdir()] == ["step-000004"]
     tied = shutil.copytree(first / "ckpt/step-000004", log_dir.parent / "tied")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "sample", lambda *_: [104, 105])
+        patch.setattr(train, "show_samples", lambda *_: None)
         slow_clock(patch)
         folder, _ = trained(*flags)
     assert folder == first and list(log_dir.iterdir()) == [folder]
@@ -559,37 +560,39 @@ def test_the_hook_is_called_after_each_dispatched_step(finished, tmp_path, no_sa
     assert heard == [*range(1, STEPS + 1)]
 
 
+def samples_of(weights, model, cfg):
+    lines = []
+    train.show_samples(weights, model, types.SimpleNamespace(cfg=cfg, line=lines.append))
+    return lines
+
+
 def test_a_sample_follows_the_model_and_its_seed(finished):
     cfg = config_of(finished)
     follows = jnp.arange(384)[None] == (jnp.arange(384)[:, None] + 1) % 257
     certain = {"table": jnp.where(follows, 50.0, 0.0)}
-    assert train.sample(certain, [BOS, 7], 20, BIGRAM, cfg) == [*range(8, 28)]
+    one, two = samples_of(certain, BIGRAM, cfg)
+    assert one.startswith("sample: def main()*+,-./0123456789:;<=>?@ABC")
+    assert two.startswith("sample: class !\"#$%&'()*+,-./0123456789")
     vague = {"table": jax.random.normal(jax.random.key(5), (384, 384))}
-    one, two = (train.sample(vague, [BOS, 7], 30, BIGRAM, cfg) for _ in range(2))
-    other = train.sample(vague, [BOS, 7], 30, BIGRAM, train.replace(cfg, seed=1))
-    assert one == two != other and len(one) == 30
+    assert samples_of(vague, BIGRAM, cfg) == samples_of(vague, BIGRAM, cfg)
+    assert samples_of(vague, BIGRAM, cfg) != samples_of(vague, BIGRAM, train.replace(cfg, seed=1))
 
 
-def test_a_token_is_drawn_as_often_as_its_logit_says(finished):
-    odds = {"table": jnp.log(jnp.array([0.1, 0.2, 0.7]))}
-    model = BIGRAM._replace(
-        logits=lambda weights, ids, cfg: jnp.tile(weights["table"], (*ids.shape, 1))
-    )
-    for temperature, wanted in (
-        (1.0, [0.1, 0.2, 0.7]),
-        (0.5, [0.01 / 0.54, 0.04 / 0.54, 0.49 / 0.54]),
-    ):
-        drawn = train.sample(odds, [0], 400, model, config_of(finished), temperature)
-        assert np.abs(np.bincount(drawn, minlength=3) / 400 - wanted).max() < 0.08
+def test_a_byte_is_drawn_as_often_as_its_logit_and_the_temperature_say(finished):
+    row = np.full(384, -1e9, np.float32)
+    row[[ord(c) for c in "XYZ"]] = np.log([0.1, 0.2, 0.7])
+    model = BIGRAM._replace(logits=lambda weights, ids, cfg: jnp.tile(row, (*ids.shape, 1)))
+    text = "".join(samples_of({"table": np.zeros((384, 384))}, model, config_of(finished)))
+    drawn = np.array([text.count(c) for c in "XYZ"])
+    wanted = np.array([0.1, 0.2, 0.7]) ** (1 / 0.7)
+    assert drawn.sum() == 400 and np.abs(drawn / 400 - wanted / wanted.sum()).max() < 0.07
 
 
-def test_a_sample_without_heat_takes_the_likeliest_token_after_all_before_it(finished, learned):
-    """Also where the run's attention wants rows in 256s: what is sampled has any length."""
-    cfg, ids = train.replace(config_of(finished), attention="band"), [BOS, 7, 9]
-    found = train.sample(learned, ids, 8, train.GPT, cfg, temperature=1e-6)
-    next_logits = jax.jit(train.next_logits, static_argnums=2)
-    logits = next_logits(learned, jnp.array([ids + found]), cfg)[0]
-    assert logits.shape == (11, 384) and found == jnp.argmax(logits, axis=1).tolist()[2:-1]
+def test_logits_are_of_rows_of_any_length_also_where_the_attention_wants_rows_in_256s(
+    finished, learned
+):
+    cfg = train.replace(config_of(finished), attention="band")
+    assert train.next_logits(learned, jnp.array([[BOS, 7, 9]]), cfg).shape == (1, 3, 384)
 
 
 def test_deterministic_and_the_platform_choose_options_that_the_compiler_knows(finished):

@@ -22,7 +22,7 @@ SHIFTS = (0.0, 0.0012, -0.0007, 0.0005, -0.0015)  # of the losses derived from t
 FLAGS = """--preset=demo --steps=30 --num_layers=1 --model_dim=32 --num_heads=1 --head_dim=32
 --mlp_dim=64 --offset_layers= --skips= --backout= --gate_dims=0 --smear=false --optimizer=adamw
 --adamw_lr=0.02 --stages.end=0.5,1 --stages.batch_tokens=2048,4096 --stages.seq_len=64
---val.seq_len=64 --val_tokens=2048 --val_context=32 --micro_tokens=0 --val_every=10 --log_every=5
+--val.seq_len=64 --val_tokens=2048 --val_context=32 --micro_tokens=65536 --val_every=10 --log_every=5
 --target_loss=3.1 --seed=0"""
 TABLE = """Words before it.
 
