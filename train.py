@@ -2220,7 +2220,7 @@ class Log:
     def seal(self):
         """The log's last line is the SHA-256 of all bytes above it."""
         folder = shlex.quote(str(self.folder))
-        last = f"{folder}/ckpt/step-{self.cfg.steps:06d}"
+        last = f"{self.folder}/ckpt/step-{self.cfg.steps:06d}"
         self.line(f"wrote: {last}, and metrics.jsonl, config.json, log.txt beside ckpt")
         self.line(f"next: its curves: python -m scripts.report {folder}; all flags: --help")
         if self.writes:
@@ -2357,6 +2357,8 @@ def warm_up(programs, mesh, cfg):
     for i, stage in enumerate(cfg.stages):
         state, _ = programs[f"train_{i}"](state, to_devices([], stage, mesh, cfg))
     jax.block_until_ready(state)
+    if jax.process_count() > 1:  # a host that is told to go has no time to compile its save
+        multihost_utils.process_allgather((state.params, state.opt_state), tiled=True)
 
 
 @contextlib.contextmanager
