@@ -528,14 +528,17 @@ STACKED = ("attention", "blocks")  # parts of the table whose first axis is the 
 
 
 def normal(std):
+    """First values: normal, of this standard deviation."""
     return lambda key, shape: std * jax.random.normal(key, shape)
 
 
 def uniform(std):
+    """First values: uniform around 0, of this standard deviation."""
     return lambda key, shape: 3**0.5 * std * jax.random.uniform(key, shape, minval=-1, maxval=1)
 
 
 def constant(value):
+    """First values: all the same."""
     return lambda key, shape: jnp.full(shape, value, f32)
 
 
@@ -618,6 +621,7 @@ def split_axis(spec, num_devices):
 
 
 def count_params(specs):
+    """Numbers in all weights of a table."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
 
 
@@ -772,6 +776,9 @@ def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     return banded((first_BT[:, None, None], gate_BTH.mT[:, :, None], *inputs), band)
 
 
+ATTENTION = {"xla": attention_xla, "band": attention_band}
+
+
 def choose_attention(cfg, backend):
     """The Config with --attention=auto settled. Raises UsageError where band cannot run."""
     able = backend == "tpu" and cfg.head_dim % 128 == 0 and cfg.compute_dtype == "bfloat16"
@@ -831,6 +838,7 @@ def _(primals, tangents):  # from x alone: no mask is kept for the backward pass
 
 
 def mlp(x_BTD, p):
+    """One block's MLP: [B, T, D] -> [B, T, D]."""
     h_BTF = relu_squared(matmul("BTD,DF->BTF", x_BTD, p["w_up"]))
     return matmul("BTF,FD->BTD", h_BTF, p["w_down"])
 
@@ -851,7 +859,7 @@ def attend_row(tokens_BT, stage, cfg):
         if layer in cfg.offset_layers:
             k_BTN = offset_keys(k_BTN, document_BT == position_1T, cfg)
         first_BT = jnp.maximum(document_BT, position_1T - window)
-        core = attention_band if cfg.attention == "band" else attention_xla
+        core = ATTENTION.get(cfg.attention, attention_xla)  # xla where auto was not settled
         return core(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg)
 
     return attend
@@ -1272,6 +1280,8 @@ POOL = 64  # documents the packer chooses from
 
 
 class Shards(NamedTuple):
+    """The shards of one glob, in order."""
+
     paths: list  # of Path
     tokens: list  # of uint16 arrays, memory-mapped
     meta: dict  # tokenizer, vocab_size, bos_id
@@ -1296,6 +1306,7 @@ def write_shard(path, tokens):
 
 
 def file_sha256(path):
+    """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -1315,6 +1326,7 @@ def open_shard(path):
 
 
 def find_shards(pattern):
+    """The paths that match a glob, sorted by name."""
     return [Path(path) for path in sorted(glob.glob(pattern))]
 
 
@@ -1846,6 +1858,7 @@ TPU_OPTIONS = {
 
 
 def compiler_options(mesh, cfg):
+    """What the compiler is told beside the program: {option: value}."""
     options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
     return options | ({"xla_gpu_deterministic_ops": True} if cfg.deterministic else {})
 
@@ -1916,6 +1929,7 @@ CHECKPOINT_FORMAT = 2  # commit e79511b reads those without a number
 
 
 def named(tree):
+    """{name in checkpoints: leaf}."""
     return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
@@ -2228,6 +2242,7 @@ class Log:
 
 
 def due(every, step):
+    """Whether something is done after this step that is done after every so many; 0: never."""
     return every and step % every == 0
 
 
@@ -2611,6 +2626,7 @@ def prepare(x_TK, cos, sin, scale):
 
 
 def prepare_backward(dz_TK, z_TK, r_T1, cos, sin, scale):
+    """The gradient by x of prepare's z, back through norm and rotation."""
     z = z_TK.astype(f32)
     g = dz_TK - z * jnp.mean(dz_TK * z, axis=1, keepdims=True) * (LN2 / scale)
     turned_back = g * cos + pltpu.roll(g * sin, g.shape[1] // 2, 1)
@@ -2654,6 +2670,7 @@ def load_tile(refs, here, own, band):
 
 
 def band_fwd(*refs, band):
+    """Gated attention of a block of queries, and log2 of the softmax's denominator."""
     refs = ForwardRefs(*refs)
 
     def tile(here, own, keys):
