@@ -211,6 +211,7 @@ def test_the_tiny_preset_gives_its_known_losses_and_on_the_same_jax_and_machine_
 
 # ---- A long run ----
 
+@pytest.mark.system
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_three_thousand_steps_leave_memory_compilations_and_open_files_where_they_were(tmp_path):
     marks, compiled = [], []

@@ -97,6 +97,7 @@ def test_two_hosts_of_four_devices_train_as_one_of_eight_and_only_the_first_writ
     assert files == {"log.txt", "metrics.jsonl", "config.json", "ckpt"}
 
 
+@pytest.mark.system
 def test_told_one_of_two_hosts_both_stop_after_the_same_step_and_go_on_as_one(hosts, tmp_path):
     alone = Hosts(tmp_path / "alone")
     (one,) = alone.start(count=1)
@@ -113,6 +114,7 @@ def test_told_one_of_two_hosts_both_stop_after_the_same_step_and_go_on_as_one(ho
     assert_alike(hosts.run_folder(), alone.run_folder())
 
 
+@pytest.mark.system
 def test_hosts_that_differ_end_with_2_before_they_compile(hosts, tmp_path):
     other = make_folder(tmp_path / "other", train=(documents(3, 200),))
     for own in (["--seed=7"], other):
@@ -132,7 +134,7 @@ def test_what_names_no_host_is_refused(words):
         train.start_devices(train.replace(train.DEMO, multihost=words))
 
 
-@pytest.mark.soak
+@pytest.mark.system
 def test_one_two_and_four_processes_train_the_tiny_preset_alike_for_fifty_steps(tmp_path):
     preset = f"@{train.ROOT}/scripts/presets/tiny.args"
     runs = {count: Hosts(tmp_path / str(count)) for count in (1, 2, 4)}
@@ -143,7 +145,7 @@ def test_one_two_and_four_processes_train_the_tiny_preset_alike_for_fifty_steps(
         assert_alike(runs[1].run_folder(), runs[count].run_folder())
 
 
-@pytest.mark.soak
+@pytest.mark.system
 @pytest.mark.parametrize("number", [TERM, signal.SIGINT])
 @pytest.mark.parametrize("told", [[0], [1], [0, 1]], ids=str)
 def test_a_signal_to_any_hosts_stops_both_after_the_same_step(told, number, hosts):

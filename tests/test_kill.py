@@ -152,11 +152,12 @@ def storm(home, kills, seed):
     return most
 
 
+@pytest.mark.system
 def test_kills_at_random_instants_lose_at_most_the_steps_between_two_saves(home):
     assert storm(home, 6, seed=0) <= EVERY
 
 
-@pytest.mark.soak
+@pytest.mark.system
 def test_two_hundred_kills_at_random_instants_lose_at_most_the_steps_between_two_saves(home):
     assert storm(home, 200, seed=1) <= EVERY
 
@@ -194,9 +195,10 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(number, code, home)
 
 
 def printed(words):
-    """The README's block of commands that holds these words."""
-    readme = (Path(train.__file__).parent / "README.md").read_text()
-    (block,) = (b for b in re.findall(r"^```bash\n(.*?)^```$", readme, re.M | re.S) if words in b)
+    """The block of commands in the two READMEs that holds these words."""
+    root = Path(train.__file__).parent
+    text = (root / "README.md").read_text() + (root / "scripts/README.md").read_text()
+    (block,) = (b for b in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S) if words in b)
     return block
 
 
@@ -250,6 +252,7 @@ def test_the_printed_loop_ends_a_run_that_was_stopped_and_killed_as_one_left_alo
     assert weights_of(run) == home.final and measured(run) == home.rows
 
 
+@pytest.mark.system
 def test_ctrl_c_ends_the_printed_loop_once_the_run_has_saved(tmp_path):
     python = """trap "/bin/sleep 0.2; echo saved >> saved; exit 75" INT
         echo start >> starts; for i in $(seq 600); do /bin/sleep 0.1; done"""
@@ -281,6 +284,7 @@ for file in $(cd "${paths[0]}" && find . $depth -type f | sort -r); do
 done"""
 
 
+@pytest.mark.system
 def test_a_copy_in_a_bucket_is_good_whenever_the_machine_went_that_made_it(home, tmp_path):
     """After any piece of any file: what a new machine restores is whole, and grows."""
     lines = printed("export BUCKET")

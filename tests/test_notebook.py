@@ -74,7 +74,7 @@ def test_without_a_clone_and_an_address_it_says_what_is_missing(execute):
         execute(lambda line: None)
 
 
-@pytest.mark.soak
+@pytest.mark.system
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="pip install -r scripts/requirements.txt")
 def test_its_cells_train_draw_sample_and_evaluate(execute, tmp_path, monkeypatch):
     said = []

@@ -1,4 +1,4 @@
-"""scripts/presets: each takes a step on a CPU at reduced width, and (soak: minutes each) compiles for its chips and fits."""
+"""scripts/presets: each takes a step on a CPU at reduced width, and (system: minutes each) compiles for its chips and fits."""
 import importlib.util
 import json
 import math
@@ -57,7 +57,7 @@ def test_the_shakespeare_presets_score_the_whole_last_tenth_without_context():
     assert cfg.steps * cfg.stages[0].batch_tokens == 1_536_000 and (cfg.num_layers, cfg.model_dim, cfg.num_heads) == (4, 128, 4)
 
 
-@pytest.mark.soak
+@pytest.mark.system
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='no TPU compiler: pip install "jax[tpu]"')
 @pytest.mark.parametrize("name, topology", [("gqa", "v6e:2x4"), ("d24", "v6e:2x4"), ("shakespeare_char", "v6e:1x1"), ("shakespeare_free", "v6e:1x1")])
 def test_a_preset_compiles_and_fits(name, topology):

@@ -224,7 +224,7 @@ def test_colours_stay_apart_for_colour_blind_eyes_and_from_the_page():
         assert all(max(a, b) / min(a, b) >= 3 for a, b in ((luminance(color), luminance(theme["surface"])) for color in colors))
         assert min(np.linalg.norm(seen(a, eye) - seen(b, eye)) for eye in eyes for a, b in itertools.combinations(colors, 2)) > 0.08
 
-@pytest.mark.soak
+@pytest.mark.system
 def test_a_browser_without_network_shows_the_tooltip(page, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no Chromium here")
     probe = """const plot = document.querySelector("figure.wide.time .plot"), area = plot.getBoundingClientRect()

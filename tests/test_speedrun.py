@@ -134,6 +134,7 @@ def smoke(folder, *flags):
                           capture_output=True, timeout=300, env=os.environ | {"PYTHON": sys.executable, "JAX_NUM_CPU_DEVICES": "1"})
 
 
+@pytest.mark.system
 def test_a_smoke_run_goes_through_the_real_chain(tmp_path):
     small = """--steps=2 --num_layers=1 --long_layers= --offset_layers= --skips= --late_inputs= --backout= --gate_dims=0
         --smear=false --stages.batch_tokens=512 --stages.seq_len=32 --stages.ahead= --val_every=0 --optimizer=adamw"""
@@ -147,7 +148,7 @@ def test_a_smoke_run_goes_through_the_real_chain(tmp_path):
         assert next(tmp_path.glob("*/report.html")).stat().st_size > 5000
 
 
-@pytest.mark.soak
+@pytest.mark.system
 def test_a_whole_smoke_run_is_a_record_that_is_rejected_for_its_file_of_flags_alone(tmp_path):
     for again in range(2):
         done = smoke(tmp_path)
