@@ -1,115 +1,96 @@
-"""A Hugging Face Hub on loopback: one dataset of small shards, served the way the real hub serves large files.
-
-The hub answers HEAD and GET of /datasets/<repo>/resolve/<revision>/<name> with a redirect that carries the metadata
-(X-Linked-Etag: the SHA-256, X-Linked-Size, X-Repo-Commit); the bytes come from a second origin, with ranges. Faults are
-queued per file name in on_head and on_get, one for each request: an HTTP status, or a tuple ("cut", n): close the
-connection after n bytes; ("reset", n): the same with a TCP reset; ("hold", n): wait for `released` after n bytes.
-"""
+"""A Hugging Face Hub on loopback that holds one dataset of small shards."""
 
 import hashlib
-import socket
+import json
 import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs
 
-REPO = "kjj0/fineweb10B-gpt2"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def make_shard(seed, num_tokens, magic=20240520, version=1):
-    """The bytes of a shard; tokens are a cheap hash stream, different for each seed."""
-    tokens = hashlib.shake_128(f"shard {seed}".encode()).digest(2 * num_tokens)
-    return struct.pack("<256i", magic, version, num_tokens, *[0] * 253) + tokens
+    """The bytes of a shard, from the description of the format. Tokens differ for each seed."""
+    header = struct.pack("<256i", magic, version, num_tokens, *[0] * 253)
+    return header + hashlib.shake_128(str(seed).encode()).digest(2 * num_tokens)
 
 
 class FakeHub:
-    def __init__(self, num_train=3, num_tokens=1500):
-        names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, num_train + 1))]
-        self.files = {name: make_shard(name, num_tokens + i) for i, name in enumerate(names)}
-        self.served, self.etags = {}, {}    # name -> bytes sent, or etag told, instead of the true ones
-        self.on_head, self.on_get = {}, {}  # name -> iterator of faults
-        self.ranges, self.loop = True, False
-        self.released = threading.Event()
-        self.requests = []                  # (method, name, Range header or None, Authorization header or None)
+    """Use it in a `with`. Tests change what it holds and how it answers."""
+
+    def __init__(self, names):
+        self.files = {name: make_shard(name, 1500) for name in names}
+        self.sent = {}  # name: bytes that are sent in place of the true ones
+        self.without_hash = set()  # names
+        self.break_after = {}  # name: bytes after which the next transfer is cut off
+        self.hold_after = {}  # name: bytes after which a transfer stands still
+        self.released = threading.Event()  # and goes on
+        self.downloads = []  # names whose bytes were asked for, in order
 
     def __enter__(self):
-        self.hub, self.cdn = (ThreadingHTTPServer(("127.0.0.1", 0), self.handler(cdn)) for cdn in (False, True))
-        for server in (self.hub, self.cdn):
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_port}" for server in (self.hub, self.cdn))
+        handler = type("BoundHandler", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        loop = {"poll_interval": 0.02}
+        threading.Thread(target=self.server.serve_forever, kwargs=loop, daemon=True).start()
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exception):
         self.released.set()
-        for server in (self.hub, self.cdn):
-            server.shutdown()
-            server.server_close()
+        self.server.shutdown()
+        self.server.server_close()
 
-    def bodies(self):
-        """The files whose bytes were asked for, in order, with their Range headers."""
-        return [(name, byte_range) for method, name, byte_range, _ in self.requests if method == "BODY"]
+    def describe(self, name):
+        """What the hub tells of a file that it keeps by its SHA-256."""
+        data = self.files[name]
+        facts = {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+        if name not in self.without_hash:
+            sha256 = hashlib.sha256(data).hexdigest()
+            facts["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 134}
+        return facts
 
-    def handler(hub, cdn):
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
 
-            def log_message(self, *args):
-                pass
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub = None
 
-            def reply(self, status, headers=(), body=b""):
-                self.send_response(status)
-                for key, value in {"Content-Length": len(body), **dict(headers)}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
+    def log_message(self, *words):
+        pass
 
-            def answer(self):
-                *_, revision, name = self.path.split("/")
-                method = "BODY" if cdn else self.command
-                hub.requests.append((method, name, self.headers.get("Range"), self.headers.get("Authorization")))
-                fault = next({"HEAD": hub.on_head, "BODY": hub.on_get}.get(method, {}).get(name, iter(())), None)
-                if isinstance(fault, int):
-                    return self.reply(fault)
-                if cdn:
-                    return self.send_bytes(name, fault)
-                if not self.path.startswith(f"/datasets/{REPO}/resolve/"):
-                    return self.reply(404, {"X-Error-Code": "RepoNotFound"})
-                if revision not in ("main", COMMIT):
-                    return self.reply(404, {"X-Error-Code": "RevisionNotFound"})
-                if name not in hub.files:
-                    return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-                sha256 = hashlib.sha256(hub.files[name]).hexdigest()
-                self.reply(302, {"Location": self.path if hub.loop else f"{hub.cdn_url}/objects/{revision}/{name}",
-                                 "X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{hub.etags.get(name, sha256)}"',
-                                 "X-Linked-Size": len(hub.files[name])})
+    def begin(self, status, length, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", length)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
 
-            def send_bytes(self, name, fault):
-                body, start = hub.served.get(name, hub.files[name]), 0
-                if hub.ranges and "Range" in self.headers:
-                    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-                what, after = fault or ("send", len(body))
-                self.send_response(206 if start else 200)
-                if start:
-                    self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-                self.send_header("Content-Length", len(body) - start)
-                self.end_headers()
-                self.wfile.write(body[start:start + after])
-                if what == "hold":
-                    hub.released.wait(20)
-                    self.wfile.write(body[start + after:])
-                elif what in ("cut", "reset"):
-                    if what == "reset":  # with this linger, close sends RST instead of FIN
-                        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.close_connection = True
+    def do_POST(self):
+        """Of /api/datasets/REPO/paths-info/REVISION."""
+        form = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        names = parse_qs(form)["paths"]
+        answer = [self.hub.describe(name) for name in names if name in self.hub.files]
+        body = json.dumps(answer).encode()
+        self.begin(200, len(body), Content_Type="application/json")
+        self.wfile.write(body)
 
-            do_GET = do_HEAD = answer
+    def do_HEAD(self):
+        """Of /datasets/REPO/resolve/REVISION/NAME."""
+        data = self.hub.files[self.path.split("/")[-1]]
+        etag = hashlib.sha256(data).hexdigest()
+        self.begin(200, len(data), ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
 
-            def handle(self):
-                try:
-                    super().handle()
-                except ConnectionError:
-                    pass  # the client was killed
-
-        return Handler
+    def do_GET(self):
+        """Of the same. A hub without ranges: what was cut off is sent again as a whole."""
+        hub, name = self.hub, self.path.split("/")[-1]
+        hub.downloads.append(name)
+        body = hub.sent.get(name, hub.files[name])
+        first = hub.break_after.get(name, hub.hold_after.get(name, len(body)))
+        self.begin(200, len(body))
+        self.wfile.write(body[:first])
+        if hub.break_after.pop(name, None) is not None:
+            self.close_connection = True
+            return
+        if name in hub.hold_after:
+            hub.released.wait(20)
+        self.wfile.write(body[first:])
