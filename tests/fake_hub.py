@@ -83,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         """Of the same. A hub without ranges: what was cut off is sent again as a whole."""
         hub, name = self.hub, self.path.split("/")[-1]
+        if name not in hub.files:  # huggingface_hub also asks for a list of its own
+            return self.begin(404, 0)
         hub.downloads.append(name)
         body = hub.sent.get(name, hub.files[name])
         first = hub.break_after.get(name, hub.hold_after.get(name, len(body)))
@@ -90,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:first])
         if hub.break_after.pop(name, None) is not None:
             self.close_connection = True
-            return
+            return None
         if name in hub.hold_after:
             hub.released.wait(20)
-        self.wfile.write(body[first:])
+        return self.wfile.write(body[first:])

@@ -1,5 +1,6 @@
 """cached_fineweb10B.py as a user runs it: a process of its own, against a hub on loopback."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub, make_shard
 
-SCRIPT = Path(__file__).parents[1] / "cached_fineweb10B.py"
+import cached_fineweb10B as download
+
+SCRIPT = Path(download.__file__)
 VAL = "fineweb_val_000000.bin"
 ONE, TWO, THREE = (f"fineweb_train_00000{i}.bin" for i in (1, 2, 3))
 
@@ -97,21 +100,32 @@ def test_a_transfer_that_breaks_off_is_taken_up_again(hub, run, folder):
     assert hub.downloads.count(ONE) == 2
 
 
-@pytest.mark.parametrize(
-    "sent, words",
-    [
-        (make_shard("other", 1500), "SHA-256 "),
-        (make_shard(ONE, 1500, magic=20240521), "begins with [20240521, 1], wanted [20240520, 1]"),
-        (make_shard(ONE, 1499) + b"\0\0", "4024 bytes, wanted 4022 for the 1499 tokens"),
-    ],
-)
-def test_wrong_bytes_never_get_a_shards_name_and_are_not_kept(hub, run, folder, sent, words):
-    hub.sent[ONE] = sent
-    assert words in refusal(run("1"))
+def test_wrong_bytes_never_get_a_shards_name_and_are_not_kept(hub, run, folder):
+    hub.sent[ONE] = make_shard("other", 1500)
+    assert f"{ONE} came wrong" in refusal(run("1"))
     assert shards_in(folder) == {VAL: hub.files[VAL]}
     hub.sent.clear()
     assert run("1")[0] == 0
     assert shards_in(folder)[ONE] == hub.files[ONE]
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "begins with [0, 0]"),
+        (b"<html>Too many requests", "wanted [20240520, 1]"),
+        (make_shard(ONE, 5, version=2), "begins with [20240520, 2], wanted [20240520, 1]"),
+        (make_shard(ONE, 5)[:-1], "1033 bytes, wanted 1034 for the 5 tokens"),
+        (make_shard(ONE, 5) + b"\0\0", "1036 bytes, wanted 1034"),
+        (make_shard(TWO, 5), "SHA-256 "),
+        (make_shard(ONE, 5), ""),
+    ],
+)
+def test_a_shard_is_told_by_header_size_and_hash(tmp_path, data, words):
+    (tmp_path / ONE).write_bytes(data)
+    sha256 = hashlib.sha256(make_shard(ONE, 5)).hexdigest()
+    said = download.problem_with(tmp_path / ONE, sha256)
+    assert words in said and bool(said) == bool(words)
 
 
 def test_a_file_that_the_hub_vouches_for_but_is_no_shard_is_refused(hub, run, folder):
@@ -132,35 +146,36 @@ def test_a_damaged_shard_is_named_by_verify_and_replaced_by_the_next_run(hub, ru
     assert f"{ONE} (SHA-256 " in said and f"{TWO} (1600 bytes, " in said and VAL not in said
     assert f"python cached_fineweb10B.py 2 --dir={folder}" in said
     assert f"{THREE} (missing)" in refusal(run("3", "--verify"))
-    assert shards_in(folder) == before and len(hub.downloads) == 3  # it looks and leaves alone
-    assert run("2")[0] == 0
-    assert shards_in(folder) == {name: hub.files[name] for name in (VAL, ONE, TWO)}
-    assert len(hub.downloads) == 5
-
-
-def test_a_shard_that_does_not_come_anew_leaves_the_old_one(hub, run, folder):
-    assert run("1")[0] == 0
-    damage(folder / ONE)
-    before = shards_in(folder)
+    assert len(hub.downloads) == 3  # it only looks
     hub.sent[ONE] = b"<html>Too many requests</html>"
     refusal(run("1"))
-    assert shards_in(folder) == before
+    assert shards_in(folder) == before  # until another one has come, a damaged shard stays
+    hub.sent.clear()
+    fetched = len(hub.downloads)
+    assert run("2")[0] == 0
+    assert shards_in(folder) == {name: hub.files[name] for name in (VAL, ONE, TWO)}
+    assert sorted(hub.downloads[fetched:]) == [ONE, TWO]
 
 
 @pytest.mark.parametrize(
-    "arguments, env, words",
+    "arguments, words",
     [
-        (["0"], {}, "N is 0, wanted 1 to 103"),
-        (["104"], {}, "N is 104, wanted 1 to 103"),
-        (["abc"], {}, "abc"),
-        (["--verify"], {}, "has no shards"),
-        (["1"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "ConnectError"),
-        (["1"], {"HF_HUB_OFFLINE": "1"}, "offline"),
+        (["0"], "N is 0, wanted 1 to 103"),
+        (["104"], "N is 104, wanted 1 to 103"),
+        (["abc"], "abc"),
+        (["--verify"], "has no shards"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(run, folder, arguments, env, words):
-    assert words in refusal(run(*arguments, **env))
-    assert shards_in(folder) == {}
+def test_wrong_arguments_are_one_sentence(folder, arguments, words, capsys):
+    code = download.main([*arguments, f"--dir={folder}"])
+    assert words in refusal((code, "", capsys.readouterr().err))
+    assert not folder.exists()
+
+
+def test_without_a_network_it_says_so_in_one_sentence(run, folder):
+    assert "ConnectError" in refusal(run("1", HF_ENDPOINT="http://127.0.0.1:9"))
+    assert "offline" in refusal(run("1", HF_HUB_OFFLINE="1"))
+    assert not folder.exists()
 
 
 def test_a_hub_that_states_no_sha256_is_not_trusted(hub, run, folder):
