@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from scripts.text import usage_errors
+from scripts.text import open_tokenizer, usage_errors
 from train import (
     CHECKPOINT_FORMAT,
     GPT,
@@ -18,6 +18,7 @@ from train import (
     Stage,
     choose_attention,
     f32,
+    find_shards,
     gather,
     load_tensors,
     make_mesh,
@@ -43,6 +44,14 @@ class Trained(NamedTuple):
     def weights(self):
         """Compute copies, layers unstacked, as forward takes them."""
         return unstack(gather(self.params, GPT.specs(self.cfg), 1, self.cfg))
+
+    def tokenizer(self, folder=""):
+        """The Tokenizer in a folder, by default in that of the run's training shards.
+
+        Raises UsageError.
+        """
+        found = find_shards(self.cfg.train_files) or [Path(self.cfg.train_files)]
+        return open_tokenizer(self.meta, folder or found[0].parent)
 
 
 def checkpoint_folder(path):
