@@ -17,7 +17,7 @@
 
 The order is: Config and flags; mesh, weights, model; schedules, optimizers; data; the compiled
 steps; checkpoint, clock and log; the run. The TPU kernels stand last: skip them at first.
-Importing this file does nothing.
+Importing this file starts no device.
 
 One letter is one axis, in array names, einsum strings and the weight table alike:
     A  micro-steps of a step      B  rows of a batch     T  query position   S  key position
@@ -131,7 +131,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The numbers one can turn."""
+    """The numbers one can turn. The defaults are those of the preset speedrun."""
 
     # Run
     preset: str = "speedrun"  # speedrun or demo; by default what this machine can do
@@ -142,23 +142,25 @@ class Config:
     num_layers: int = 11  # blocks
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 3  # query heads; on a TPU 3 of 256 are 14 % faster than 6 of 128
-    num_kv_heads: int | None = None  # key heads, each shared by several query heads; None: as many
+    num_kv_heads: int | None = None  # key heads, each shared by query heads; None: num_heads
     head_dim: int = 256  # width of a head, a multiple of 4; of 128 for the TPU kernels
     mlp_dim: int = 3072  # hidden width of the ReLU^2 MLP
     vocab_size: int | None = None  # token ids there are; None: what the shards' meta.json says
     bos_id: int | None = None  # the token before each document; None: what meta.json says
     mlp_only: tuple = (6,)  # blocks without attention
     long_layers: tuple = (3, 10)  # blocks with the long window
-    offset_layers: tuple = (3, 10)  # blocks that match keys by the token before them
+    offset_layers: tuple = (3, 10)  # blocks whose keys take half their dims from the token before
     skips: tuple = ((3, 6),)  # the stream after 3 re-enters before 6
     late_inputs: tuple = ((7, 9), (7, 10))  # attention of 9 reads after 7
     backout: tuple = (7,)  # the stream after 7 is taken out of the last one in part
     gate_dims: int = 12  # dims of its input that a gate reads; 0: no gates
     smear: bool = True  # a gate lets some of the token before into each embedding
-    softcap: tuple = (11.5, 15.0, 5.0)  # (A, B, C): A * tanh((logit + C) / B)
+    softcap: tuple = (11.5, 15.0, 5.0)  # (A, B, C): A * tanh((logit + C) / B); empty: no cap
     attn_scale: float = 0.0707  # multiplies q.k, both of unit rms, in the first stage
     attention: str = "auto"  # band: the TPU kernels; xla: plain; auto: band on a TPU if it can
-    head_block: int = 4096  # tokens whose logits exist at a time, where it divides
+    head_block: int = (
+        4096  # tokens whose logits exist at a time; all, where it does not divide them
+    )
     compute_dtype: str = "bfloat16"  # of matmul operands and of gradients between devices
     residual_dtype: str | None = None  # of activations between matmuls; None: compute_dtype
     # Schedule
@@ -175,18 +177,18 @@ class Config:
     warmup_steps: int = 0  # the learning rate rises linearly over these
     cooldown_frac: float = 0.6  # share of the steps before final_frac in which the rates fall
     final_lr_scale: float = 0.15  # what they fall to, of the base rates
-    final_frac: float = 0.021  # share of the steps, the last ones, that are made at this rate
+    final_frac: float = 0.021  # share of the steps, at the end, that keep this rate
     # Optimizers
     optimizer: str = "muon"  # muon: matrices by Muon, the rest by Adam; adamw: all by AdamW
-    muon_lr: float = 0.023  # spectral norm of a step, times sqrt(longer / shorter side)
+    muon_lr: float = 0.023  # a step's spectral norm is this times sqrt(longer / shorter side)
     muon_wd: float = 1.2  # a weight that a step shrinks also loses lr^2 * wd of itself, stretched
     muon_momentum: tuple = (0.85, 0.95, 300, 50)  # from, to, steps up (record 9), steps down
-    adam_lr: float = 0.008  # embedding, head and gates
+    adam_lr: float = 0.008  # embedding, head and gates; of some a fraction, see optimizer_rules
     adam_beta1: float = 0.5  # decay of the gradient's mean; embedding and head, with adamw all
     adam_beta2: float = 0.95  # decay of its square's mean; the same
     adam_eps: float = 1e-10  # added to the root of the square's mean
     adam_wd: float = 0.75  # embedding and head, as muon_wd; with adamw matrices too, lr * wd
-    scalar_lr: float = 0.04  # learned scalars
+    scalar_lr: float = 0.04  # learned scalars; of some a fraction, see optimizer_rules
     adamw_lr: float = 0.001  # everything, with --optimizer=adamw
     # Data
     train_files: str = "fineweb10B/fineweb_train_*.bin"  # shards; empty: Python's own source
@@ -230,7 +232,7 @@ class Config:
 
 
 SPEEDRUN = Config()
-DEMO = Config(  # a minute and a half on two CPU cores
+DEMO = Config(  # minutes on two CPU cores
     preset="demo",
     steps=310,
     num_layers=4,
@@ -279,14 +281,17 @@ MAY_DIFFER = {  # between a run and its resumption; a hash guards the data
     "train_files",
     "val_files",
 }
-RETIRED = {  # flags of earlier versions, and what they are now
+RETIRED = {  # flags of earlier versions or other programs, and what they are here
     "attn_block": "it is chosen by the row's length",
+    "batch_size": "it is --stages.batch_tokens",
     "batch_tokens": "now --stages.batch_tokens",
     "embed_lr": "now --adam_lr, for embedding, head and gates",
     "embed_std": "now a constant in param_specs",
     "fsdp": "it is gone: weights and optimizer state are always split over the devices",
     "gate_lr": "now --adam_lr, for embedding, head and gates",
     "head_lr": "now --adam_lr, for embedding, head and gates",
+    "learning_rate": "they are --muon_lr, --adam_lr and --scalar_lr; --stages.lr multiplies all",
+    "lr": "they are --muon_lr, --adam_lr and --scalar_lr; --stages.lr multiplies all",
     "max_doc_len": "now --stages.doc_len",
     "mtp": "now --stages.ahead",
     "muon_beta2": "now a constant in equalize_units",
@@ -314,14 +319,15 @@ CHOICES = {
 WORDS = {"true": True, "false": False, "none": None, "": ()}
 AT_LEAST_1 = (
     "steps num_layers model_dim num_heads head_dim mlp_dim val_tokens max_epochs cpu_devices "
-    "log_every head_block micro_tokens"
+    "log_every seq_len head_block micro_tokens"
 ).split()
 
 
 def flag_names(config):
     """All flags of a Config, or of another architecture's subclass of it."""
-    columns = [f"{table}.{name}" for table in ("stages", "val") for name in get_type_hints(Stage)]
-    return [name for name in get_type_hints(config) if name not in ("stages", "val")] + columns
+    names = [name for name in get_type_hints(config) if name not in ("stages", "val")]
+    names += [f"stages.{name}" for name in get_type_hints(Stage)]
+    return names + ["val.seq_len", "val.short", "val.long"]
 
 
 def read_flags(argv):
@@ -399,7 +405,7 @@ def parse_texts(texts, preset, presets):
     for flag in sorted(texts, key=lambda flag: flag != "stages.end"):  # the number of rows first
         if flag not in names:
             near = difflib.get_close_matches(flag, names, n=1, cutoff=0)[0]
-            what = RETIRED.get(flag, f"the nearest is --{near}=VALUE")
+            what = RETIRED.get(flag, f"the nearest is --{near}=VALUE, see --help")
             raise UsageError(f"--{flag}={texts[flag]}: there is no such flag; {what}")
         try:
             cfg = set_flag(cfg, flag, texts[flag])
@@ -426,11 +432,23 @@ def rules(cfg):
     """
     for flag, choices in CHOICES.items():
         yield flag, getattr(cfg, flag) in choices, f"one of {choices}"
-    for flag, value in vars(cfg).items():
-        if isinstance(value, (int, float)):
-            least = int(flag in AT_LEAST_1)
-            yield flag, least <= value < 1 << 31, f"{least} or more"
+    for table, row in (("", cfg), ("val.", cfg.val), *(("stages.", row) for row in cfg.stages)):
+        for name, value in vars(row).items():
+            if isinstance(value, (int, float)):
+                least = int(name in AT_LEAST_1)
+                yield table + name, least <= value < 1 << 31, f"{least} or more"
     yield "head_dim", cfg.head_dim % 4 == 0, "a multiple of 4, for half-RoPE"
+    yield "num_kv_heads", cfg.num_heads % cfg.kv_heads == 0, "a divisor of num_heads"
+    for flag, sizes in (("softcap", (0, 3)), ("muon_momentum", (4,))):
+        values = getattr(cfg, flag)
+        numbers = len(values) in sizes and {type(x) for x in values} <= {int, float}
+        yield flag, numbers, f"{' or '.join(map(str, sizes))} numbers"
+    yield from layer_rules(cfg)
+    yield from schedule_rules(cfg)
+
+
+def layer_rules(cfg):
+    """The rules about which blocks have what, as rules yields them."""
     blocks = range(cfg.num_layers)
     for flag in ("mlp_only", "long_layers", "offset_layers", "backout"):
         yield flag, set(getattr(cfg, flag)) <= set(blocks), f"blocks below {cfg.num_layers}"
@@ -439,13 +457,17 @@ def rules(cfg):
         yield flag, ordered, "pairs of an earlier and a later block, such as ((3, 6),)"
     readers = {reader for _, reader in cfg.late_inputs} - set(cfg.mlp_only)
     yield "late_inputs", len(readers) == len(cfg.late_inputs), "each reader once, with attention"
+    yield "mlp_only", len(cfg.mlp_only) < cfg.num_layers, "a block with attention left"
+
+
+def schedule_rules(cfg):
+    """The rules of the stage table and of validation, as rules yields them."""
     ends = [0, *(stage.end for stage in cfg.stages)]
     rising = ends == sorted(set(ends)) and ends[-1] == 1
     yield "stages.end", rising, "rising shares of the steps, the last 1"
     longest = max(stage.seq_len for stage in cfg.stages)
     for stage in cfg.stages:
-        divides = stage.seq_len > 0 and longest % stage.seq_len == 0
-        yield "stages.seq_len", divides, "divisors of the longest"
+        yield "stages.seq_len", longest % stage.seq_len == 0, "divisors of the longest"
         whole = stage.batch_tokens > 0 and stage.batch_tokens % stage.seq_len == 0
         yield "stages.batch_tokens", whole, "whole rows of stages.seq_len"
     is_packed = {stage.doc_len > 0 for stage in cfg.stages}
@@ -1248,8 +1270,8 @@ def move(p, direction, rule, spec, scale):
     if isinstance(rule, Muon):
         shorter, longer = sorted(spec.shape[-2:])
         stretch = (longer / shorter) ** 0.5
-    caution = lr * (direction * p > 0) if rule.cautious else 1.0
-    return p - lr * stretch * (direction + rule.wd * p * caution)
+    decay_scale = lr * (direction * p > 0) if rule.cautious else 1.0
+    return p - lr * stretch * (direction + rule.wd * p * decay_scale)
 
 
 def update(state, grads, stage, specs, rules, num_devices, cfg):
@@ -1727,7 +1749,7 @@ def sum_rows(ids_N, g_ND, num_rows):
 def tie(tree, stage):
     """In a tied stage the embedding is the head (records 51 and 53; gain 0.013).
 
-    tree: weights, or the optimizer state, which is left as it is where the two have other slots.
+    tree: weights, or the optimizer state, which stays as it is where the two have different slots.
     """
     if not stage.tied:
         return tree
@@ -1999,11 +2021,25 @@ def read_manifest(folder, cfg, data=None):
         raise UsageError(f"{folder}: no checkpoint to go on from: {error}") from error
 
 
-def find_checkpoint(cfg, data):
+def check_tensors(file, like):
+    """Raises UsageError where names, shapes or dtypes in a .safetensors file are not `like`'s."""
+    try:
+        with safetensors.safe_open(file, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            found = {(name, *part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    except safetensors.SafetensorError as error:
+        raise UsageError(f"{file}: {error}") from error
+    wanted = {(name, *leaf.shape, "F32") for name, leaf in named(like).items()}
+    others = sorted(map(str, wanted ^ found))
+    require(not others, f"{file}: not of this weight table: {', '.join(others[:2])}")
+
+
+def find_checkpoint(cfg, data, like=None):
     """(folder, manifest) of the checkpoint to resume from, or (None, {}) to start at step 0.
 
-    data: the hash of the shards. --resume=auto passes over what is damaged or another run's, and
-    says so. Raises UsageError where a folder was named that has none to go on from.
+    data: the hash of the shards. like: a State of the shapes wanted, else they are not looked at.
+    --resume=auto passes over what is damaged or another run's, and says so. Raises UsageError where
+    a folder was named that has none to go on from.
     """
     if not cfg.resume:
         return None, {}
@@ -2015,7 +2051,11 @@ def find_checkpoint(cfg, data):
     problem = "nothing is there"
     for folder in folders:  # the newest first
         try:
-            return folder.resolve(), read_manifest(folder, cfg, data)
+            manifest = read_manifest(folder, cfg, data)
+            if like:
+                check_tensors(folder / "params.safetensors", like.params)
+                check_tensors(folder / "opt.safetensors", like.opt_state)
+            return folder.resolve(), manifest
         except UsageError as error:
             problem = error
             print(f"--resume={cfg.resume}: passing over {error}")
@@ -2027,12 +2067,10 @@ def find_checkpoint(cfg, data):
 def load_tensors(file, like):
     """The tree of a verified .safetensors file, each leaf placed as the one of `like`.
 
-    Raises UsageError where names, shapes or dtypes are not those of `like`.
+    Raises UsageError as check_tensors.
     """
+    check_tensors(file, like)
     tensors = safetensors.numpy.load_file(file)
-    found = {(name, *x.shape, x.dtype.name) for name, x in tensors.items()}
-    wanted = {(name, *leaf.shape, leaf.dtype.name) for name, leaf in named(like).items()}
-    require(wanted == found, f"{file}: not of this weight table: {sorted(wanted ^ found)[:2]}")
 
     def place(path, leaf):
         array = tensors[name_of(path)]
@@ -2482,7 +2520,8 @@ def main(argv=None, model=GPT, hook=lambda step: False):
     train, val, cfg, data_note = open_data(cfg)
     data_hash = hash_of(train.sha256, val.sha256)
     mesh = make_mesh()
-    checkpoint, manifest = find_checkpoint(cfg, data_hash)
+    like = jax.eval_shape(make_init(model, mesh, cfg))
+    checkpoint, manifest = find_checkpoint(cfg, data_hash, like)
     check_hosts_agree(source, cfg, data_hash, manifest)
     folder = checkpoint.parent.parent if checkpoint else new_folder(cfg)
     if manifest.get("step") == cfg.steps and is_sealed(folder):
