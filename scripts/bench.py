@@ -1,351 +1,455 @@
-"""What does a training step cost on one CPU core, and what beside the same step of other programs?
+"""What does a training step cost on this machine, and beside the same step of other programs?
 
-    python -m scripts.bench                                both workloads in bfloat16 and float32, this repository alone
-    python -m scripts.bench --modded_jax=DIR --nanogpt=DIR     in turns with its peers: the ratios are the result
-    python -m scripts.bench --only=step -- --compute_dtype=bfloat16     what follows -- are flags of train.py
-    python -m scripts.bench --loader                       how many tokens per second does the host loader deliver?
+    python -m scripts.bench                          each stage of what train.py would run here
+    python -m scripts.bench --micro_tokens=8192,16384,32768 -- --preset=speedrun       on a GPU
+    python -m scripts.bench --nanogpt=DIR --modded_jax=DIR         in turns with peers, on one core
+    python -m scripts.bench --loader                 how many tokens per second does the host pack?
 
-step  a small GPT under a full GPT-2 vocabulary (scripts/presets/bench_step.args). Peer: modded-nanogpt-jax (DIR: a git
-      repository that has commit 0316a10), a speedrun in one file of pure JAX, with Muon and Adam too.
-char  the character model of nanoGPT's README by AdamW (scripts/presets/char_adamw.args). Peer: nanoGPT (DIR: a git
-      repository that has commit 3adf61e), eager, in float32; it needs torch.
+What follows -- are flags of train.py.
 
-Each program is compiled once, in a process of its own, all on one core with one thread; then they take turns. A row is
-one turn: CPU time per step and median wall time, with the CPU's speed just before and after, as GFLOP of a float32
-matmul per second of CPU. Tokens are random (Zipf) and the same for all; a step's cost does not depend on them.
+Stages: the whole step of the whole global batch, optimizer included, on all devices there are.
+Compilation, step times, tokens per second, MFU and memory, a row for each stage and each
+--micro_tokens. Smaller micro-steps go first, because the peak of memory is the process's. Tokens
+are random, since a step's cost does not depend on them; the loss of these few steps begins near
+log(vocabulary).
 
---loader  train_batches of train.py, from generated shards of true size to arrays on eight simulated devices (a batch is put
-      in eight shares, as on eight chips; their transfer is not in it), all threads on one core. A turn reads all shards
-      once, mapped anew; the cold one after they were dropped from the page cache, the others from it. A real run finds
-      them there: open_data has read them. Counted are tokens trained on, as the share of what is read that is cut off.
+Peers: DIR is a checkout, of which one file is run.
+    modded_jax   train.py of modded-nanogpt-jax, as of commit 0316a10: a speedrun in pure JAX. The
+                 step is a small GPT's under a full vocabulary (scripts/presets/bench_step.args).
+    nanogpt      model.py of nanoGPT, as of commit 3adf61e: eager, in float32; it needs torch. The
+                 step is its README's character model by AdamW (scripts/presets/char_adamw.args).
+Ours, in bfloat16 and float32, and the peer take turns, all on one core. A row is a turn: CPU time
+per step and median wall time. A busy machine slows all of them, so the ratios are the result.
+
+Loader: train_batches of train.py, on one core, for each stage of the preset speedrun, from a
+generated shard that lies in the page cache, as a real run's do.
 """
-import argparse, contextlib, importlib.util, io, itertools, json, math, multiprocessing, os, subprocess, sys
-import tempfile, time, types
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import (
-    GPT,
-    NO_TOKEN,
-    ROOT,
-    UsageError,
-    find_shards,
-    make_init,
-    make_mesh,
-    make_train_step,
-    open_shards,
-    parse_flags,
-    plan,
-    read_flags,
-    replace,
-    require,
-    to_devices,
-    train_batches,
-    write_shard,
+import train
+from train import GPT, ROOT, UsageError, replace, require
+
+WARMUP = 2  # steps before those that are timed
+NUM_TURNS = 3
+PRESETS = {"modded_jax": "bench_step.args", "nanogpt": "char_adamw.args"}
+STEPS = {"modded_jax": 4, "nanogpt": 60}  # of a turn
+FILES = {"modded_jax": "train.py", "nanogpt": "model.py"}
+DTYPES = ("bfloat16", "float32")
+BOS = 50256
+
+
+def random_tokens(num_rows, stage, cfg):
+    """uint16 [B, T+1], a document every 500 tokens."""
+    shape = num_rows, stage.seq_len + 1
+    tokens = np.random.default_rng(1337).integers(0, cfg.vocab_size, shape, np.uint16)
+    tokens[:, ::500] = cfg.bos_id
+    return tokens
+
+
+# ---- Stages --------------------------------------------------------------------------------------
+
+HEAD = """\
+  micro stage   row  tokens compile  median     min     max thousand    MFU   GiB by    peak    loss
+ tokens             a step       s      ms      ms      ms tokens/s        compiler     GiB"""
+LINE = (
+    "{micro_tokens:7}{stage:6}{seq_len:6}{tokens:8}{compile_s:8.1f}{median_ms:8.1f}{min_ms:8.1f}"
+    "{max_ms:8.1f}{k:9.1f}{mfu:>7}{compiled_gib:9.2f}{peak_gib:>8}{loss:8.3f}"
 )
 
-FLAGS = {"step": "bench_step.args", "char": "char_adamw.args"}
-PEER = {"step": ("modded_jax", "0316a10:train.py"), "char": ("nanogpt", "3adf61e:model.py")}
-TURN = {"step": 4, "char": 60}  # steps
 
-# ---- The programs: each function compiles one and returns (state, put, step, seconds that took) ----
-# put(tokens uint16 [B, T+1]) -> batch is not timed; step(state, batch) -> (state, loss) is, until the loss is a number.
+def configure(flags):
+    """The Config that these flags give here, its vocabulary that of its shards. Raises UsageError.
 
-def ours(cfg, source):
-    mesh, stage = make_mesh(), cfg.stages[0]
-    put = lambda tokens_BT1: to_devices([[row] for row in tokens_BT1], stage, mesh, cfg)
-    state, start = make_init(GPT, mesh, cfg)(), time.perf_counter()
-    step = make_train_step(stage, GPT, mesh, cfg).lower(state, put([])).compile()
-    return state, put, step, time.perf_counter() - start
+    Without shards the vocabulary is GPT-2's.
+    """
+    cfg, _ = train.configure(flags)
+    pattern = cfg.train_files or train.embedded_corpus()[0]
+    meta = train.read_meta(Path(pattern).parent / "meta.json")
+    return train.complete_config(train.Shards([], [], meta), cfg)
 
-def modded_jax(cfg, source):
-    """Its Config, weights, optimizers and train_step as they are; the mesh gets the axis type it was written for."""
-    plain, auto = jax.make_mesh, jax.sharding.AxisType.Auto
-    jax.make_mesh = lambda shape, names: plain(shape, names, axis_types=(auto,) * len(names))
-    peer, length = run_source("modded_jax", source), cfg.stages[0].seq_len
+
+def compile_step(function, arguments, options):
+    """(program, seconds)."""
+    start = time.perf_counter()
+    program = function.lower(*arguments).compile(compiler_options=options)
+    return program, time.perf_counter() - start
+
+
+def time_stage(stage, program, state, mesh, num_steps, cfg):
+    """A stage's numbers. Raises JaxRuntimeError, and NonFiniteLoss."""
+    tokens_BT1 = random_tokens(stage.batch_tokens // stage.seq_len, stage, cfg)
+    batch = train.to_devices([[row] for row in tokens_BT1], stage, mesh, cfg)
+    seconds = []
+    for _ in range(WARMUP + num_steps):
+        start = time.perf_counter()
+        state, loss = jax.block_until_ready(program(state, batch))
+        seconds.append(time.perf_counter() - start)
+    loss = train.require_finite(loss, f"the loss after {len(seconds)} steps")
+    step_ms = 1e3 * np.array(seconds[WARMUP:])
+    tokens_per_s = 1e3 * stage.batch_tokens / float(np.median(step_ms))
+    flops = tokens_per_s * train.flops_per_token(stage, GPT.specs(cfg), cfg)
+    peak = train.peak_flops()
+    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return {
+        "seq_len": stage.seq_len,
+        "tokens": stage.batch_tokens,
+        "median_ms": float(np.median(step_ms)),
+        "min_ms": float(step_ms.min()),
+        "max_ms": float(step_ms.max()),
+        "tokens_per_s": tokens_per_s,
+        "mfu": flops / peak if peak else None,
+        "compiled_gib": train.memory_of(program) / 2**30,
+        "peak_gib": used / 2**30 if used else None,
+        "loss": loss,
+    }
+
+
+def line_of(row):
+    if "error" in row:
+        return "{micro_tokens:7}{stage:7}  {error}".format(**row)
+    mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+    peak_gib = f"{row['peak_gib']:.2f}" if row["peak_gib"] else "-"
+    return LINE.format(**row | {"k": row["tokens_per_s"] / 1e3, "mfu": mfu, "peak_gib": peak_gib})
+
+
+def time_stages(args):
+    """Yield (a line, its row) of each --micro_tokens and stage. Raises UsageError."""
+    cfg = configure(args.flags)
+    mesh = train.make_mesh()
+    num_steps = args.steps or 5
+    count = train.count_params(GPT.specs(cfg))
+    yield f"{count} parameters, attention {cfg.attention}; {num_steps} steps after {WARMUP}", None
+    yield HEAD, None
+    for micro_tokens in args.micro_tokens or [cfg.micro_tokens]:
+        cfg = replace(cfg, micro_tokens=micro_tokens)
+        listed = train.list_programs(GPT, mesh, cfg)
+        options = train.compiler_options(mesh, cfg)
+        with ThreadPoolExecutor() as pool:
+            futures = []
+            for i in range(len(cfg.stages)):
+                futures.append(pool.submit(compile_step, *listed[f"train_{i}"], options))
+        for i, stage in enumerate(cfg.stages):
+            row = {"micro_tokens": micro_tokens, "stage": i}
+            try:
+                program, row["compile_s"] = futures[i].result()
+                state = listed["init"][0]()
+                row |= time_stage(stage, program, state, mesh, num_steps, cfg)
+            except (jax.errors.JaxRuntimeError, train.NonFiniteLoss) as error:
+                row["error"] = str(error).split("\n")[0][:200]  # memory, mostly
+            yield line_of(row), row
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    yield "; ".join([devices, *(f"{name}={text}" for name, text in train.versions().items())]), None
+
+
+# ---- Peers ---------------------------------------------------------------------------------------
+# Each function compiles a step and returns (put, step, seconds that took). put(tokens uint16
+# [B, T+1]) -> batch is not timed; step(batch) -> loss, a number, is.
+
+
+def ours(cfg):
+    mesh = train.make_mesh()
+    stage = cfg.stages[0]
+    state = train.make_init(GPT, mesh, cfg)()
+
+    def put(tokens_BT1):
+        return train.to_devices([[row] for row in tokens_BT1], stage, mesh, cfg)
+
+    function = train.make_train_step(stage, GPT, mesh, cfg)
+    program, compile_s = compile_step(function, (state, put([])), {})
+
+    def step(batch):
+        nonlocal state
+        state, loss = program(state, batch)
+        return float(loss)
+
+    return put, step, compile_s
+
+
+def modded_jax(peer, cfg):
+    """Its Config, weights, optimizers and train_step as they are."""
+    length = cfg.stages[0].seq_len
     num_rows = cfg.stages[0].batch_tokens // length
-    its = peer.Config(n_layers=cfg.num_layers, d_model=cfg.model_dim, n_heads=cfg.num_heads, vocab_size=cfg.vocab_size,
-                      dtype=cfg.compute_dtype, batch_size=num_rows, micro_batch_size=num_rows, min_sequence_length=length,
-                      max_sequence_length=length, sequence_warmup_intervals=length, n_train_iters=cfg.steps)
-    put = lambda tokens_BT1: [jnp.asarray(x[None], jnp.int32) for x in (tokens_BT1[:, :-1], tokens_BT1[:, 1:])]
-    with peer.get_mesh(its) as mesh:
-        params, tables = peer.init_params(its, mesh)
-        optimizer, opt_state = peer.init_optimizer(its, params, mesh)
-        program, start = jax.jit(peer.train_step, static_argnums=(0, 4), donate_argnums=(1, 3)), time.perf_counter()
-        program = program.lower(its, params, tables, opt_state, optimizer, *put(np.zeros((num_rows, length + 1)))).compile()
-    def step(state, batch):
-        params, opt_state, metrics = program(state[0], tables, state[1], *batch)
-        return (params, opt_state), metrics["loss"]
-    return (params, opt_state), put, step, time.perf_counter() - start
+    config = peer.Config(
+        n_layers=cfg.num_layers,
+        d_model=cfg.model_dim,
+        n_heads=cfg.num_heads,
+        vocab_size=cfg.vocab_size,
+        dtype=cfg.compute_dtype,
+        batch_size=num_rows,
+        micro_batch_size=num_rows,
+        min_sequence_length=length,
+        max_sequence_length=length,
+        sequence_warmup_intervals=length,
+        n_train_iters=cfg.steps,
+    )
+    make_mesh = jax.make_mesh
 
-def nanogpt(cfg, source):
+    def make_auto_mesh(shape, names):
+        kinds = (jax.sharding.AxisType.Auto,) * len(names)  # the default when it was written
+        return make_mesh(shape, names, axis_types=kinds)
+
+    def put(tokens_BT1):
+        return [jnp.asarray(x[None], jnp.int32) for x in (tokens_BT1[:, :-1], tokens_BT1[:, 1:])]
+
+    with mock.patch.object(jax, "make_mesh", make_auto_mesh):
+        mesh = peer.get_mesh(config)
+    with mesh:
+        params, tables = peer.init_params(config, mesh)
+        optimizer, opt_state = peer.init_optimizer(config, params, mesh)
+        function = jax.jit(peer.train_step, static_argnums=(0, 4), donate_argnums=(1, 3))
+        batch = put(np.zeros((num_rows, length + 1)))
+        arguments = config, params, tables, opt_state, optimizer, *batch
+        program, compile_s = compile_step(function, arguments, {})
+
+    def step(batch):
+        nonlocal params, opt_state
+        params, opt_state, metrics = program(params, tables, opt_state, *batch)
+        return float(metrics["loss"])
+
+    return put, step, compile_s
+
+
+def nanogpt(peer, cfg):
     """Its model and its AdamW, in the order of its training loop."""
     import torch
+
     torch.set_num_threads(1)
-    peer, length = run_source("nanogpt", source), cfg.stages[0].seq_len
+    config = peer.GPTConfig(
+        n_layer=cfg.num_layers,
+        n_head=cfg.num_heads,
+        n_embd=cfg.model_dim,
+        bias=False,
+        block_size=cfg.stages[0].seq_len,
+        vocab_size=cfg.vocab_size,
+        dropout=0.0,
+    )
+    betas = cfg.adam_beta1, cfg.adam_beta2
     with contextlib.redirect_stdout(io.StringIO()):
-        model = peer.GPT(peer.GPTConfig(n_layer=cfg.num_layers, n_head=cfg.num_heads, n_embd=cfg.model_dim, bias=False,
-                                        block_size=length, vocab_size=cfg.vocab_size, dropout=0.0))
-        optimizer = model.configure_optimizers(cfg.adam_wd, cfg.adamw_lr, (cfg.adam_beta1, cfg.adam_beta2), "cpu")
-    put = lambda tokens_BT1: [torch.from_numpy(x.astype(np.int64)) for x in (tokens_BT1[:, :-1], tokens_BT1[:, 1:])]
-    def step(state, batch):
+        model = peer.GPT(config)
+        optimizer = model.configure_optimizers(cfg.adam_wd, cfg.adamw_lr, betas, "cpu")
+
+    def put(tokens_BT1):
+        tokens_BT1 = torch.from_numpy(tokens_BT1.astype(np.int64))
+        return tokens_BT1[:, :-1].contiguous(), tokens_BT1[:, 1:].contiguous()
+
+    def step(batch):
         _, loss = model(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return state, loss.detach()
-    return None, put, step, 0.0
+        return float(loss.detach())
 
-def run_source(name, source):
-    module = sys.modules[name] = types.ModuleType(name)
-    exec(compile(source, name, "exec"), vars(module))
+    return put, step, 0.0
+
+
+def load_peer(name, folder):
+    """The module of a peer's file. Raises UsageError where it lacks a package."""
+    path = Path(folder) / FILES[name]
+    spec = importlib.util.spec_from_file_location(f"peer_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look it up
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise UsageError(f"--{name}={folder}: {path} needs a package: {error}") from error
     return module
 
-# ---- Measuring ----
 
-def calibrate(seconds=0.3, size=768):
-    x = np.random.default_rng(0).standard_normal((size, size), np.float32)
-    y, count, start = x @ x, 0, time.process_time()
-    while time.process_time() < start + seconds:
-        np.matmul(x, x, out=y)
-        count += 1
-    return 2e-9 * size ** 3 * count / (time.process_time() - start)
+def time_turn(put, step, num_steps, cfg):
+    """Some steps of a program."""
+    stage = cfg.stages[0]
+    batch = put(random_tokens(stage.batch_tokens // stage.seq_len, stage, cfg))
+    losses = []
+    ticks = [time.perf_counter()]
+    cpu = time.process_time()
+    for _ in range(num_steps):
+        losses.append(step(batch))
+        ticks.append(time.perf_counter())
+    wall_ms = 1e3 * float(np.median(np.diff(ticks)))
+    return {
+        "cpu_ms": 1e3 * (time.process_time() - cpu) / num_steps,
+        "wall_ms": wall_ms,
+        "tokens_per_s": 1e3 * stage.batch_tokens / wall_ms,
+        "losses": losses,
+    }
 
-def work(pipe, workload, name, program, cfg, source):
-    """A program's process: compile, run step 0, then for each number that arrives so many steps; at 0 it ends."""
-    state, put, step, compile_s = program(cfg, source)
-    stage, rng, share = cfg.stages[0], np.random.default_rng(1337), 1 / np.arange(1, cfg.vocab_size + 1)
-    shape, losses, num_steps = (stage.batch_tokens // stage.seq_len, stage.seq_len + 1), [], 1
-    while num_steps:
-        batches = [put(rng.choice(cfg.vocab_size, shape, p=share / share.sum()).astype(np.uint16)) for _ in range(num_steps)]
-        before, ticks, cpu = calibrate(), [time.perf_counter()], time.process_time()
-        for batch in batches:
-            state, loss = step(state, batch)
-            losses.append(float(loss))
-            ticks.append(time.perf_counter())
-        cpu_ms, wall_ms = 1e3 * (time.process_time() - cpu) / num_steps, 1e3 * float(np.median(np.diff(ticks)))
-        pipe.send({"workload": workload, "program": name, "cpu_ms": cpu_ms, "wall_ms": wall_ms, "losses": losses[:4],
-                   "tokens_per_s": 1e3 * stage.batch_tokens / wall_ms, "gflops": [before, calibrate()], "compile_s": compile_s})
-        num_steps = 0
-        with contextlib.suppress(EOFError):  # the end of the parent is the end of this
-            num_steps = pipe.recv()
 
-def measure(workload, programs, args):
-    """programs: {name: (function, cfg, source)}. Prints a row for each turn of each, and returns them as dicts."""
-    context, pipes, rows = multiprocessing.get_context("spawn"), {}, []
-    for name, program in programs.items():
-        pipes[name], end = context.Pipe()
-        context.Process(target=work, args=(end, workload, name, *program), daemon=True).start()
-        end.close()
-        pipes[name].recv()  # of step 0, which is not counted; one after the other, as they share the core
-    for turn in range(args.rounds):
-        for pipe in pipes.values():
-            pipe.send(args.steps or TURN[workload])
-            rows.append(row := pipe.recv() | {"round": turn})
-            print("{workload:6}{program:21}{round:5}{cpu_ms:13.1f}{wall_ms:9.1f}{tokens_per_s:10.0f}".format(**row),
-                  "{:7.0f} {:.0f}{:11.1f}  ".format(*row["gflops"], row["compile_s"]), *map("{:.3f}".format, row["losses"]),
-                  flush=True)
-    for pipe in pipes.values():
-        pipe.send(0)
-    return rows
+def ratios_of(rows, one, other):
+    """A line: CPU time of one program by that of another, turn by turn."""
+    times = {one: [], other: []}
+    for row in rows:
+        times.get(row["program"], []).append(row["cpu_ms"])
+    ratios = np.divide(times[one], times[other])
+    by_turn = " ".join(f"{ratio:.3f}" for ratio in ratios)
+    return f"{one} / {other}: {np.median(ratios):.3f} of the CPU time (by turn: {by_turn})"
 
-def compare(rows, one, other):
-    times = [[row["cpu_ms"] for row in rows if row["program"] == name] for name in (one, other)]
-    ratios = [a / b for a, b in zip(*times)]
-    return f"{one} / {other}: {np.median(ratios):.3f} of the CPU time (by round: {' '.join(map('{:.3f}'.format, ratios))})"
 
-# ---- The host loader ----
-LOADS = list(itertools.product((896, 2048), (131_072, 262_144, 393_216)))  # doc_len, batch_tokens
-PROJECTION = ROOT / "records/v6e/speedrun.json"  # of scripts/dry_run.py
+def time_peer(name, folder, args):
+    """Yield (a line, its row) of each turn of our programs and a peer's. Raises UsageError."""
+    flags = [f"@{ROOT}/scripts/presets/{PRESETS[name]}", *args.flags]
+    configs = {}
+    for dtype in DTYPES:
+        configs[dtype] = train.parse_flags([*flags, f"--compute_dtype={dtype}"])
+    programs = {f"ours {dtype}": (cfg, *ours(cfg)) for dtype, cfg in configs.items()}
+    peer = load_peer(name, folder)  # after ours, since it may change JAX's settings
+    theirs = {}  # with what ours of a dtype is compared
+    for dtype, cfg in configs.items():
+        theirs[dtype] = f"modded_jax {dtype}" if name == "modded_jax" else "nanogpt float32"
+        if name == "modded_jax":
+            programs[theirs[dtype]] = cfg, *modded_jax(peer, cfg)
+        elif dtype == "float32":
+            programs[theirs[dtype]] = cfg, *nanogpt(peer, cfg)
 
-def projected_consumption():
-    """Tokens per second that 8 chips take at most, by the projection: not a measurement."""
-    programs = json.loads(PROJECTION.read_text())["programs"]
-    return max(1e3 * p["tokens_per_step"] / p["est_ms"] for p in programs if p["name"].startswith("train"))
-BOS = 50256
+    num_steps = args.steps or STEPS[name]
+    for cfg, put, step, _ in programs.values():
+        time_turn(put, step, 1, cfg)  # the first step is not counted
+    yield f"{'program':22}{'turn':>5}{'CPU ms/step':>13}{'wall ms':>10}{'tokens/s':>10}", None
+    rows = []
+    for turn in range(NUM_TURNS):
+        for program, (cfg, put, step, compile_s) in programs.items():
+            row = {"program": program, "turn": turn, "compile_s": compile_s}
+            rows.append(row | time_turn(put, step, num_steps, cfg))
+            line = "{program:22}{turn:5}{cpu_ms:13.1f}{wall_ms:10.1f}{tokens_per_s:10.0f}"
+            yield line.format(**rows[-1]), rows[-1]
+    for dtype, other in theirs.items():
+        yield ratios_of(rows, f"ours {dtype}", other), None
 
-def generate_shards(folder, num_shards, num_tokens):
-    """Shards like FineWeb's: a BOS before each document, lengths log-normal (median 403, mean 690), tokens Zipf."""
-    rng, share = np.random.default_rng(1337), 1 / np.arange(1, BOS + 1)
-    quantiles = np.searchsorted(np.cumsum(share / share.sum()), (np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.uint16)
-    for i in range(num_shards):
-        tokens = quantiles[rng.integers(0, 1 << 16, num_tokens, np.uint16)]
-        lengths = np.maximum(2, rng.lognormal(np.log(403), np.sqrt(2 * np.log(690 / 403)), num_tokens // 500 + 1).astype(int))
-        starts = np.cumsum(lengths) - lengths
-        tokens[starts[starts < num_tokens]] = BOS
-        write_shard(Path(folder) / f"train_{i:06d}.bin", tokens)
 
-def drop_from_cache(pattern):
-    """Whether this system can; what is still to be written goes to the disk first."""
-    for path in find_shards(pattern) if hasattr(os, "posix_fadvise") else []:
-        with open(path, "rb") as file:
-            os.fsync(file)
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return hasattr(os, "posix_fadvise")
+# ---- The host loader -----------------------------------------------------------------------------
 
-def read_from_disk():
-    """Megabytes that came from a disk for this process; nan where the system does not say."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/io").read_text().split("read_bytes:")[1].split()[0]) / 1e6
-    return math.nan
 
-def load_turn(pattern, mesh, cfg):
-    """Every batch once."""
-    shards, disk, wall, cpu = open_shards(pattern), read_from_disk(), time.perf_counter(), time.process_time()
-    for batch in train_batches(shards, 0, mesh, cfg):
-        jax.block_until_ready(batch)
-    wall, cpu, tokens = time.perf_counter() - wall, time.process_time() - cpu, cfg.steps * cfg.stages[0].batch_tokens
-    return {"tokens_per_s": tokens / wall, "tokens_per_cpu_s": tokens / cpu, "disk_mb": read_from_disk() - disk}
+def write_random_shard(path, num_tokens):
+    """Like FineWeb's: documents of log-normal length, median 403 tokens, mean 690."""
+    rng = np.random.default_rng(1337)
+    tokens = rng.integers(0, BOS, num_tokens, np.uint16)
+    spread = np.sqrt(2 * np.log(690 / 403))
+    lengths = rng.lognormal(np.log(403), spread, num_tokens // 500)
+    starts = np.cumsum(lengths).astype(int)
+    tokens[starts[starts < num_tokens]] = BOS
+    tokens[0] = BOS
+    train.write_shard(path, tokens)
 
-def count_waste(shards, mesh, cfg):
-    """What is read and not trained on, counted from the batches: shares of the tokens read, of the places of rows, of the
-    documents cut to doc_len and by the end of a row; tokens cut per row end. A slice's address tells its document."""
-    lengths, stage, num_rows, holes, places, cuts = {}, cfg.stages[0], 0, 0, 0, []
-    for tokens in shards.tokens:
-        edges = [*np.flatnonzero(tokens == cfg.bos_id).tolist(), len(tokens)]
-        lengths |= {tokens.ctypes.data + 2 * first: last - first for first, last in itertools.pairwise(edges)}
-    for rows, read in plan(shards, cfg):
-        batch, num_rows = np.asarray(to_devices(rows, stage, mesh, cfg)["tokens"]), num_rows + len(rows)
-        holes, places = holes + int((batch == NO_TOKEN).sum()), places + batch.size
-        cuts += [(lengths[part.__array_interface__["data"][0]], len(part)) for row in rows for part in row]
-    whole, left = np.array(cuts).T
-    kept = np.minimum(whole, stage.doc_len)
-    return {"not_trained": 1 - num_rows * stage.seq_len / read, "empty": holes / places, "documents": len(cuts), "too_long":
-            float(np.mean(kept < whole)), "row_end": float(np.mean(left < kept)), "row_end_tokens": int(np.sum(kept - left)) / num_rows}
 
-def bench_loader(args):
-    """Prints a row for each load, and returns them as dicts. Raises UsageError."""
-    always = [f"--steps=999999 --vocab_size={BOS + 1} --bos_id={BOS} --stages.end=1 --stages.short=0 --stages.long=0 "
-              f"--stages.doc_len={doc_len} --stages.batch_tokens={batch_tokens}".split() for doc_len, batch_tokens in LOADS]
-    configs = [parse_flags([*load, *args.flags]) for load in always]
-    print(f"jax {jax.__version__}, {pin(args.core)}. {args.shards} shards of {args.shard_tokens} tokens, rows of {configs[0].stages[0].seq_len}. "
-          f"Consumed: {args.consumes / 1e6:.2f} million tokens/s"
-          + (f", the projection of {PROJECTION.relative_to(ROOT)} for 8 chips" if args.projected else ""))
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
-    rows, mesh = [], make_mesh()
+def time_loader(args):
+    """Yield (a line, its row) of each stage. Raises UsageError."""
+    whole = train.parse_flags(["--preset=speedrun", *args.flags])
+    whole = replace(whole, vocab_size=BOS + 1, bos_id=BOS, steps=1 << 30)
+    mesh = train.make_mesh()
+    yield "stage  doc_len  tokens of a batch   million tokens/s: median      best", None
     with tempfile.TemporaryDirectory() as folder:
-        generate_shards(folder, args.shards, args.shard_tokens)
-        print(LOADER_HEAD)
-        for cfg in dict.fromkeys(configs):
-            rows.append(row := bench_load(f"{folder}/train_*.bin", mesh, cfg, args))
-            print("{doc_len:>7}{batch_tokens:>8}{median_m:10.1f}{best_m:8.1f}{cpu_m:8.1f}{cold_m:8.1f}{cold_disk_mb:6.0f}"
-                  "{times:10.1f}{batch_ms:9.2f}{plan_s_per_gtoken:8.1f}{not_trained:11.1%}{empty:7.1%}{too_long:8.1%}{row_end:8.1%}"
-                  "{row_end_tokens:11.1f}".format(**row), flush=True)
-    print("loader: at least {times:.1f} times what is consumed (doc_len {doc_len}, batch {batch_tokens})"
-          .format(**min(rows, key=lambda row: row["times"])))
-    return rows
+        write_random_shard(Path(folder) / "train_000000.bin", args.shard_tokens)
+        shards = train.open_shards(f"{folder}/train_*.bin")
+        for i, stage in enumerate(whole.stages):
+            cfg = replace(whole, stages=(replace(stage, end=1.0),))
+            num_steps = sum(1 for _ in train.plan(shards, cfg))
+            wanted = f"--shard_tokens={args.shard_tokens}: too few for a batch of stage {i}"
+            require(num_steps, wanted)
+            speeds = []
+            for _ in range(NUM_TURNS):
+                start = time.perf_counter()
+                for batch in train.train_batches(shards, 0, mesh, replace(cfg, steps=num_steps)):
+                    jax.block_until_ready(batch)
+                seconds = time.perf_counter() - start
+                speeds.append(1e-6 * num_steps * stage.batch_tokens / seconds)
+            row = {"stage": i, "million_tokens_per_s": speeds}
+            shape = f"{i:5}{stage.doc_len:9}{stage.batch_tokens:19}"
+            yield f"{shape}{np.median(speeds):27.1f}{max(speeds):10.1f}", row
 
-LOADER_HEAD = """\
-    doc   batch   trained on, million tokens per second     times   ms per  plan s/  not trained  empty  documents cut  tokens cut
-   _len  tokens    median    best per CPU-s  cold  (MB)  consumed    batch   Gtoken      of read places  length row end per row end"""
 
-def bench_load(pattern, mesh, cfg, args):
-    shards, start = open_shards(pattern), time.process_time()
-    reads = [read for _, read in plan(shards, cfg)]
-    plan_s, steps = time.process_time() - start, min(args.steps or len(reads), len(reads))
-    batch_tokens, given = cfg.stages[0].batch_tokens, f"--shards={args.shards} --shard_tokens={args.shard_tokens}"
-    require(steps, f"{given}: too few for a batch of {batch_tokens} tokens")
-    cfg = replace(cfg, steps=steps)
-    waste = count_waste(shards, mesh, cfg)
-    del shards  # the kernel keeps in its cache what is mapped
-    cold = load_turn(pattern, mesh, cfg) if drop_from_cache(pattern) else {"tokens_per_s": math.nan, "disk_mb": math.nan}
-    turns = [load_turn(pattern, mesh, cfg) for _ in range(args.rounds)]
-    median, median_cpu = (float(np.median([turn[key] for turn in turns])) for key in ("tokens_per_s", "tokens_per_cpu_s"))
-    return {"doc_len": cfg.stages[0].doc_len, "batch_tokens": batch_tokens, "steps": cfg.steps, "turns": turns, "median_m": median / 1e6,
-            "best_m": max(turn["tokens_per_s"] for turn in turns) / 1e6, "cpu_m": median_cpu / 1e6, "cold_m": cold["tokens_per_s"] / 1e6,
-            "cold_disk_mb": cold["disk_mb"], "times": median / args.consumes, "batch_ms": 1e3 * batch_tokens / median,
-            "plan_s_per_gtoken": 1e9 * plan_s / reads[-1]} | waste
+# ---- Command line --------------------------------------------------------------------------------
 
-# ---- Command line ----
 
 def parse(argv):
     """Raises UsageError."""
+
     def fail(message):
-        raise UsageError(f"{message} (python -m scripts.bench --help lists all flags)")
-    parser = argparse.ArgumentParser(usage="python -m scripts.bench [--FLAG=VALUE ...] [-- FLAGS]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error, flag = fail, parser.add_argument
-    flag("--only", default="step,char", metavar="LIST", help="workloads (default: %(default)s)")
-    flag("--rounds", type=int, default=3, metavar="N", help="turns of each program (default: %(default)s)")
-    flag("--steps", type=int, default=0, metavar="N", help="steps of a turn (default: {step}, {char}; of the loader: all there are)"
-         .format(**TURN))
-    flag("--core", type=int, metavar="N", help="CPU to run on (default: the first this process may use)")
-    flag("--json", metavar="FILE", help="write the rows there, a list of objects")
-    flag("--loader", action="store_true", help="time the host loader instead")
-    flag("--consumes", type=float, metavar="TOKENS_PER_S",
-         help=f"what it is compared with (default: what {PROJECTION.relative_to(ROOT)} says of 8 chips, a projection)")
-    flag("--shards", type=int, default=2, metavar="N", help="shards it reads (default: %(default)s)")
-    flag("--shard_tokens", type=int, default=100_000_000, metavar="N", help="tokens in each (default: %(default)s)")
-    for peer, _ in PEER.values():
-        flag(f"--{peer}", metavar="DIR", help="the peer's git repository (default: not run)")
+        raise UsageError(f"{message} (python -m scripts.bench --help)")
+
+    parser = argparse.ArgumentParser(
+        usage="python -m scripts.bench [--FLAG=VALUE ...] [-- FLAGS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = fail
+    flag = parser.add_argument
+    flag("--micro_tokens", default="", metavar="LIST", help="of the stages (default: the flag's)")
+    flag("--steps", type=int, help="timed in each row (default: 5; in turns with a peer 4 or 60)")
+    flag("--modded_jax", metavar="DIR", help="a checkout of modded-nanogpt-jax")
+    flag("--nanogpt", metavar="DIR", help="a checkout of nanoGPT")
+    flag("--loader", action="store_true", help="time the host's loader")
+    flag("--shard_tokens", type=int, default=100_000_000, help="that it reads (default: 1e8)")
+    flag("--json", metavar="FILE", help="write the rows there, as they come")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
-    args.flags, args.only = argv[split + 1:], args.only.split(",")
-    if args.rounds < 1 or args.steps < 0 or not set(args.only) <= set(FLAGS):
-        fail(f"--only={','.join(args.only)} --rounds={args.rounds} --steps={args.steps}: wanted step, char or both with a "
-             "comma, at least 1 round, and no negative steps")
-    args.projected, args.consumes = args.consumes is None, projected_consumption() if args.consumes is None else args.consumes
-    if min(args.consumes, args.shards, args.shard_tokens) <= 0:
-        fail(f"--consumes={args.consumes:g} --shards={args.shards} --shard_tokens={args.shard_tokens}: wanted more than 0 of each")
+    args.flags = argv[split + 1 :]
+    if not re.fullmatch(r"(\d+(,\d+)*)?", args.micro_tokens):
+        fail(f"--micro_tokens={args.micro_tokens}: wanted numbers with commas between them")
+    if (args.steps is not None and args.steps < 1) or args.shard_tokens < 1:
+        fail(f"--steps={args.steps} --shard_tokens={args.shard_tokens}: wanted 1 or more")
+    args.micro_tokens = sorted(int(text) for text in args.micro_tokens.split(",") if text)
+    args.peers = {}
+    for name, file in FILES.items():
+        folder = getattr(args, name)
+        if folder:
+            args.peers[name] = folder
+            is_there = Path(folder, file).is_file()
+            require(is_there, f"--{name}={folder}: holds no {file}; wanted a checkout of {name}")
     return args
 
-def pin(core):
-    """Puts this process and those it will start on one core. Returns a phrase that says so. Raises UsageError."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if core not in (None, *cores):
-        raise UsageError(f"--core={core}: this process may run on {', '.join(map(str, cores)) or 'any, but not be pinned'}")
-    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_ENABLE_COMPILATION_CACHE": "false",
-                   "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false",
-                   "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    if not cores:
-        return "not pinned to a core, for this system has no sched_setaffinity"
-    os.sched_setaffinity(0, {cores[0] if core is None else core})
-    return f"pinned to core {cores[0] if core is None else core}"
 
-def peer_source(peer, path, folder):
-    """(the peer's file out of git, ""), or (None, why it cannot run). Raises UsageError."""
-    if not folder:
-        return None, f"give --{peer}=DIR"
-    shown = subprocess.run(["git", "-C", folder, "show", path], capture_output=True, text=True)
-    if shown.returncode:
-        raise UsageError(f"--{peer}={folder}: no {path} there, git says: {' '.join(shown.stderr.split())}")
-    return shown.stdout, "" if peer != "nanogpt" or importlib.util.find_spec("torch") else "it needs torch"
+def use_one_core():
+    """Before JAX starts: everything on the CPU, on one core where this system can pin a process."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def measure(args):
+    """Yield (a line, its row or None). Raises UsageError."""
+    if args.loader or args.peers:
+        use_one_core()
+    if args.loader:
+        yield from time_loader(args)
+    for name, folder in args.peers.items():
+        yield from time_peer(name, folder, args)
+    if not args.loader and not args.peers:
+        yield from time_stages(args)
+
 
 def main(argv=None):
-    """Raises UsageError before anything is measured."""
-    args, jobs, rows, notes = parse(sys.argv[1:] if argv is None else argv), {}, [], []
-    if args.loader:
-        rows = bench_loader(args)
-        return args.json and Path(args.json).write_text(json.dumps(rows, indent=1))
-    for workload in args.only:
-        flags, (peer, path) = [f"@{ROOT}/scripts/presets/{FLAGS[workload]}", *args.flags], PEER[workload]
-        asked = read_flags(flags).get("compute_dtype")
-        dtypes = [asked] if asked else ["bfloat16", "float32"]
-        configs = [parse_flags([*flags, f"--compute_dtype={dtype}"]) for dtype in dtypes]
-        source, lacks = peer_source(peer, path, getattr(args, peer))
-        notes += [f"{peer}: not run: {lacks}"] if lacks else []
-        programs = {f"ours {dtype}": (ours, cfg, None) for dtype, cfg in zip(dtypes, configs)}
-        theirs = [f"{peer} float32" if peer == "nanogpt" else f"{peer} {dtype}" for dtype in dtypes]
-        pairs = ([] if lacks else [*zip(programs, theirs)]) + [tuple(programs)] * (len(dtypes) - 1)
-        programs |= {name: (globals()[peer], cfg, source) for name, cfg in zip(theirs, configs) if not lacks}
-        jobs[workload] = programs, pairs
-    json_file = open(args.json, "w") if args.json else None  # an error now is better than after the measurement
-    print(f"jax {jax.__version__}, one thread, {pin(args.core)}. Losses are those of steps 0 to 3; step 0 is not timed.")
-    print("work  program              round  CPU ms/step  wall ms  tokens/s  GFLOP/cpu-s compile s   losses")
-    for workload, (programs, pairs) in jobs.items():
-        measured = measure(workload, programs, args)
-        rows, notes = rows + measured, notes + [f"{workload}: {compare(measured, *pair)}" for pair in pairs]
-    print("\n".join(notes))
-    if json_file:
-        json.dump(rows, json_file, indent=1)
+    """Raises UsageError."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    jax.config.update("jax_enable_compilation_cache", False)  # the time it takes is wanted
+    rows = []
+    for line, row in measure(args):
+        print(line, flush=True)
+        if row:
+            rows.append(row)
+        if args.json:
+            Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UsageError, OSError, EOFError) as error:
-        sys.exit(print("error:", str(error) or "a program broke off, its last words stand above", file=sys.stderr) or 2)
+    sys.exit(train.command(main))

@@ -1,98 +1,184 @@
-"""scripts/bench.py: its errors, its shards, its count of waste, and two tiny runs. No time is checked."""
+"""scripts/bench.py: its errors, its arithmetic, and tiny runs of each kind. No time is checked."""
+
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from scripts.bench import BOS, compare, count_waste, generate_shards, main
-from train import ROOT, SPEEDRUN, Shards, Stage, UsageError, make_mesh, open_shards, replace
+import train
+from scripts import bench
+from train import ROOT, UsageError
 
-TINY = ["--", "--num_layers=1", "--compute_dtype=float32", "--model_dim=16", "--num_heads=2", "--head_dim=8", "--mlp_dim=24", "--vocab_size=131", "--skips=",
-        "--stages.batch_tokens=64", "--stages.seq_len=32"]
+TINY = [
+    *("--num_layers=1", "--compute_dtype=float32", "--model_dim=16", "--num_heads=2"),
+    *("--head_dim=8", "--mlp_dim=24", "--vocab_size=131", "--skips=", "--late_inputs="),
+    *("--stages.seq_len=32", "--stages.batch_tokens=64"),
+]
+SMALL = [
+    f"@{ROOT}/scripts/presets/tiny.args",
+    *("--num_layers=1", "--skips=", "--late_inputs=", "--backout=", "--offset_layers="),
+    *("--long_layers=", "--stages.short=16", "--stages.batch_tokens=512,256"),
+]
+PEER = """
+import dataclasses
+import jax
+import jax.numpy as jnp
 
-def bench(*argv):
-    return subprocess.run([sys.executable, "-m", "scripts.bench", *argv], cwd=ROOT, capture_output=True, text=True, timeout=600)
+@dataclasses.dataclass(frozen=True)
+class Config:
+    n_layers: int
+    d_model: int
+    n_heads: int
+    vocab_size: int
+    dtype: str
+    batch_size: int
+    micro_batch_size: int
+    min_sequence_length: int
+    max_sequence_length: int
+    sequence_warmup_intervals: int
+    n_train_iters: int
 
-def test_help_names_the_workloads_and_every_flag(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["--help"])
-    said = capsys.readouterr().out
-    assert end.value.code == 0
-    for words in ("--only", "--rounds", "--steps", "--core", "--json", "--modded_jax", "--nanogpt", "bench_step.args",
-                  "--loader", "--consumes", "--shards", "--shard_tokens"):
-        assert words in said
+class Optimizer:
+    pass
 
-@pytest.mark.parametrize("flag, words", [
-    (["--only=stop"], "wanted step, char"), (["--rounds=0"], "at least 1 round"), (["--steps=x"], "--steps"),
-    (["--stepz=1"], "--stepz"), (["--nanogpt=/nowhere"], "--nanogpt=/nowhere: no 3adf61e:model.py there"),
-    (["--core=9999"], "--core=9999: this process may run on"), (["--consumes=0"], "--consumes=0"),
-    (["--loader", "--shards=0"], "--shards=0"), (["--loader", "--", "--stages.seq_len=100"], "--stages.batch_tokens"),
-    (["--", "--num_layer=2"], "--num_layer=2:"), (["--", "--compute_dtype=int7"], "int7")])
-def test_a_wrong_flag_is_an_error_before_anything_runs(flag, words):
+def get_mesh(config):
+    return jax.make_mesh((1,), ("data",))
+
+def init_params(config, mesh):
+    return jnp.zeros(config.vocab_size), jnp.float32(config.batch_size)
+
+def init_optimizer(config, params, mesh):
+    return Optimizer(), jnp.int32(0)
+
+def train_step(config, params, tables, opt_state, optimizer, x, y):
+    assert x.shape == y.shape == (1, config.batch_size, config.max_sequence_length)
+    return params, opt_state + 1, {"loss": tables + opt_state}
+"""
+
+
+def run(*argv):
+    fast = {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    argv = [sys.executable, "-m", "scripts.bench", *argv]
+    environment = os.environ | fast
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def rows_of(tmp_path, *argv):
+    """(rows, what was printed)."""
+    done = run(f"--json={tmp_path / 'rows.json'}", *argv)
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "rows.json").read_text()), done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--steps=0"], "--steps=0"),
+        (["--stepz=1"], "--stepz"),
+        (["--micro_tokens=a"], "--micro_tokens=a: wanted numbers"),
+        (["--nanogpt=/nowhere"], "--nanogpt=/nowhere: holds no model.py"),
+        (["--shard_tokens=0"], "--shard_tokens=0"),
+        (["--", "--num_layer=2"], "--num_layer=2:"),
+    ],
+)
+def test_a_wrong_flag_is_an_error_before_anything_is_timed(argv, words, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # main's are for its own process
     with pytest.raises(UsageError, match=words):
-        main(flag)
+        bench.main(argv)
 
-def test_an_error_is_one_sentence_and_exit_code_2():
-    done = bench("--json=/nowhere/rows.json")
-    assert done.returncode == 2 and "/nowhere/rows.json" in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
-def test_a_tiny_run_prints_and_writes_a_row_for_each_turn_and_names_the_missing_peer(tmp_path):
-    done = bench("--only=step", "--rounds=2", "--steps=1", f"--json={tmp_path / 'rows.json'}", *TINY)
-    assert done.returncode == 0, done.stderr
-    assert "modded_jax: not run: give --modded_jax=DIR" in done.stdout
-    assert "pinned to" in done.stdout if hasattr(os, "sched_setaffinity") else "not pinned" in done.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["program"], row["round"]) for row in rows] == [
-        ("ours float32", turn) for turn in range(2)]
-    assert all(row["cpu_ms"] > 0 and row["tokens_per_s"] > 0 and min(row["gflops"]) > 0 for row in rows)
-    assert all(len(row["losses"]) == row["round"] + 2 for row in rows)
-    assert sum(line.startswith("step  ours") for line in done.stdout.splitlines()) == 2
+@pytest.mark.system
+def test_each_stage_is_a_row_of_times_and_memory(tmp_path):
+    rows, printed = rows_of(tmp_path, "--micro_tokens=128", "--steps=3", "--", *SMALL)
+    shapes = [(row["micro_tokens"], row["stage"], row["seq_len"], row["tokens"]) for row in rows]
+    assert shapes == [(128, 0, 32, 512), (128, 1, 64, 256)]
+    for row in rows:
+        assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"] and row["compile_s"] > 0
+        assert row["compiled_gib"] > 0 and row["mfu"] is None and 0 < row["loss"] < 7
+        assert bench.line_of(row) in printed
+    assert "1 x cpu" in printed and f"jax={jax.__version__}" in printed
 
-def test_programs_are_compared_turn_by_turn():
-    rows = [{"program": name, "cpu_ms": ms} for name, ms in (("a", 2.0), ("b", 1.0), ("a", 3.0), ("b", 6.0), ("a", 4.0), ("b", 4.0))]
-    assert compare(rows, "a", "b") == "a / b: 1.000 of the CPU time (by round: 2.000 0.500 1.000)"
 
-# ---- The host loader ----
+def test_times_are_medians_and_the_mfu_is_that_of_the_definition(monkeypatch):
+    monkeypatch.setattr(train, "memory_of", lambda program: 3 << 30)
+    monkeypatch.setattr(train, "peak_flops", lambda: 2 * 989e12)
+    cfg = train.replace(train.SPEEDRUN, vocab_size=50257, bos_id=50256)
+    stage = train.replace(cfg.stages[1], batch_tokens=4096 * jax.device_count())
+    waits = iter([0.2, 0.2, 0.02, 0.06, 0.04])
+    losses = iter([9.0, 8.0, 7.5, 7.25, 7.0])
 
-def test_generated_shards_have_the_lengths_of_fineweb_and_are_the_same_each_time(tmp_path):
-    made = []
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        folder.mkdir()
-        generate_shards(folder, 2, 3_000_000)
-        made.append(open_shards(f"{folder}/*.bin").tokens)
-    for one, other in zip(*made, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert (made[0][0] != made[0][1]).any()
-    for tokens in made[0]:
-        starts = np.flatnonzero(tokens == BOS)
-        assert starts[0] == 0 and len(tokens) == 3_000_000 and tokens.max() == BOS
-        lengths = np.diff(starts)
-        assert np.median(lengths) == pytest.approx(403, rel=0.05) and lengths.mean() == pytest.approx(690, rel=0.08)
-        assert 5 < np.mean(tokens == 0) / np.mean(tokens == 9) < 20  # the tenth is a tenth as frequent
+    def program(state, batch):
+        time.sleep(next(waits, 0))
+        return state + 1, np.float32(next(losses, math.nan))
 
-def test_the_waste_is_what_a_count_by_hand_says():
-    lengths = [20, 5, 9, 3]  # two rows of 8 and a target: 6 (of 20) + 3; 6 (of 9) + 3 (of 5)
-    tokens = np.concatenate([np.r_[BOS, np.arange(length - 1)] for length in lengths]).astype(np.uint16)
-    cfg = replace(SPEEDRUN, stages=(Stage(1.0, 16, seq_len=8, doc_len=6),), steps=1, bos_id=BOS)
-    for num_devices, empty in ((1, 0), (4, 2 / 4)):  # four devices have places for four rows
-        assert count_waste(Shards([], [tokens], {}), make_mesh(jax.devices()[:num_devices]), cfg) == {
-            "not_trained": 1 - 16 / 37, "empty": empty, "documents": 4, "too_long": 2 / 4, "row_end": 1 / 4, "row_end_tokens": 2 / 2}
+    arguments = program, 0, train.make_mesh()
+    row = bench.time_stage(stage, *arguments, 3, cfg)
+    for key, seconds in (("min_ms", 0.02), ("median_ms", 0.04), ("max_ms", 0.06)):
+        assert 1e3 * seconds <= row[key] < 1e3 * (seconds + 2)
+    assert row["tokens_per_s"] == pytest.approx(stage.batch_tokens / (row["median_ms"] / 1e3))
+    flops = row["tokens_per_s"] * train.flops_per_token(stage, train.GPT.specs(cfg), cfg)
+    assert row["mfu"] == pytest.approx(flops / (2 * 989e12))
+    assert (row["compiled_gib"], row["loss"]) == (3, 7.0)
+    with pytest.raises(train.NonFiniteLoss, match="the loss after 5 steps is nan"):
+        bench.time_stage(stage, *arguments, 3, cfg)
 
-def test_a_tiny_run_of_the_loader_prints_and_writes_a_row_for_each_load(tmp_path):
-    done = bench("--loader", "--rounds=2", "--shards=2", "--shard_tokens=700000", "--consumes=1000", f"--json={tmp_path / 'rows.json'}")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["doc_len"], row["batch_tokens"]) for row in rows] == [
-        (longest, batch) for longest in (896, 2048) for batch in (131072, 262144, 393216)]
-    assert all(len(row["turns"]) == 2 and row["times"] == pytest.approx(1e3 * row["median_m"]) for row in rows)
-    assert all(row["steps"] * row["batch_tokens"] < 1_400_000 and 0 < row["not_trained"] < 1 for row in rows)
-    assert done.stdout.startswith("jax ") and "a projection" not in done.stdout and "times what is consumed" in done.stdout
 
-def test_shards_too_small_for_a_batch_are_an_error():
-    done = bench("--loader", "--shard_tokens=60000")
-    assert done.returncode == 2 and "--shard_tokens=60000: too few for a batch of 131072" in done.stderr
+def test_a_stage_that_does_not_fit_stays_as_a_row_and_the_others_are_timed(monkeypatch):
+    def time_stage(stage, *_):
+        if stage.seq_len == 32:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+        names = "median_ms min_ms max_ms compiled_gib peak_gib loss seq_len tokens"
+        return dict.fromkeys(names.split(), 1) | {"tokens_per_s": 1e6, "mfu": 0.5}
+
+    programs = {"init": (lambda: None,), "train_0": (None, ()), "train_1": (None, ())}
+    monkeypatch.setattr(bench, "time_stage", time_stage)
+    monkeypatch.setattr(bench, "compile_step", lambda *_: (None, 1.0))
+    monkeypatch.setattr(train, "list_programs", lambda *_: programs)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    args = bench.parse(["--micro_tokens=256,64", "--", *SMALL, "--train_files=nowhere_*.bin"])
+    lines, rows = zip(*bench.time_stages(args), strict=True)
+    rows = [row for row in rows if row]
+    errors = [row.get("error") for row in rows]
+    assert errors == ["RESOURCE_EXHAUSTED: Out of memory", None] * 2
+    assert [row["micro_tokens"] for row in rows] == [64, 64, 256, 256]  # the peak only grows
+    assert "RESOURCE_EXHAUSTED" in lines[2] and "1000.0  50.0%" in lines[3]
+
+
+@pytest.mark.system
+def test_a_peer_takes_turns_with_ours_and_the_ratios_are_turn_by_turn(tmp_path):
+    (tmp_path / "train.py").write_text(PEER)
+    flags = [f"--modded_jax={tmp_path}", "--steps=2", "--", *TINY]
+    rows, printed = rows_of(tmp_path, *flags)
+    names = [f"{whose} {dtype}" for whose in ("ours", "modded_jax") for dtype in bench.DTYPES]
+    assert [(row["turn"], row["program"]) for row in rows] == [
+        (turn, name) for turn in range(bench.NUM_TURNS) for name in names
+    ]
+    peers = [row["losses"] for row in rows if row["program"] == "modded_jax float32"]
+    assert peers == [[3, 4], [5, 6], [7, 8]]  # two rows, and a step that was not counted
+    times = {name: [row["cpu_ms"] for row in rows if row["program"] == name] for name in names}
+    ratios = np.divide(times["ours float32"], times["modded_jax float32"])
+    by_turn = " ".join(f"{ratio:.3f}" for ratio in ratios)
+    line = f"ours float32 / modded_jax float32: {np.median(ratios):.3f} of the CPU time"
+    assert f"{line} (by turn: {by_turn})" in printed
+
+
+@pytest.mark.system
+def test_the_loader_reads_a_shard_like_fineweb_and_has_a_row_for_each_stage(tmp_path):
+    bench.write_random_shard(tmp_path / "train_000000.bin", 3_000_000)
+    (tokens,) = train.open_shards(f"{tmp_path}/*.bin").tokens
+    starts = np.flatnonzero(tokens == bench.BOS)
+    assert starts[0] == 0 and len(tokens) == 3_000_000 and tokens.max() == bench.BOS
+    assert np.median(np.diff(starts)) == pytest.approx(403, rel=0.05)
+    assert np.diff(starts).mean() == pytest.approx(690, rel=0.08)
+    rows, printed = rows_of(tmp_path, "--loader", "--shard_tokens=1500000")
+    assert [row["stage"] for row in rows] == [0, 1, 2, 3]
+    assert all(min(row["million_tokens_per_s"]) > 0 for row in rows)
+    done = run("--loader", "--shard_tokens=60000")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: --shard_tokens=60000: too few for a batch" in done.stderr
