@@ -49,7 +49,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import train
-from scripts.checkpoint import open_checkpoint
+from scripts.sample import open_checkpoint
 from scripts.text import package, read_args, usage_errors
 from train import GPT, UsageError, replace, require
 

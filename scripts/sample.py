@@ -1,17 +1,22 @@
-"""Continue a text with a trained model: one forward pass over the prompt, then one token at a time from cached keys and values.
+"""Continue a text with a trained model.
 
-    python -m scripts.sample --checkpoint=logs/RUN --prompt="def main("     (logs/RUN: the folder that train.py named)
-    python -m scripts.sample --checkpoint=logs/RUN --prompt=FILE:story.txt --num_samples=4 --top_p=0.95 --seed=1
-    python -m scripts.sample --checkpoint=logs/RUN --interactive            (a prompt a line, up to an empty one; pipes too)
-    python -m scripts.sample --bench                                        (how much sooner a token comes with the cache)
+    python -m scripts.sample --checkpoint=logs/RUN --prompt="def main("
+    python -m scripts.sample --checkpoint=logs/RUN --prompt=FILE:story.txt --num_samples=4 --seed=1
+    python -m scripts.sample --checkpoint=logs/RUN --interactive    a prompt a line, pipes too
+    python -m scripts.sample --bench    how much sooner does a token come with the cache?
 
-Text goes to stdout while it is made, all else to stderr. Several samples are made at once, in one batch, and shown one after the
-other: the first as it comes, each next one from where it is by then. A sample ends with its document (the model says BOS) or after
---max_new_tokens. A seed gives the same texts again, and its first text however many there are.
-Positions have no limit, only the memory of the cache: but where text grows past the rows that the model was trained on (--stages.seq_len
-of the run), blocks without a window meet distances that they never saw, and the text gets worse.
+logs/RUN is the folder that train.py named. One forward pass reads the prompt; then one token at a
+time is made from cached keys and values. Text goes to stdout, all else to stderr. Several samples
+are made at once, in one batch: the first is shown while it is made, the others after it. A sample
+ends with its document (the model says BOS) or after --max_new_tokens. A seed gives the same texts
+again, and its first text however many there are.
 """
-import argparse, codecs, collections, functools, os, sys, time
+
+import codecs
+import functools
+import json
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,284 +24,484 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax import lax
 
-from scripts.checkpoint import open_checkpoint
-from scripts.text import folder_of_run, open_tokenizer, usage_errors
-from train import (DEMO, UsageError, attend_row, choose_attention, command, count_params, forward, gated,
-                   gather, init_params, next_logits, offset_keys, param_specs, replace, rms_norm, rotary,
-                   rotate, softcapped_logits, softmax_average, unstack, window_of)
+import train
+from scripts.text import open_tokenizer, read_args, usage_errors
+from train import GPT, Config, Stage, UsageError, replace, require, window_of
 
-# ---- Cache ----
-# The seam is forward's attend. Position p of a layer lies in slot p % S of its S slots: window + 1, or the capacity where that is less.
-# N are the B rows' G heads in one axis: of two batch axes XLA would drop one of size 1 for its matmul, and copy what it keeps.
+FLAGS = {
+    "checkpoint": ("", "a run's folder, of which the newest; or its ckpt/step-NNNNNN"),
+    "prompt": ("", "what to continue, FILE:PATH that of a file; nothing: a document begins"),
+    "interactive": (False, "read prompts from stdin; the n-th has the seed --seed + n - 1"),
+    "num_samples": (1, "continuations of each prompt", 1, 1 << 16),
+    "max_new_tokens": (256, "tokens of each at most", 1, 1 << 24),
+    "temperature": (0.7, "divides the logits; 0: always the likeliest token", 0, 1e6),
+    "top_k": (0, "draw from the K likeliest tokens only; 0: from all", 0, 1 << 20),
+    "top_p": (1.0, "of these from the likeliest few that reach P together; 1: all", 1e-6, 1),
+    "seed": (0, "of the draws", 0, (1 << 31) - 1),
+    "tokenizer": ("", "folder of the tokenizer's files; without it, the run's shards'"),
+    "bench": (
+        0,
+        "time a row of N tokens, 1024 where N is not said; without --checkpoint in the demo's "
+        "shape, of random weights",
+        0,
+        1 << 20,
+    ),
+}
+
+# ---- A trained model -----------------------------------------------------------------------------
+# Files are read as train.py reads them: hashes of the manifest first, safetensors only, names and
+# shapes held against the weight table of the config. The optimizer's state is not read.
+
+
+class Trained(NamedTuple):
+    folder: Path  # .../RUN/ckpt/step-NNNNNN
+    step: int
+    cfg: Config  # the run's, its attention chosen for this machine
+    meta: dict  # tokenizer, vocab_size, bos_id of its shards
+    params: dict  # float32 by the weight table, on the first device
+
+    def weights(self):
+        """Compute copies, layers unstacked, as forward takes them."""
+        return train.unstack(train.gather(self.params, GPT.specs(self.cfg), 1, self.cfg))
+
+    def tokenizer(self, folder=""):
+        """The Tokenizer in a folder, by default in that of the run's training shards.
+
+        Raises UsageError.
+        """
+        found = train.find_shards(self.cfg.train_files) or [Path(self.cfg.train_files)]
+        return open_tokenizer(self.meta, folder or found[0].parent)
+
+
+def checkpoint_folder(path):
+    """A checkpoint's folder: path, or the newest of the run at path. Raises UsageError."""
+    path = Path(path).resolve()
+    is_one = (path / "manifest.json").is_file()
+    folders = [path] if is_one else sorted(path.glob("ckpt/step-*"))
+    wanted = "a run's folder, as logs/20260101T000000Z-abcdef, or its ckpt/step-NNNNNN"
+    require(folders, f"--checkpoint={path}: no checkpoint there; wanted {wanted}")
+    return folders[-1]
+
+
+def as_tuples(x):
+    return tuple(map(as_tuples, x)) if isinstance(x, list) else x
+
+
+def as_config(saved):
+    """The Config that train.as_json wrote."""
+
+    def row(kind, values):
+        return kind(**{name: as_tuples(value) for name, value in values.items()})
+
+    stages = tuple(row(Stage, stage) for stage in saved["stages"])
+    return replace(row(Config, saved), stages=stages, val=row(Stage, saved["val"]))
+
+
+def open_checkpoint(path):
+    """The Trained at a run's folder or a checkpoint's.
+
+    Raises UsageError where there is none, where it is damaged or not of train.py's own model.
+    """
+    folder = checkpoint_folder(path)
+    with usage_errors(f"{folder}: its config cannot be read"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        is_ours = manifest.get("format") == train.CHECKPOINT_FORMAT
+        require(is_ours, f"{folder}: it is of an older train.py, which commit e79511b reads")
+        cfg = as_config(manifest["config"])
+    step = train.read_manifest(folder, cfg)["step"]
+    about = folder.parent.parent / "config.json"
+    with usage_errors(f"{about}: wanted config and meta of the run"):
+        meta = json.loads(about.read_text())["meta"]
+        meta = {name: meta[name] for name in ("tokenizer", "vocab_size", "bos_id")}
+    cfg = train.choose_attention(replace(cfg, attention="auto"), jax.default_backend())
+    train.set_up_jax(cfg)
+    mesh = train.make_mesh(jax.devices()[:1])
+    places = train.state_shardings(GPT, mesh, cfg).params
+
+    def wanted(spec, place):
+        return jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=place)
+
+    like = jax.tree.map(wanted, GPT.specs(cfg), places)
+    params = train.load_tensors(folder / "params.safetensors", like)
+    return Trained(folder, step, cfg, meta, params)
+
+
+# ---- Cache ---------------------------------------------------------------------------------------
+# It comes in by forward's attend. A layer keeps as many positions as its window and the token
+# itself, or the capacity where that is less: position p lies in slot p % S of its S slots. N are
+# the B rows' G heads in one axis: of two batch axes XLA would drop one of size 1 for its matmul,
+# and copy what it keeps.
+
 
 class Cache(NamedTuple):
-    """What the next token needs of those before it, of B rows. keys are as the scores take them: offset, normed and turned."""
-    keys: dict           # {layer: [N, S, K]}
-    values: dict         # {layer: [N, S, K]}
-    raw_keys: dict       # {layer: [B, 1, GK]} of the last token, where keys are offset
-    token_B: jax.Array   # the last token
-    start_B: jax.Array   # where its document begins
+    """What the next token needs of those before it."""
+
+    keys: dict  # {layer: [N, S, K]} as the scores take them: offset, normed and turned
+    values: dict  # {layer: [N, S, K]}
+    raw_keys: dict  # {layer: [B, 1, GK]} of the last token, where keys are offset
+    token_B: jax.Array  # the last token
+    start_B: jax.Array  # where its document begins
     position: jax.Array  # how many tokens there are
 
-def heads_of(z_BTN, cfg): return rearrange(z_BTN, "B T (H K) -> B T H K", K=cfg.head_dim)
-def starts_document(token_B, cfg): return (token_B == cfg.bos_id) & any(stage.doc_len for stage in cfg.stages)
-def kept(z, cfg):
-    """Rounded to compute_dtype; on a CPU in float32, to which XLA would widen all slots on each step to write one in bfloat16."""
-    return z.astype(cfg.compute_dtype).astype(jnp.float32 if jax.default_backend() == "cpu" else cfg.compute_dtype)
+
+def as_heads(z_BTN, cfg):
+    return rearrange(z_BTN, "B T (H K) -> B T H K", K=cfg.head_dim)
+
+
+def turned(z_BTN, table, cfg):
+    """Queries or keys as the scores take them, [B, T, H, K]. table: cos and sin of T positions."""
+    return train.rotate(train.rms_norm(as_heads(z_BTN, cfg)), *table)
+
+
+def as_slots(z_BSGK, cfg):
+    """[N, S, K] rounded to compute_dtype.
+
+    On a CPU they are stored as float32, to which XLA would widen all slots on each step to write
+    one in bfloat16.
+    """
+    z_NSK = rearrange(z_BSGK, "B S G K -> (B G) S K").astype(cfg.compute_dtype)
+    return z_NSK.astype(jnp.float32) if jax.default_backend() == "cpu" else z_NSK
+
+
+def held(last, num_slots):
+    """The position in each slot when `last` is the last; below 0: none yet."""
+    return last - (last - jnp.arange(num_slots)) % num_slots
+
+
+def put(slots_NSK, z_B1GK, position, cfg):
+    """The slots with what belongs to a position."""
+    slot = position % slots_NSK.shape[1]
+    return lax.dynamic_update_slice_in_dim(slots_NSK, as_slots(z_B1GK, cfg), slot, axis=1)
+
+
+def starts_document(tokens, cfg):
+    return (tokens == cfg.bos_id) & any(stage.doc_len for stage in cfg.stages)
+
 
 def prefill(weights, tokens_BT, length, capacity, cfg):
-    """(float32 logits_BV of what follows the first `length` of the tokens, their Cache). The others may be anything; length is traced.
-    capacity: positions that the cache can hold, at least length."""
-    stage, cfg, num_tokens = cfg.val, replace(cfg, attention="xla"), tokens_BT.shape[1]
-    whole_row, (*table, _), last = attend_row(tokens_BT, stage, cfg), rotary(num_tokens, stage, cfg), length - 1
-    place_BT = jnp.broadcast_to(jnp.arange(num_tokens)[None], tokens_BT.shape)
-    start_BT = jax.lax.cummax(jnp.where(starts_document(tokens_BT, cfg), place_BT, 0), axis=1)
+    """(float32 logits_BV of what follows the first `length` of the tokens, their Cache).
+
+    The other tokens may be anything; length is traced. capacity: positions that the cache can
+    hold, at least length.
+    """
+    cfg = replace(cfg, attention="xla")
+    whole_row = train.attend_row(tokens_BT, cfg.val, cfg)
+    *table, _ = train.rotary(tokens_BT.shape[1], cfg.val, cfg)
+    last = length - 1
+    position_1T = jnp.arange(tokens_BT.shape[1])[None]
+    start_BT = lax.cummax(jnp.where(starts_document(tokens_BT, cfg), position_1T, 0), axis=1)
     keys, values, raw_keys = {}, {}, {}
+
+    def at_last(z_BT):
+        return lax.dynamic_index_in_dim(z_BT, last, axis=1, keepdims=False)
+
     def attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH):
-        y_BTN, window = whole_row(layer, q_BTN, k_BTN, v_BTN, gate_BTH), window_of(layer, stage, cfg)
+        y_BTN = whole_row(layer, q_BTN, k_BTN, v_BTN, gate_BTH)
         if layer in cfg.offset_layers:
-            raw_keys[layer] = jax.lax.dynamic_slice_in_dim(k_BTN, last, 1, axis=1)
-            k_BTN = offset_keys(k_BTN, start_BT == place_BT, cfg)
-        slot_S = jnp.arange(min(window + 1, capacity))
-        held_S = last - (last - slot_S) % len(slot_S)  # the position in each slot; below 0: none yet
-        keys[layer], values[layer] = (
-            rearrange(kept(jnp.take(z_BTGK, held_S, axis=1, mode="clip"), cfg), "B S G K -> (B G) S K")
-            for z_BTGK in (rotate(rms_norm(heads_of(k_BTN, cfg)), *table), heads_of(v_BTN, cfg)))
+            raw_keys[layer] = lax.dynamic_slice_in_dim(k_BTN, last, 1, axis=1)
+            k_BTN = train.offset_keys(k_BTN, start_BT == position_1T, cfg)
+        k_BTGK = turned(k_BTN, table, cfg)
+        v_BTGK = as_heads(v_BTN, cfg)
+        place_S = held(last, min(window_of(layer, cfg.val, cfg) + 1, capacity))
+        keys[layer] = as_slots(jnp.take(k_BTGK, place_S, axis=1, mode="clip"), cfg)
+        values[layer] = as_slots(jnp.take(v_BTGK, place_S, axis=1, mode="clip"), cfg)
         return y_BTN
-    x_BTD = forward(weights, tokens_BT, weights["embed"][tokens_BT], stage, cfg, attend)
-    at_last = lambda z_BT: jax.lax.dynamic_index_in_dim(z_BT, last, axis=1, keepdims=False)
-    logits_BV = softcapped_logits(at_last(x_BTD), weights["head"], cfg)
-    return logits_BV, Cache(keys, values, raw_keys, at_last(tokens_BT), at_last(start_BT), length)
+
+    x_BTD = train.forward(weights, tokens_BT, weights["embed"][tokens_BT], cfg.val, cfg, attend)
+    logits_BV = train.softcapped_logits(at_last(x_BTD), weights["head"], cfg)
+    last_B, start_B = at_last(tokens_BT), at_last(start_BT)
+    return logits_BV, Cache(keys, values, raw_keys, last_B, start_B, length)
+
+
+def attend_slots(q_B1HK, k_NSK, v_NSK, visible_BS, cfg):
+    """One query per row against the visible slots, [B, 1, HK]."""
+    q_N1R1K = rearrange(q_B1HK, "B 1 (G R) K -> (B G) 1 R 1 K", G=cfg.kv_heads)
+    q_N1R1K = q_N1R1K.astype(cfg.compute_dtype)
+    visible_NS = jnp.repeat(visible_BS, cfg.kv_heads, axis=0)
+    y_N1R1K = train.softmax_average(q_N1R1K, k_NSK[:, None], v_NSK[:, None], visible_NS[:, None])
+    return rearrange(y_N1R1K, "(B G) 1 R 1 K -> B 1 (G R K)", G=cfg.kv_heads)
+
 
 def decode(weights, cache, token_B, capacity, cfg):
-    """(float32 logits_BV of what follows token_B, the next of each row; the Cache with it). capacity: as of prefill, above position."""
-    stage, position, is_start_B = cfg.val, cache.position, starts_document(token_B, cfg)
-    start_B, (*table, scale) = jnp.where(is_start_B, position, cache.start_B), rotary(capacity, stage, cfg)
-    table = [jax.lax.dynamic_slice_in_dim(jnp.asarray(z), position, 1) for z in table]
-    keys, values, raw_keys = {}, {}, {}
-    def attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH):
-        (q_B1N, k_B1N, v_B1N), size = (z[:, -1:] for z in (q_BTN, k_BTN, v_BTN)), cache.keys[layer].shape[1]
-        if layer in cache.raw_keys:
-            raw_keys[layer], pair_BTN = k_B1N, jnp.concatenate([cache.raw_keys[layer], k_B1N], axis=1)
-            k_B1N = offset_keys(pair_BTN, jnp.stack([is_start_B, is_start_B], axis=1), cfg)[:, 1:]
-        q_B1HK, k_B1GK = (rotate(rms_norm(heads_of(z, cfg)), *table) for z in (q_B1N, k_B1N))
-        keys[layer], values[layer] = (jax.lax.dynamic_update_slice_in_dim(
-            slots[layer], rearrange(kept(z, cfg), "B 1 G K -> (B G) 1 K"), position % size, axis=1)
-            for slots, z in ((cache.keys, k_B1GK), (cache.values, heads_of(v_B1N, cfg))))
-        held_S = position - (position - jnp.arange(size)) % size  # as in prefill; all within the window
-        visible_N1S = jnp.repeat(held_S[None, None] >= start_B[:, None, None], cfg.kv_heads, axis=0)
-        # the query heads of a key head stand where softmax_average has the queries of a row: they see the same keys
-        q_N11RK = rearrange((q_B1HK * scale).astype(cfg.compute_dtype), "B 1 (G R) K -> (B G) 1 1 R K", G=cfg.kv_heads)
-        y_N11RK = softmax_average(q_N11RK, keys[layer][:, None], values[layer][:, None], visible_N1S)
-        y_B1N = gated(rearrange(y_N11RK, "(B G) 1 1 R K -> B 1 (G R K)", G=cfg.kv_heads), gate_BTH[:, -1:])
-        return jnp.pad(y_B1N, ((0, 0), (q_BTN.shape[1] - 1, 0), (0, 0)))
-    tokens_BT = jnp.stack([cache.token_B, token_B][1 - cfg.smear:], axis=1)
-    # smear reads the embedding of the token before, which is there for that alone: nobody looks at what becomes of it
-    x_BTD = forward(weights, tokens_BT, weights["embed"][tokens_BT], stage, cfg, attend)
-    return softcapped_logits(x_BTD[:, -1], weights["head"], cfg), Cache(keys, values, raw_keys, token_B, start_B, position + 1)
+    """(float32 logits_BV of what follows token_B, the next of each row; the Cache with it).
 
-# ---- Choice of a token ----
+    capacity: as of prefill, above the cache's position.
+    """
+    position = cache.position
+    is_start_B = starts_document(token_B, cfg)
+    start_B = jnp.where(is_start_B, position, cache.start_B)
+    *table, scale = train.rotary(capacity, cfg.val, cfg)
+    table = [lax.dynamic_slice_in_dim(jnp.asarray(z), position, 1) for z in table]
+    keys, values, raw_keys = {}, {}, {}
+
+    def attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH):
+        q_B1N, k_B1N, v_B1N = (z[:, -1:] for z in (q_BTN, k_BTN, v_BTN))
+        if layer in cache.raw_keys:
+            raw_keys[layer] = k_B1N
+            pair_BTN = jnp.concatenate([cache.raw_keys[layer], k_B1N], axis=1)
+            starts_BT = jnp.stack([is_start_B, is_start_B], axis=1)
+            k_B1N = train.offset_keys(pair_BTN, starts_BT, cfg)[:, 1:]
+        q_B1HK, k_B1GK = turned(q_B1N, table, cfg), turned(k_B1N, table, cfg)
+        k_NSK = put(cache.keys[layer], k_B1GK, position, cfg)
+        v_NSK = put(cache.values[layer], as_heads(v_B1N, cfg), position, cfg)
+        keys[layer], values[layer] = k_NSK, v_NSK
+        # what a slot holds is within the window
+        visible_BS = held(position, k_NSK.shape[1])[None] >= start_B[:, None]
+        y_B1N = attend_slots(q_B1HK * scale, k_NSK, v_NSK, visible_BS, cfg)
+        y_B1N = train.gated(y_B1N, gate_BTH[:, -1:])
+        return jnp.pad(y_B1N, ((0, 0), (q_BTN.shape[1] - 1, 0), (0, 0)))
+
+    # smear reads the embedding of the token before: it is there for that alone, and nobody looks
+    # at what becomes of it
+    tokens = [cache.token_B, token_B] if cfg.smear else [token_B]
+    tokens_BT = jnp.stack(tokens, axis=1)
+    x_BTD = train.forward(weights, tokens_BT, weights["embed"][tokens_BT], cfg.val, cfg, attend)
+    logits_BV = train.softcapped_logits(x_BTD[:, -1], weights["head"], cfg)
+    return logits_BV, Cache(keys, values, raw_keys, token_B, start_B, position + 1)
+
+
+# ---- Choice of a token ---------------------------------------------------------------------------
+
 
 class Choice(NamedTuple):
     temperature: float  # 0: the likeliest
-    top_k: int          # 0: all
-    top_p: float        # 1: all
+    top_k: int  # 0: all
+    top_p: float  # 1: all
+
 
 def choose(logits_BV, key, position, choice):
-    """token_B. Softmax of logits / temperature; of its top_k likeliest, scaled to sum to 1; of these the likeliest few that reach
-    top_p together, the one that reaches it included. Of equally likely tokens the lower id goes first. Row b's draw hangs on key, b
-    and position."""
-    if not choice.temperature:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    z_BV, ids_BV = logits_BV / choice.temperature, None
-    if choice.top_k or choice.top_p < 1:
-        z_BV, ids_BV = jax.lax.top_k(z_BV, min(choice.top_k or z_BV.shape[1], z_BV.shape[1]))
-        p_BV = jax.nn.softmax(z_BV, axis=-1)
-        z_BV = jnp.where(jnp.cumsum(p_BV, axis=-1) - p_BV < choice.top_p, z_BV, -jnp.inf)
-    draw = lambda row, z_V: jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), position), z_V)
+    """token_B, drawn from softmax of logits / temperature.
+
+    Of its top_k likeliest, scaled to sum to 1, stay the likeliest few that reach top_p together,
+    the one that reaches it included. Of equally likely tokens the lower id goes first. The draw of
+    row b hangs on key, b and position.
+    """
+    if choice.temperature < 1e-6:
+        return jnp.argmax(logits_BV, axis=1)
+    z_BV = logits_BV / choice.temperature
+    is_cut = choice.top_k or choice.top_p < 1
+    if is_cut:
+        count = min(choice.top_k or z_BV.shape[1], z_BV.shape[1])
+        z_BV, ids_BV = lax.top_k(z_BV, count)
+        p_BV = jax.nn.softmax(z_BV, axis=1)
+        before_BV = jnp.cumsum(p_BV, axis=1) - p_BV
+        z_BV = jnp.where(before_BV < choice.top_p, z_BV, -jnp.inf)
+
+    def draw(row, z_V):
+        row_key = jax.random.fold_in(jax.random.fold_in(key, row), position)
+        return jax.random.categorical(row_key, z_V)
+
     chosen_B = jax.vmap(draw)(jnp.arange(len(z_BV)), z_BV)
-    return (chosen_B if ids_BV is None else jnp.take_along_axis(ids_BV, chosen_B[:, None], axis=1)[:, 0]).astype(jnp.int32)
+    if is_cut:
+        chosen_B = jnp.take_along_axis(ids_BV, chosen_B[:, None], axis=1)[:, 0]
+    return chosen_B
 
-# ---- Generation ----
 
-def round_up(count): return max(32, 1 << (count - 1).bit_length())  # few programs serve all lengths
+# ---- Generation ----------------------------------------------------------------------------------
+
+
+def random_weights(cfg):
+    specs = GPT.specs(cfg)
+    params = train.init_params(jax.random.key(0), specs)
+    return train.unstack(train.gather(params, specs, 1, cfg))
+
+
+def round_up(count):
+    """To a power of two, so that few programs serve all lengths."""
+    return max(32, 1 << (count - 1).bit_length())
+
 
 @functools.cache
 def compile_programs(length, capacity, num_samples, choice, cfg):
-    """(first, following): the first tokens of num_samples continuations of one prompt padded to `length`, and those after."""
+    """(first, following): compiled, they make the first token of each sample and the next one.
+
+    length: of the one prompt, padded. capacity: of the cache.
+    """
+
+    def repeat(z):
+        return jnp.concatenate([z] * num_samples) if z.ndim else z
+
     def first(weights, tokens_1T, num_tokens, key):
-        logits_1V, cache = prefill(weights, tokens_1T, num_tokens, capacity, cfg)
-        logits_BV, cache = jax.tree.map(lambda z: jnp.concatenate([z] * num_samples) if z.ndim else z, (logits_1V, cache))
+        made = prefill(weights, tokens_1T, num_tokens, capacity, cfg)
+        logits_BV, cache = jax.tree.map(repeat, made)
         return choose(logits_BV, key, cache.position, choice), cache
+
     def following(weights, cache, token_B, key):
         logits_BV, cache = decode(weights, cache, token_B, capacity, cfg)
         return choose(logits_BV, key, cache.position, choice), cache
-    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
-    weights, key = jax.eval_shape(lambda: random_weights(cfg)), jax.eval_shape(lambda: jax.random.key(0))
-    first = jax.jit(first).lower(weights, shape(1, length), shape(), key)
-    following = jax.jit(following, donate_argnums=1).lower(weights, first.out_info[1], first.out_info[0], key)
+
+    weights = jax.eval_shape(functools.partial(random_weights, cfg))
+    key = jax.eval_shape(functools.partial(jax.random.key, 0))
+    tokens_1T = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    first = jax.jit(first).lower(weights, tokens_1T, jax.ShapeDtypeStruct((), jnp.int32), key)
+    token_B, cache = first.out_info
+    following = jax.jit(following, donate_argnums=1).lower(weights, cache, token_B, key)
     return first.compile(), following.compile()
 
-def random_weights(cfg, seed=0):
-    specs = param_specs(cfg)
-    return unstack(gather(init_params(jax.random.key(seed), specs), specs, 1, cfg))
 
 def generate(weights, ids, num_tokens, num_samples, choice, seed, cfg):
-    """Compile, then return an iterator of num_tokens int32 arrays [B]: the next token of each continuation of ids, at least one id.
-    A step is under way while the token before it is looked at."""
+    """Compile, then return an iterator of num_tokens arrays [B]: the next token of each sample.
+
+    ids: of the prompt, at least one.
+    """
     length, capacity = round_up(len(ids)), round_up(len(ids) + num_tokens)
     first, following = compile_programs(length, capacity, num_samples, choice, cfg)
-    tokens_1T, key = np.zeros((1, length), np.int32), jax.random.key(seed)
-    tokens_1T[0, :len(ids)] = ids
-    def run():
-        token_B, cache = first(weights, tokens_1T, np.int32(len(ids)), key)
-        yield np.asarray(token_B)
-        pending = collections.deque()
-        for _ in range(num_tokens - 1):
-            token_B, cache = following(weights, cache, token_B, key)
-            pending.append(token_B)
-            if len(pending) > 1:
-                yield np.asarray(pending.popleft())
-        yield from map(np.asarray, pending)
-    return run()
+    tokens_1T = np.zeros((1, length), np.int32)
+    tokens_1T[0, : len(ids)] = ids
+    key = jax.random.key(seed)
 
-def write_texts(tokens, prompt, tokenizer, num_samples, write):
-    """Write the texts of an iterator of tokens [B], one after the other, each as far as it is; a character when it is whole.
-    Returns (tokens of the first step, tokens of the others, seconds to the first, seconds from there); none count after a text's end."""
+    def steps():
+        token_B, cache = first(weights, tokens_1T, np.int32(len(ids)), key)
+        for _ in range(num_tokens - 1):
+            next_B, cache = following(weights, cache, token_B, key)
+            yield np.asarray(token_B)  # while the next one is made
+            token_B = next_B
+        yield np.asarray(token_B)
+
+    return steps()
+
+
+def write_texts(steps, prompt, tokenizer, num_samples, write):
+    """Write the texts of an iterator of tokens [B]: the first as it comes, the others after it.
+
+    A character is written when it is whole. Returns the number of steps, the seconds until the
+    first and of the others.
+    """
+    pieces = dict(enumerate(tokenizer.pieces))  # a model may have more ids than its tokenizer
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
-    pieces, texts, ended, shown = dict(enumerate(tokenizer.pieces)), [prompt] * num_samples, [False] * num_samples, 0
-    title = lambda: write(f"--- {shown + 1} of {num_samples} ---\n") if 1 < num_samples > shown else None
-    def show():
-        nonlocal shown
-        while shown < num_samples:
-            write(texts[shown])
-            texts[shown] = ""
-            if not ended[shown]:
-                return
-            write("\n")
-            shown += 1
-            title()
-    title()
-    counts, times = [], [time.perf_counter()]
-    for token_B in tokens:
-        times[1:] = times[1:] or [time.perf_counter()]
-        counts.append(ended.count(False))
+    texts, ended = [prompt] * num_samples, [False] * num_samples
+    titles = [f"--- {b + 1} of {num_samples} ---\n" for b in range(num_samples)]
+    if num_samples == 1:
+        titles = [""]
+    write(titles[0] + prompt)
+    shown = len(prompt)
+    count = 0
+    began = at_first = time.perf_counter()
+    for token_B in steps:
+        count += 1
+        if count == 1:
+            at_first = time.perf_counter()
         for b, token in enumerate(token_B.tolist()):
             if not ended[b]:
                 ended[b] = token == tokenizer.bos_id
                 texts[b] += decoders[b].decode(pieces.get(token, b""), final=ended[b])
-        show()
+        write(texts[0][shown:])
+        shown = len(texts[0])
         if all(ended):
             break
-    ended = [True] * num_samples
-    show()
-    return counts[0], sum(counts[1:]), times[1] - times[0], time.perf_counter() - times[1]
+    seconds = time.perf_counter() - at_first
+    write("\n")
+    for title, text in zip(titles[1:], texts[1:], strict=True):
+        write(f"{title}{text}\n")
+    return count, at_first - began, seconds
 
-# ---- Bench ----
+
+# ---- Bench ---------------------------------------------------------------------------------------
+
 
 def bench(weights, cfg, num_tokens, choice, seed):
-    """What a token of a row of num_tokens costs, with the cache and from a forward pass over the whole row, as train.sample has it."""
-    print(f"{count_params(param_specs(cfg))} parameters, {cfg.compute_dtype}, a row of {num_tokens} tokens; compiling ...",
-          file=sys.stderr)
-    tokens = generate(weights, [cfg.bos_id], num_tokens - 1, 1, choice, seed, cfg)
-    whole = jax.jit(lambda weights, ids_1T, last: jnp.argmax(next_logits(weights, ids_1T, cfg)[0, last]))
-    def timed(work):
-        start = time.perf_counter()
-        result = work()
-        return result, time.perf_counter() - start
-    row, cached_s = timed(lambda: np.array([[cfg.bos_id, *(int(token_B[0]) for token_B in tokens)]], np.int32))
-    whole_s = [timed(lambda: whole(weights, row, num_tokens - 2).item())[1] for _ in range(7)][1:]  # the first compiles
-    cached_ms, whole_ms = 1e3 * cached_s / (num_tokens - 1), 1e3 * float(np.median(whole_s))
-    print(f"with the cache:    {cached_ms:8.2f} ms per token (mean over the row), {1e3 / cached_ms:.0f} tokens/s\n"
-          f"from whole rows:   {whole_ms:8.2f} ms per token (median of {len(whole_s)}; all cost the same)\n"
-          f"the cache is {whole_ms / cached_ms:.1f} times faster")
+    """What a token of a row costs, with the cache and by a forward pass over the whole row."""
+    size = train.count_params(GPT.specs(cfg))
+    said = f"{size} parameters, {cfg.compute_dtype}, a row of {num_tokens} tokens; compiling ..."
+    print(said, file=sys.stderr)
+    steps = generate(weights, [cfg.bos_id], num_tokens - 1, 1, choice, seed, cfg)
+    began = time.perf_counter()
+    made = [int(token_B[0]) for token_B in steps]
+    cached_ms = 1e3 * (time.perf_counter() - began) / len(made)
+    row = np.array([[cfg.bos_id, *made]], np.int32)
 
-# ---- Command line ----
+    @jax.jit
+    def likeliest(weights, ids_1T, last):
+        return jnp.argmax(train.next_logits(weights, ids_1T, cfg)[0, last])
+
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        jax.block_until_ready(likeliest(weights, row, len(made)))
+        times.append(1e3 * (time.perf_counter() - began))
+    whole_ms = float(np.median(times[1:]))  # the first one compiles
+    print(f"with the cache:  {cached_ms:8.2f} ms per token, mean over the row")
+    print(f"from whole rows: {whole_ms:8.2f} ms per token, median of {len(times) - 1}")
+    print(f"the cache is {whole_ms / cached_ms:.1f} times faster")
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
 
 def parse(argv):
     """Raises UsageError."""
-    def fail(message):
-        raise UsageError(f"{message} (python -m scripts.sample --help lists all flags)")
-    parser = argparse.ArgumentParser(usage="python -m scripts.sample --checkpoint=PATH [--FLAG=VALUE ...]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error, flag = fail, parser.add_argument
-    flag("--checkpoint", metavar="PATH", help="a run's folder, of which the newest, or one checkpoint's, .../ckpt/step-NNNNNN")
-    flag("--prompt", metavar="TEXT", help="what to continue, FILE:PATH that of a file; nothing: a document from its beginning")
-    flag("--interactive", action="store_true", help="read prompts from stdin; the n-th has the seed --seed + n - 1")
-    flag("--num_samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: %(default)s)")
-    flag("--max_new_tokens", type=int, default=256, metavar="N", help="tokens of each at most (default: %(default)s)")
-    flag("--temperature", type=float, default=0.7, metavar="T",
-         help="divides the logits; 0: always the likeliest token (default: %(default)s)")
-    flag("--top_k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens only; 0: from all (default: %(default)s)")
-    flag("--top_p", type=float, default=1.0, metavar="P",
-         help="of these only from the likeliest few that have probability P together; 1: from all (default: %(default)s)")
-    flag("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
-    flag("--tokenizer", metavar="DIR", help="folder of the tokenizer's files (default: that of the run's shards)")
-    flag("--bench", type=int, nargs="?", const=1024, metavar="N",
-         help="time a row of N tokens, 1024 if not said; without --checkpoint of the demo's shape, random weights")
-    args = parser.parse_args(argv)
-    def need(ok, name, wanted):
-        if not ok:
-            fail(f"--{name}={getattr(args, name)}: wanted {wanted}")
-    need(args.checkpoint or args.bench, "checkpoint", "a run's folder, as logs/20260101T000000Z-abcdef")
-    need(args.prompt is None or not args.interactive, "prompt", "it or --interactive, not both")
-    for name in ("num_samples", "max_new_tokens"):
-        need(getattr(args, name) >= 1, name, "at least 1")
-    need(args.temperature == 0 or 1e-6 <= args.temperature < float("inf"), "temperature", "0, or at least 1e-6")
-    need(args.top_k >= 0, "top_k", "0 or more")
-    need(0 < args.top_p <= 1, "top_p", "more than 0, at most 1")
-    need(0 <= args.seed < 1 << 31, "seed", "0 or more, below 2^31")
-    need(args.bench is None or args.bench >= 3, "bench", "at least 3 tokens")
+    argv = ["--bench=1024" if word == "--bench" else word for word in argv]
+    args = read_args(argv, __doc__, FLAGS)
+    wanted = "wanted a run's folder, as logs/20260101T000000Z-abcdef"
+    require(args.checkpoint or args.bench, f"--checkpoint={args.checkpoint}: {wanted}")
+    is_one = not (args.prompt and args.interactive)
+    require(is_one, "--prompt and --interactive: wanted one of them")
+    require(args.bench not in (1, 2), f"--bench={args.bench}: wanted at least 3 tokens")
     return args
 
+
 def prompts(args):
-    """Raises UsageError for a file that cannot be read."""
+    """Yield the prompts. Raises UsageError for a file that cannot be read."""
     if not args.interactive:
-        text = args.prompt or ""
-        with usage_errors(f"--prompt={text}: wanted a file of UTF-8 text"):
-            yield Path(text[len("FILE:"):]).read_text(encoding="utf-8") if text.startswith("FILE:") else text
-    while args.interactive:
+        text = args.prompt
+        if text.startswith("FILE:"):
+            with usage_errors(f"--prompt={text}: wanted a file of UTF-8 text"):
+                text = Path(text.removeprefix("FILE:")).read_text(encoding="utf-8")
+        yield text
+        return
+    while True:
         if sys.stdin.isatty():
-            print("prompt> ", end="", file=sys.stderr, flush=True)
-        if not (line := sys.stdin.readline().rstrip("\n")):
+            tell("prompt> ", end="")
+        line = sys.stdin.readline().rstrip("\n")
+        if not line:
             return
         yield line
+
+
+def tell(text, end="\n"):
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def write(text):
+    print(text, end="", flush=True)
+
+
+def answer(prompt, seed, choice, weights, tokenizer, args, cfg):
+    """Write the continuations of a prompt. Raises UsageError for a character that is unknown."""
+    ids = [cfg.bos_id, *tokenizer.encode(prompt)]
+    samples = args.num_samples
+    steps = generate(weights, ids, args.max_new_tokens, samples, choice, seed, cfg)
+    count, prefill_s, decode_s = write_texts(steps, prompt, tokenizer, samples, write)
+    made = samples * (count - 1)
+    tell(f"prefill: {len(ids)} tokens in {prefill_s:.3f} s, {len(ids) / prefill_s:.0f} tokens/s")
+    tell(f"decode: {made} tokens in {decode_s:.3f} s, {made / decode_s:.0f} tokens/s")
+
 
 def main(argv=None):
     """Raises UsageError."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    choice, tell = Choice(args.temperature, args.top_k, args.top_p), functools.partial(print, file=sys.stderr, flush=True)
+    choice = Choice(args.temperature, args.top_k, args.top_p)
     if not args.checkpoint:
-        cfg = choose_attention(replace(DEMO, vocab_size=257, bos_id=256), jax.default_backend())
+        cfg = replace(train.DEMO, vocab_size=257, bos_id=256)
+        cfg = train.choose_attention(cfg, jax.default_backend())
         return bench(random_weights(cfg), cfg, args.bench, choice, args.seed)
     trained = open_checkpoint(args.checkpoint)
-    cfg, weights = trained.cfg, trained.weights()
+    weights = trained.weights()
     if args.bench:
-        return bench(weights, cfg, args.bench, choice, args.seed)
-    tokenizer = open_tokenizer(trained.meta, args.tokenizer or folder_of_run(cfg))
-    tell(f"{trained.folder}, step {trained.step}: {count_params(param_specs(cfg))} parameters, tokenizer {tokenizer.name}")
-    def write(text):
-        print(text, end="", flush=True)
-    longest = max(stage.seq_len for stage in (*cfg.stages, cfg.val))
-    try:
-        for i, prompt in enumerate(prompts(args)):
-            try:
-                ids = [cfg.bos_id, *tokenizer.encode(prompt)]
-            except UsageError as error:  # a character that the model's alphabet lacks
-                if not args.interactive:
-                    raise
-                tell(f"error: {error}")
-                continue
-            if len(ids) + args.max_new_tokens > longest:
-                tell(f"note: {len(ids)} tokens and {args.max_new_tokens} more pass {longest}, the longest row of this run, "
-                     "from where the text may get worse")
-            tokens = generate(weights, ids, args.max_new_tokens, args.num_samples, choice, args.seed + i, cfg)
-            _, others, prefill_s, decode_s = write_texts(tokens, prompt, tokenizer, args.num_samples, write)
-            tell(f"prefill: {len(ids)} tokens in {prefill_s:.3f} s, {len(ids) / prefill_s:.0f} tokens/s; "
-                 f"decode: {others} tokens in {decode_s:.3f} s, {others / decode_s:.0f} tokens/s")
-    except BrokenPipeError:  # as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
+        return bench(weights, trained.cfg, args.bench, choice, args.seed)
+    tokenizer = trained.tokenizer(args.tokenizer)
+    size = train.count_params(GPT.specs(trained.cfg))
+    tell(f"{trained.folder}, step {trained.step}: {size} parameters, tokenizer {tokenizer.name}")
+    for i, prompt in enumerate(prompts(args)):
+        try:
+            answer(prompt, args.seed + i, choice, weights, tokenizer, args, trained.cfg)
+        except UsageError as error:
+            if not args.interactive:
+                raise
+            tell(f"error: {error}")
+
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(train.command(main))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train import UsageError, find_shards, require
+from train import UsageError, require
 
 # ---- For all companions --------------------------------------------------------------------------
 
@@ -271,9 +271,3 @@ def open_tokenizer(meta, folder):
     said = f"the shards' meta.json says vocab_size={size}, bos_id={bos_id}"
     require(fits, f"{folder}: the tokenizer {name} has {len(pieces)} ids, but {said}")
     return Tokenizer(name, size, bos_id, pieces, encode)
-
-
-def folder_of_run(cfg):
-    """The folder of a run's training shards."""
-    found = find_shards(cfg.train_files)
-    return found[0].parent if found else Path(cfg.train_files).parent

@@ -20,7 +20,7 @@ from shards import documents, make_folder, shard_bytes
 
 import train
 from scripts import evaluate, text
-from scripts.checkpoint import open_checkpoint
+from scripts.sample import open_checkpoint
 from train import GPT, UsageError
 
 BYTES = text.open_tokenizer(text.BYTES, ".")
