@@ -1,1 +1,1 @@
-"""Tools beside the trainer, each with one job; they import train.py, which imports nothing of theirs."""
+"""Companions of train.py, each with one job. They import it; it never imports them."""

@@ -2,6 +2,7 @@
 
 A shard is 256 int32 (magic, version, count, zeros), then uint16.
 """
+
 import json
 import struct
 from pathlib import Path

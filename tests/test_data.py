@@ -1,4 +1,5 @@
 """Shards, the plans of what each step reads, batches on devices, and the embedded corpus."""
+
 import hashlib
 import itertools
 import os
@@ -9,13 +10,25 @@ import sysconfig
 import jax
 import numpy as np
 import pytest
+from shards import BOS, TINY, documents, make_folder, meta_json, shard_bytes
 
 import train
-from shards import BOS, TINY, documents, make_folder, meta_json, shard_bytes
 from train import Stage, replace
 
-EXCLUDED = ["test", "tests", "idle_test", "site-packages", "dist-packages", "encodings",
-            "pydoc_data", "lib2to3", "distutils", "turtledemo", "ensurepip", "__pycache__"]
+EXCLUDED = [
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "lib2to3",
+    "distutils",
+    "turtledemo",
+    "ensurepip",
+    "__pycache__",
+]
 CFG = replace(train.parse_flags([TINY]), vocab_size=257, bos_id=BOS)
 
 
@@ -40,6 +53,7 @@ def rows_of(steps):
 
 
 # ---- Shard files ----
+
 
 def test_a_shard_comes_back_as_it_was_written(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 1 << 16, 1000)
@@ -91,6 +105,7 @@ def error_of(tmp_path, monkeypatch):
             train.main([TINY, f"--log_dir={tmp_path}/logs", *flags])
         assert not (tmp_path / "logs").exists()
         return str(caught.value)
+
     return error_of
 
 
@@ -122,9 +137,18 @@ def test_no_shards_at_all_names_the_pattern_and_the_ways_out(tmp_path, error_of)
         assert part in message
 
 
-@pytest.mark.parametrize("text", [
-    b"", b"{", b"[]", b"null", b'{"tokenizer": "test", "vocab_size": 257}', b"\xff\xfe\x00\x80",
-    b'{"tokenizer": "test", "vocab_size": null, "bos_id": 256}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"tokenizer": "test", "vocab_size": 257}',
+        b"\xff\xfe\x00\x80",
+        b'{"tokenizer": "test", "vocab_size": null, "bos_id": 256}',
+    ],
+)
 def test_a_meta_json_that_says_too_little_is_named_with_the_keys_it_needs(text, tmp_path, error_of):
     flags = make_folder(tmp_path / "data")
     (tmp_path / "data" / "meta.json").write_bytes(text)
@@ -161,13 +185,14 @@ def test_vocabulary_and_bos_come_from_meta_json_unless_a_flag_gives_them(tmp_pat
 
 # ---- The plain stream ----
 
+
 def test_the_plain_stream_reads_each_token_once_and_in_order():
     cfg = config(Stage(1.0, 32, 8), shuffle=False, steps=12)
     shards = distinct(201, 203)  # 25 blocks of 8 and a token; 25, whose last 2 tokens have no block
     rows = rows_of(train.plan_stream(shards, cfg))
     assert len(rows) == 48
     inputs = np.concatenate([row[:-1] for row in rows])
-    np.testing.assert_array_equal(inputs, np.r_[0:200, 201:201 + 184])
+    np.testing.assert_array_equal(inputs, np.r_[0:200, 201 : 201 + 184])
     for row in rows:
         np.testing.assert_array_equal(row, np.arange(row[0], row[0] + 9))  # targets follow inputs
 
@@ -193,6 +218,7 @@ def test_the_order_of_a_shuffled_stream_is_a_function_of_the_seed():
     def order(seed):
         rows = rows_of(train.plan_stream(distinct(4000), replace(CFG, seed=seed)))
         return [row[0] for row in rows]
+
     assert order(0) == order(0) != order(1)
 
 
@@ -229,6 +255,7 @@ def test_the_stream_reports_the_tokens_it_has_read():
 
 # ---- Packed documents ----
 
+
 def uneven_documents():
     """Two shards of 400 documents whose tokens, BOS aside, name document and place; and a list."""
     lengths = np.random.default_rng(0).integers(2, 90, 400)
@@ -261,7 +288,7 @@ def test_packed_rows_hold_exactly_their_tokens_and_each_slice_is_a_beginning_of_
         for part in itertools.chain(*rows):
             assert part[0] == 60000 and 1 <= len(part) <= longest
             if len(part) > 1:
-                np.testing.assert_array_equal(part, whole[document_of(part)][:len(part)])
+                np.testing.assert_array_equal(part, whole[document_of(part)][: len(part)])
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -293,8 +320,13 @@ def test_packing_takes_the_longest_document_that_fits_and_cuts_only_where_none_d
             fitting = [n for n in lengths.values() if n <= room]
             wanted = max(fitting, default=min(lengths.values()))  # where none fits, the shortest
             assert len(part) == min(wanted, room)
-            pool.remove(next(i for i in pool if lengths[i] == wanted
-                             and np.array_equal(whole[i][:len(part)], part)))
+            pool.remove(
+                next(
+                    i
+                    for i in pool
+                    if lengths[i] == wanted and np.array_equal(whole[i][: len(part)], part)
+                )
+            )
             room -= len(part)
         assert room == 0
     assert len(unread) < 300
@@ -309,7 +341,7 @@ def test_the_waste_the_log_reports_is_that_of_an_independent_count(tmp_path):
     flags += ["--stages.doc_len=30", "--steps=4", "--stages.batch_tokens=512"]
     shards, _, cfg, note = train.open_data(train.parse_flags([TINY, *flags]))
     picks = len(slices_of(train.plan(shards, cfg)))
-    read = sum(lengths[:picks + 64 - 1])  # the pool was full before the last pick
+    read = sum(lengths[: picks + 64 - 1])  # the pool was full before the last pick
     assert f"{read} tokens read for {4 * 512} trained on" in note
     cut = float(re.search(r"([\d.]+)% cut off", note)[1])
     assert cut == pytest.approx(100 * (1 - 4 * 512 / read), abs=0.051)
@@ -318,10 +350,14 @@ def test_the_waste_the_log_reports_is_that_of_an_independent_count(tmp_path):
 # ---- What a step reads ----
 
 PLANS = {
-    "stream": (config(Stage(0.5, 80, 8), Stage(1.0, 64, 16), steps=10, max_epochs=2),
-               distinct(401, 225)),
-    "packed": (packed(Stage(0.5, 80, 8, 6), Stage(1.0, 64, 16, 11), steps=10),
-               uneven_documents()[0]),
+    "stream": (
+        config(Stage(0.5, 80, 8), Stage(1.0, 64, 16), steps=10, max_epochs=2),
+        distinct(401, 225),
+    ),
+    "packed": (
+        packed(Stage(0.5, 80, 8, 6), Stage(1.0, 64, 16, 11), steps=10),
+        uneven_documents()[0],
+    ),
 }
 
 
@@ -381,6 +417,7 @@ def test_an_error_in_the_prefetch_thread_is_raised_in_the_loop(monkeypatch):
         if next(made) == 5:
             raise OSError("the disk is gone")
         return real(*arguments)
+
     monkeypatch.setattr(train, "to_devices", fails_at_step_five)
     batches = train.train_batches(shards, 0, mesh_of(2), cfg)
     assert len(list(itertools.islice(batches, 4))) == 4
@@ -395,6 +432,7 @@ def test_batches_are_made_ahead_but_not_further_than_asked(monkeypatch):
     def make(rows, stage, *_):
         made.append(stage)
         return len(made)
+
     monkeypatch.setattr(train, "to_devices", make)
     batches = train.train_batches(shards, 0, None, cfg, depth=2)
     assert made == []
@@ -404,10 +442,14 @@ def test_batches_are_made_ahead_but_not_further_than_asked(monkeypatch):
 
 # ---- Validation rows ----
 
-@pytest.mark.parametrize("val_tokens,seq_len,context", [
-    (500, 40, 11), (2048, 64, 32), (64, 64, 0), (65, 64, 0), (1, 16, 8), (7, 16, 15)])
+
+@pytest.mark.parametrize(
+    "val_tokens,seq_len,context",
+    [(500, 40, 11), (2048, 64, 32), (64, 64, 0), (65, 64, 0), (1, 16, 8), (7, 16, 15)],
+)
 def test_validation_scores_each_of_its_targets_once_after_the_right_context(
-        val_tokens, seq_len, context):
+    val_tokens, seq_len, context
+):
     cfg = packed(val_tokens=val_tokens, val=Stage(seq_len=seq_len), val_context=context)
     rows = train.plan_val(distinct(3000, 100), cfg)
     for mesh in (mesh_of(1), mesh_of(8)):
@@ -417,18 +459,29 @@ def test_validation_scores_each_of_its_targets_once_after_the_right_context(
         scored = (np.asarray(batch["weights"]) > 0) & (np.arange(seq_len)[None] >= context)
         assert sorted(targets[scored].tolist()) == list(range(1, val_tokens + 1))
         for row, place in np.argwhere(scored):
-            seen, target = tokens[row, :place + 1].tolist(), targets[row, place]
-            wanted = list(range(target))[-len(seen):]  # a token is its own index
+            seen, target = tokens[row, : place + 1].tolist(), targets[row, place]
+            wanted = list(range(target))[-len(seen) :]  # a token is its own index
             assert seen == [60000] * (len(seen) - len(wanted)) + wanted
 
 
 # ---- Too few shards ----
 
-@pytest.mark.parametrize("flags", [
-    ["--stages.batch_tokens=96", "--stages.seq_len=32"],
-    ["--stages.batch_tokens=128", "--stages.seq_len=64", "--stages.doc_len=40", "--max_epochs=2"]])
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stages.batch_tokens=96", "--stages.seq_len=32"],
+        [
+            "--stages.batch_tokens=128",
+            "--stages.seq_len=64",
+            "--stages.doc_len=40",
+            "--max_epochs=2",
+        ],
+    ],
+)
 def test_too_few_shards_name_the_steps_they_yield_and_a_further_epoch_is_a_way_out(
-        flags, tmp_path, error_of):
+    flags, tmp_path, error_of
+):
     flags = [*make_folder(tmp_path / "data"), *flags]
     message = error_of(*flags, "--steps=1000")
     assert "--steps=1000" in message and "--max_epochs=" in message
@@ -442,6 +495,7 @@ def test_too_few_shards_name_the_steps_they_yield_and_a_further_epoch_is_a_way_o
 
 
 # ---- The embedded corpus ----
+
 
 def corpus_by_hand(root):
     """The written rule once more: {"train": tokens, "val": tokens}, and how many files."""
@@ -473,8 +527,17 @@ def library(tmp_path, monkeypatch):
     root = tmp_path / "lib"
 
     def library(num_files):
-        names = ["a/b.py", "a-b.py", "a.py", "a/c/d.py", "Z.py", "a/testing.py", "latest/x.py",
-                 "a/_sysconfig.py", "large.py"]
+        names = [
+            "a/b.py",
+            "a-b.py",
+            "a.py",
+            "a/c/d.py",
+            "Z.py",
+            "a/testing.py",
+            "latest/x.py",
+            "a/_sysconfig.py",
+            "large.py",
+        ]
         names += [f"pkg{i % 7}/module_{i}.py" for i in range(num_files - len(names))]
         wrong = [f"{folder}/no.py" for folder in EXCLUDED]
         wrong += [f"a/{folder}/b/no.py" for folder in EXCLUDED]
@@ -489,6 +552,7 @@ def library(tmp_path, monkeypatch):
         (root / "folder.py").mkdir()
         monkeypatch.setattr(sysconfig, "get_paths", lambda *_: {"stdlib": str(root)})
         return root
+
     return library
 
 

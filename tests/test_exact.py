@@ -1,4 +1,5 @@
 """The same bits: of two runs, of a run stopped anywhere and resumed, and of the known losses."""
+
 import contextlib
 import hashlib
 import io
@@ -13,18 +14,37 @@ import conftest  # noqa: F401 (its devices, where this file is run by itself)
 import jax
 import numpy as np
 import pytest
-
-import train
 from shards import BOS, TINY, documents, make_folder
 from victim import BIGRAM
 
+import train
+
 STEPS, STAGE_1 = 12, 6
 SIZES = [
-    TINY, f"--steps={STEPS}", "--num_layers=1", "--model_dim=24", "--head_dim=8", "--mlp_dim=40",
-    "--skips=", "--late_inputs=", "--backout=", "--offset_layers=0", "--long_layers=0",
-    "--stages.batch_tokens=56,112", "--stages.seq_len=14,28", "--stages.short=9,16",
-    "--stages.long=20,24", "--val_tokens=300", "--val.seq_len=40", "--val_context=11",
-    "--warmup_steps=2", "--val_every=4", "--save_every=5", "--log_every=1", "--shuffle=false"]
+    TINY,
+    f"--steps={STEPS}",
+    "--num_layers=1",
+    "--model_dim=24",
+    "--head_dim=8",
+    "--mlp_dim=40",
+    "--skips=",
+    "--late_inputs=",
+    "--backout=",
+    "--offset_layers=0",
+    "--long_layers=0",
+    "--stages.batch_tokens=56,112",
+    "--stages.seq_len=14,28",
+    "--stages.short=9,16",
+    "--stages.long=20,24",
+    "--val_tokens=300",
+    "--val.seq_len=40",
+    "--val_context=11",
+    "--warmup_steps=2",
+    "--val_every=4",
+    "--save_every=5",
+    "--log_every=1",
+    "--shuffle=false",
+]
 SHARD_0 = 28 * 16 + 1  # tokens: read by 6 steps of 56 and one of 112
 
 
@@ -39,6 +59,7 @@ def compiled_once():
         if key not in programs:
             programs[key] = real(model, mesh, cfg)
         return programs[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "compile_all", remembered)
         patch.setattr(os, "sync", lambda: None)
@@ -62,9 +83,11 @@ def ticking(patch):
     def tick(seconds=1e-7):
         now[0] += seconds
         return now[0]
+
     real = train.time
-    clock = SimpleNamespace(perf_counter=tick, process_time=tick, strftime=real.strftime,
-                            gmtime=real.gmtime)
+    clock = SimpleNamespace(
+        perf_counter=tick, process_time=tick, strftime=real.strftime, gmtime=real.gmtime
+    )
     patch.setattr(train, "time", clock)
     return tick
 
@@ -88,9 +111,13 @@ def trained(flags, num_devices, seen, hook=lambda step: False):
 
         def watch_all(*arguments):
             programs, notes = compile_all(*arguments)
-            more = {name: lambda *pair, name=name: watched(name, programs[name], *pair)
-                    for name in programs if name != "init"}
+            more = {
+                name: lambda *pair, name=name: watched(name, programs[name], *pair)
+                for name in programs
+                if name != "init"
+            }
             return programs | more, notes
+
         patch.setattr(train, "compile_all", watch_all)
         patch.setattr(train, "save_checkpoint", lambda *parts: (tick(1000), save(*parts))[1])
         return run_on(num_devices, [*SIZES, *flags], train.GPT, hook)
@@ -110,16 +137,20 @@ def losses(folder):
     return [[row.get(key) for key in keys] for row in metrics_of(folder)]
 
 
-@pytest.fixture(scope="module", params=[(8, False), (1, True)],
-                ids=["8 devices, a plain stream", "1 device, packed documents"])
+@pytest.fixture(
+    scope="module",
+    params=[(8, False), (1, True)],
+    ids=["8 devices, a plain stream", "1 device, packed documents"],
+)
 def alone(request, tmp_path_factory):
     """A run that was left alone, on two shards."""
     home, (num_devices, packed), seen = tmp_path_factory.mktemp("alone"), request.param, []
     tokens = documents(1, 20)[:SHARD_0], documents(2, 120)
     flags = [*make_folder(home / "data", train=tokens), f"--stages.doc_len={20 * packed}"]
     folder = trained([*flags, f"--log_dir={home}/logs"], num_devices, seen)
-    return SimpleNamespace(num_devices=num_devices, tokens=tokens, flags=flags, folder=folder,
-                           seen=seen)
+    return SimpleNamespace(
+        num_devices=num_devices, tokens=tokens, flags=flags, folder=folder, seen=seen
+    )
 
 
 def test_two_runs_of_one_config_have_the_same_bits(alone, tmp_path):
@@ -130,15 +161,17 @@ def test_two_runs_of_one_config_have_the_same_bits(alone, tmp_path):
     assert losses(again) == losses(alone.folder) and seen == alone.seen
 
 
-@pytest.mark.parametrize("last", [1, STAGE_1, STAGE_1 + 1, STEPS - 1], ids=[
-    "the first step", "a stage's last", "a shard's last", "the last but one"])
-def test_a_run_stopped_after_any_step_and_resumed_is_as_one_left_alone(
-        last, alone, tmp_path):
+@pytest.mark.parametrize(
+    "last",
+    [1, STAGE_1, STAGE_1 + 1, STEPS - 1],
+    ids=["the first step", "a stage's last", "a shard's last", "the last but one"],
+)
+def test_a_run_stopped_after_any_step_and_resumed_is_as_one_left_alone(last, alone, tmp_path):
     flags, seen = [*alone.flags, f"--log_dir={tmp_path}"], []
     with pytest.raises(SystemExit) as stopped:
         trained(flags, alone.num_devices, seen, lambda step: step == last)
     assert stopped.value.code == 75 and len(seen) == last
-    run, = tmp_path.iterdir()
+    (run,) = tmp_path.iterdir()
     manifest = json.loads((run / f"ckpt/step-{last:06d}/manifest.json").read_text())
     assert manifest["step"] == last
     assert manifest["progress"]["seconds"][0] == pytest.approx(last, abs=1e-3)
@@ -183,14 +216,18 @@ def golden_run(home):
     rows = metrics_of(run)[:-1]
     files = sorted(bits(run, 50).items())
     return {
-        "jax": jax.__version__, "numpy": np.__version__, "machine": machine(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "machine": machine(),
         "sha256": hashlib.sha256(b"".join(blob for _, blob in files)).hexdigest(),
         "train_loss": [round(row["train_loss"], 6) for row in rows],
-        "val_loss": [round(row["val_loss"], 6) for row in rows if "val_loss" in row]}
+        "val_loss": [round(row["val_loss"], 6) for row in rows if "val_loss" in row],
+    }
 
 
 def test_the_tiny_preset_gives_its_known_losses_and_on_the_same_jax_and_machine_its_known_bits(
-        tmp_path):
+    tmp_path,
+):
     """The same sums in another order: the two files themselves are 1.2e-5 apart.
 
     Written by `PYTHONPATH=. python tests/test_exact.py`, for each minor version of JAX.
@@ -211,20 +248,30 @@ def test_the_tiny_preset_gives_its_known_losses_and_on_the_same_jax_and_machine_
 
 # ---- A long run ----
 
+
 @pytest.mark.system
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_three_thousand_steps_leave_memory_compilations_and_open_files_where_they_were(tmp_path):
     marks, compiled = [], []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None)
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
 
     def hook(step):
         if step % 100 == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             mib = pages * os.sysconf("SC_PAGESIZE") / 2**20
             marks.append((mib, len(os.listdir("/proc/self/fd")), len(compiled)))
-    flags = ["--steps=3000", "--val_every=100", "--save_every=100", "--log_every=1",
-             "--max_epochs=30", f"--log_dir={tmp_path}/logs", *make_folder(tmp_path / "data")]
+
+    flags = [
+        "--steps=3000",
+        "--val_every=100",
+        "--save_every=100",
+        "--log_every=1",
+        "--max_epochs=30",
+        f"--log_dir={tmp_path}/logs",
+        *make_folder(tmp_path / "data"),
+    ]
     folder = run_on(1, flags, BIGRAM, hook)
     memory, files, later = zip(*marks[2:], strict=True)  # from step 300 on
     assert len(marks) == 30 and max(memory) - memory[0] < 50
@@ -236,6 +283,7 @@ def test_three_thousand_steps_leave_memory_compilations_and_open_files_where_the
 
 if __name__ == "__main__":  # losses that are known stay, where their file is not deleted first
     import tempfile
+
     with tempfile.TemporaryDirectory() as home:
         found = golden_run(Path(home))
     file = GOLDEN / f"jax-{'.'.join(jax.__version__.split('.')[:2])}.json"

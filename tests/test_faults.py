@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-
-import train
 from shards import documents, make_folder
 from victim import BIGRAM, EVERY, STEPS, metrics_of, weights_of
+
+import train
 
 FILES = ("params.safetensors", "opt.safetensors", "manifest.json")
 LAST, BEFORE = f"ckpt/step-{STEPS:06d}", f"ckpt/step-{STEPS - EVERY:06d}"

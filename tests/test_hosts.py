@@ -9,10 +9,10 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
-
-import train
 from shards import documents, make_folder
 from victim import STEPS, TERM, ended, metrics_of, started, steps_logged
+
+import train
 
 
 class Hosts:

@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-import train
 from shards import make_folder
 from victim import (
     EVERY,
@@ -29,6 +27,8 @@ from victim import (
     steps_logged,
     weights_of,
 )
+
+import train
 
 
 class Home:

@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import train
 from shards import BOS, make_folder
 from victim import BIGRAM, metrics_of, weights_of
+
+import train
 
 STEPS = 12
 SIZES = [
@@ -240,7 +240,10 @@ def test_what_a_model_writes_does_not_reach_the_terminal_as_control_characters(
     finished, monkeypatch
 ):
     written = iter(2 * b"\x1b[2J\n\ta\xff".ljust(200, b"x"))
-    draw = lambda key, logits: jnp.int32(next(written))
+
+    def draw(key, logits):
+        return jnp.int32(next(written))
+
     monkeypatch.setattr(jax, "jit", lambda function: function)
     monkeypatch.setattr(jax.random, "categorical", draw)
     for line in samples_of({"table": np.zeros((384, 384))}, BIGRAM, config_of(finished)):

@@ -1,4 +1,5 @@
-"""scripts/speedrun.sh: the chain of a fake that trains nothing, what a second invocation leaves out, and one real smoke run."""
+"""scripts/speedrun.sh: the chain of a fake that trains nothing, and one real smoke run."""
+
 import importlib.util
 import json
 import os
@@ -10,7 +11,7 @@ import pytest
 
 from train import ROOT
 
-FAKE = '''#!{python}
+FAKE = """#!{python}
 import json, os, pathlib, sys
 argv, here = sys.argv[1:], pathlib.Path({here!r})
 if argv[0] == "-c":
@@ -29,28 +30,46 @@ flags = dict(flag[2:].split("=", 1) for flag in argv if "=" in flag)
 if name == "train.py":
     run = pathlib.Path(flags["log_dir"]) / "20260101T000000Z-abc"
     run.mkdir(parents=True, exist_ok=True)
-    (run / "log.txt").write_text("final: 1\\n====\\ndevices: 8 x fake\\nfinal: step:3 val_loss:3.2 of seed " + flags["seed"] + "\\n")
+    final = "final: step:3 val_loss:3.2 of seed " + flags["seed"]
+    (run / "log.txt").write_text("final: 1\\n====\\ndevices: 8 x fake\\n" + final + "\\n")
 if name == "scripts.dry_run":
     pathlib.Path(flags["json"]).write_text("{{}}")
 sys.exit(int(code))
-'''
+"""
 
 
 @pytest.fixture
 def chain(tmp_path):
-    """run(*flags, **environment) -> (exit code, what it said, the calls that it made); codes(name, ...): exit codes of the next calls."""
+    """run(*flags, **environment) -> (exit code, what it said, the calls that it made).
+
+    codes(name, ...): exit codes of the next calls.
+    """
     (tmp_path / "scripts").mkdir()
     for name in ("train.py", "scripts/speedrun.sh"):
         shutil.copy(ROOT / name, tmp_path / name)
     fake = tmp_path / "fake"
     fake.write_text(FAKE.format(python=sys.executable, here=str(tmp_path)))
     fake.chmod(0o755)
+
     def run(*flags, **environment):
         (tmp_path / "calls.txt").write_text("")
-        done = subprocess.run(["bash", "scripts/speedrun.sh", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-                              env=os.environ | {"PYTHON": str(fake)} | environment)
-        return done.returncode, done.stdout + done.stderr, (tmp_path / "calls.txt").read_text().splitlines()
-    run.codes = lambda name, *codes: (tmp_path / f"{name}.codes").write_text(" ".join(map(str, codes)))
+        done = subprocess.run(
+            ["bash", "scripts/speedrun.sh", *flags],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=os.environ | {"PYTHON": str(fake)} | environment,
+        )
+        return (
+            done.returncode,
+            done.stdout + done.stderr,
+            (tmp_path / "calls.txt").read_text().splitlines(),
+        )
+
+    run.codes = lambda name, *codes: (tmp_path / f"{name}.codes").write_text(
+        " ".join(map(str, codes))
+    )
     run.folder = tmp_path
     return run
 
@@ -60,22 +79,58 @@ def names(calls):
 
 
 def test_every_step_is_taken_once_in_order_and_a_second_invocation_trains_nothing(chain):
-    code, said, calls = chain("--seeds=2", "--name=Idea", "--tasks=evals", "--skip=dry_run", "--", "--steps=7", "--softcap=1,2")
+    code, said, calls = chain(
+        "--seeds=2",
+        "--name=Idea",
+        "--tasks=evals",
+        "--skip=dry_run",
+        "--",
+        "--steps=7",
+        "--softcap=1,2",
+    )
     assert code == 0, said
-    assert names(calls) == ["cached_fineweb10B.py", "train.py", "train.py", "scripts.evaluate", "scripts.evaluate", "scripts.verify_record",
-                            "scripts.report"]
-    assert calls[2].startswith("train.py --steps=7 --softcap=1,2 --seed=1 --log_dir=logs/speedrun/") and "--resume=auto" in calls[2]
+    assert names(calls) == [
+        "cached_fineweb10B.py",
+        "train.py",
+        "train.py",
+        "scripts.evaluate",
+        "scripts.evaluate",
+        "scripts.verify_record",
+        "scripts.report",
+    ]
+    assert (
+        calls[2].startswith("train.py --steps=7 --softcap=1,2 --seed=1 --log_dir=logs/speedrun/")
+        and "--resume=auto" in calls[2]
+    )
     assert calls[3].endswith("--tasks=evals --fetch") and "/seed0/2026" in calls[3]
     record = chain.folder / calls[5].split()[2]
     assert record.parent == chain.folder / "records/v6e-8" and record.name.endswith("_Idea")
     assert (record / "seed1.txt").read_text().endswith("of seed 1\n")
     assert "| 0 | step:3 val_loss:3.2 of seed 0 |" in (record / "README.md").read_text()
     (record / "README.md").write_text("mine")
-    code, said, again = chain("--seeds=2", "--name=Idea", "--tasks=evals", "--skip=dry_run", "--", "--steps=7", "--softcap=1,2")
+    code, said, again = chain(
+        "--seeds=2",
+        "--name=Idea",
+        "--tasks=evals",
+        "--skip=dry_run",
+        "--",
+        "--steps=7",
+        "--softcap=1,2",
+    )
     assert code == 0 and names(again) == [name for name in names(calls) if name != "train.py"]
     assert (record / "README.md").read_text() == "mine"
-    _, _, more = chain("--seeds=3", "--name=Idea", "--skip=dry_run,evaluate,report", "--", "--steps=7", "--softcap=1,2")
-    assert names(more) == ["cached_fineweb10B.py", "train.py", "scripts.verify_record"] and "--seed=2" in more[1]
+    _, _, more = chain(
+        "--seeds=3",
+        "--name=Idea",
+        "--skip=dry_run,evaluate,report",
+        "--",
+        "--steps=7",
+        "--softcap=1,2",
+    )
+    assert (
+        names(more) == ["cached_fineweb10B.py", "train.py", "scripts.verify_record"]
+        and "--seed=2" in more[1]
+    )
     _, _, other = chain("--skip=dry_run,shards", "--", "--steps=8")
     assert names(other) == ["train.py", "scripts.evaluate", "scripts.report"]
     (chain.folder / "train.py").write_text("another program")
@@ -92,7 +147,11 @@ def test_a_stopped_run_is_started_again_and_a_failed_one_ends_the_chain_with_its
     assert code == 5 and "seed 0 ended with exit code 5" in said and names(calls)[-1] == "train.py"
     chain.codes("scripts.evaluate", 2)
     assert chain("--skip=dry_run", "--", "--steps=3")[0] == 2
-    assert names(chain("--skip=dry_run", "--", "--steps=3")[2]) == ["cached_fineweb10B.py", "scripts.evaluate", "scripts.report"]
+    assert names(chain("--skip=dry_run", "--", "--steps=3")[2]) == [
+        "cached_fineweb10B.py",
+        "scripts.evaluate",
+        "scripts.report",
+    ]
 
 
 def test_a_rejected_record_is_reported_and_ends_with_1(chain):
@@ -105,7 +164,9 @@ def test_a_rejected_record_is_reported_and_ends_with_1(chain):
 
 def test_the_dry_run_is_made_where_there_is_a_tpu_compiler_and_once(chain):
     (chain.folder / "libtpu.py").write_text("")
-    first, second = (names(chain("--topology=v5e:2x4", PYTHONPATH=str(chain.folder))[2]) for _ in range(2))
+    first, second = (
+        names(chain("--topology=v5e:2x4", PYTHONPATH=str(chain.folder))[2]) for _ in range(2)
+    )
     assert "scripts.dry_run" in first and "scripts.dry_run" not in second
     chain.codes("scripts.dry_run", 2)
     code, _, calls = chain("--", "--steps=2", PYTHONPATH=str(chain.folder))
@@ -113,12 +174,24 @@ def test_the_dry_run_is_made_where_there_is_a_tpu_compiler_and_once(chain):
     assert "scripts.dry_run" in names(chain("--", "--steps=2", PYTHONPATH=str(chain.folder))[2])
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--seed=3"], "--seed=3: there is no such flag; flags of train.py come after --"), (["--seeds=0"], "a whole number"),
-    (["--name=a/b"], "as a folder is named"), (["--skip=report,train"], "no step train")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--seed=3"], "--seed=3: there is no such flag; flags of train.py come after --"),
+        (["--seeds=0"], "a whole number"),
+        (["--name=a/b"], "as a folder is named"),
+        (["--skip=report,train"], "no step train"),
+    ],
+)
 def test_wrong_flags_are_one_sentence_with_exit_code_2(chain, flags, words):
     code, said, calls = chain(*flags)
-    assert code == 2 and said.startswith("error: ") and words in said and said.count("\n") == 1 and not calls
+    assert (
+        code == 2
+        and said.startswith("error: ")
+        and words in said
+        and said.count("\n") == 1
+        and not calls
+    )
 
 
 def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(chain):
@@ -130,19 +203,28 @@ def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(chain):
 def smoke(folder, *flags):
     if not importlib.util.find_spec("matplotlib"):
         flags = ("--skip=dry_run,report", *flags)
-    return subprocess.run(["bash", "scripts/speedrun.sh", "--smoke", f"--out={folder}", "--skip=dry_run", *flags], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300, env=os.environ | {"PYTHON": sys.executable, "JAX_NUM_CPU_DEVICES": "1"})
+    return subprocess.run(
+        ["bash", "scripts/speedrun.sh", "--smoke", f"--out={folder}", "--skip=dry_run", *flags],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | {"PYTHON": sys.executable, "JAX_NUM_CPU_DEVICES": "1"},
+    )
 
 
 @pytest.mark.system
 def test_a_smoke_run_goes_through_the_real_chain(tmp_path):
-    small = """--steps=2 --num_layers=1 --long_layers= --offset_layers= --skips= --late_inputs= --backout= --gate_dims=0
-        --smear=false --stages.batch_tokens=512 --stages.seq_len=32 --stages.ahead= --val_every=0 --optimizer=adamw"""
+    small = """--steps=2 --num_layers=1 --long_layers= --offset_layers= --skips= --late_inputs=
+        --backout= --gate_dims=0 --smear=false --stages.batch_tokens=512 --stages.seq_len=32
+        --stages.ahead= --val_every=0 --optimizer=adamw"""
     done = smoke(tmp_path, "--seeds=1", "--", *small.split())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     run = next(tmp_path.glob("*/seed0/*/"))
     final = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
-    assert json.loads((run / "evaluate.jsonl").read_text())["val_loss"] == pytest.approx(final, abs=2e-6)
+    assert json.loads((run / "evaluate.jsonl").read_text())["val_loss"] == pytest.approx(
+        final, abs=2e-6
+    )
     assert done.stdout.rstrip().endswith(f"done: {run}")
     if importlib.util.find_spec("matplotlib"):
         assert next(tmp_path.glob("*/report.html")).stat().st_size > 5000

@@ -1,4 +1,5 @@
 """Training and evaluation steps on one and on eight simulated devices."""
+
 import functools
 import itertools
 import math
@@ -8,28 +9,77 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
 import numpy_gpt
-import train
+import pytest
 from jaxprs import equations
 from shards import make_folder
+
+import train
 from train import (
-    GPT, NO_TOKEN, Adam, Model, Shards, Spec, Stage, axis_sizes, batch_shape, flops_per_token,
-    gather, inputs_and_targets, log_partition, make_eval_step, make_init, make_mesh,
-    make_train_step, matmul, named, normal, param_specs, plan_val, replace, softcap, split_axis,
-    state_shardings, sum_rows, to_devices, with_shapes)
+    GPT,
+    NO_TOKEN,
+    Adam,
+    Model,
+    Shards,
+    Spec,
+    Stage,
+    axis_sizes,
+    batch_shape,
+    flops_per_token,
+    gather,
+    inputs_and_targets,
+    log_partition,
+    make_eval_step,
+    make_init,
+    make_mesh,
+    make_train_step,
+    matmul,
+    named,
+    normal,
+    param_specs,
+    plan_val,
+    replace,
+    softcap,
+    split_axis,
+    state_shardings,
+    sum_rows,
+    to_devices,
+    with_shapes,
+)
 
 BOS, LENGTH = 7, 16
 STAGE = Stage(1.0, 24 * LENGTH, LENGTH, doc_len=LENGTH, short=5, long=11, ahead=(0.5, 0.25))
 # On eight devices heads and vocabulary are held split, the mlp (20 x 37) is not.
 # adam_eps: else Adam makes a whole step of the noise in a gradient that is almost zero.
 CFG = train.Config(
-    steps=200, num_layers=2, model_dim=20, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=37,
-    vocab_size=131, bos_id=BOS, mlp_only=(), skips=((0, 1),), late_inputs=((0, 1),), backout=(0,),
-    offset_layers=(1,), long_layers=(1,), gate_dims=5, softcap=(9.0, 10.0, 2.0), attn_scale=0.25,
-    compute_dtype="float32", stages=(STAGE,), micro_tokens=LENGTH, adam_lr=0.03, adam_wd=0.05,
-    adam_eps=1e-3, val=Stage(seq_len=LENGTH, short=4, long=9), val_tokens=200, val_context=5)
+    steps=200,
+    num_layers=2,
+    model_dim=20,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=37,
+    vocab_size=131,
+    bos_id=BOS,
+    mlp_only=(),
+    skips=((0, 1),),
+    late_inputs=((0, 1),),
+    backout=(0,),
+    offset_layers=(1,),
+    long_layers=(1,),
+    gate_dims=5,
+    softcap=(9.0, 10.0, 2.0),
+    attn_scale=0.25,
+    compute_dtype="float32",
+    stages=(STAGE,),
+    micro_tokens=LENGTH,
+    adam_lr=0.03,
+    adam_wd=0.05,
+    adam_eps=1e-3,
+    val=Stage(seq_len=LENGTH, short=4, long=9),
+    val_tokens=200,
+    val_context=5,
+)
 config = functools.partial(replace, CFG)
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -73,8 +123,9 @@ def build(cfg, num_devices, brings_weights=False):
 
     init = compiled(make_init(GPT, mesh, cfg))
     step = compiled(make_train_step(stage, GPT, mesh, cfg), init(), batch([]))
-    return SimpleNamespace(init=init, step=step, batch=batch, random_state=random_state,
-                           weights=weights)
+    return SimpleNamespace(
+        init=init, step=step, batch=batch, random_state=random_state, weights=weights
+    )
 
 
 def eight():
@@ -119,12 +170,13 @@ def oracle_nats(weights, rows, ahead=(0.5, 0.25), scores=None):
         score = np.ones(num_targets) if scores is None else scores[i]
         total = 0
         for k, share in enumerate(shares):
-            nats = numpy_gpt.nats(logits[:, :max(0, num_targets - k)], tokens[:, 1 + k:])[0]
+            nats = numpy_gpt.nats(logits[:, : max(0, num_targets - k)], tokens[:, 1 + k :])[0]
             total += share / sum(shares) * np.pad(score[k:] * nats, (0, num_targets - len(nats)))
         yield total
 
 
 # ---- One update, however it is split ----
+
 
 def test_the_training_loss_is_the_float64_mean_over_the_targets_that_are_there():
     rows = random_rows(24)
@@ -150,12 +202,21 @@ def test_the_first_gradients_are_the_slopes_of_the_float64_mean_loss():
 
     def loss_at(name, change):
         weights = jax.tree.map_with_path(
-            lambda path, w: w + change if train.name_of(path) == name else w, one().weights)
+            lambda path, w: w + change if train.name_of(path) == name else w, one().weights
+        )
         return np.concatenate(list(oracle_nats(weights, rows))).mean()
+
     for name, scale in {
-            "head/m": 0.5, "embed/m": 0.5, "attention/w_v/momentum": 0.15, "smear_mix/m": 0.1,
-            "attention/gate/m": 0.1, "attention/x0_mix/m": 0.1, "blocks/w_down/momentum": 0.15,
-            "skip_gate/m": 0.1, "blocks/x_mix/m": 0.1}.items():
+        "head/m": 0.5,
+        "embed/m": 0.5,
+        "attention/w_v/momentum": 0.15,
+        "smear_mix/m": 0.1,
+        "attention/gate/m": 0.1,
+        "attention/x0_mix/m": 0.1,
+        "blocks/w_down/momentum": 0.15,
+        "skip_gate/m": 0.1,
+        "blocks/x_mix/m": 0.1,
+    }.items():
         direction = np.random.default_rng(0).standard_normal(slots[name].shape)
         ahead, back = (loss_at(name.rpartition("/")[0], d * direction) for d in (1e-5, -1e-5))
         slope, grad = (ahead - back) / 2e-5, slots[name] / scale
@@ -248,6 +309,7 @@ def test_after_tied_steps_there_is_one_table_with_one_state_and_then_each_goes_i
 
 # ---- Learning ----
 
+
 def test_every_weight_of_every_layer_moves_within_two_steps():
     """The smear's gate only after its scalar, which starts at 0."""
     built, rows = eight(), random_rows(24)
@@ -267,9 +329,17 @@ def test_every_weight_of_every_layer_moves_within_two_steps():
 
 # ---- The gradient of a lookup ----
 
-@pytest.mark.parametrize("count, num_rows, dtype", [
-    (1, 5, "float32"), (256, 300, "float32"), (257, 11, "float32"), (1000, 131, "bfloat16"),
-    (700, 1, "float32")])
+
+@pytest.mark.parametrize(
+    "count, num_rows, dtype",
+    [
+        (1, 5, "float32"),
+        (256, 300, "float32"),
+        (257, 11, "float32"),
+        (1000, 131, "bfloat16"),
+        (700, 1, "float32"),
+    ],
+)
 def test_the_rows_of_a_lookup_are_summed_as_by_float64_numpy(count, num_rows, dtype):
     """Ids come unsorted, some often and some never."""
     rng = np.random.default_rng(count)
@@ -297,20 +367,40 @@ def test_rows_of_one_sign_do_not_cancel_in_the_sum_of_an_id_that_occurs_once():
 # ---- Where the state lives ----
 
 LOCAL_SHAPES = {
-    "embed": (32, 20), "head": (32, 20), "skip_mix": (1,), "skip_gate": (5, 1), "smear_mix": (1,),
-    "smear_gate": (5, 1), "backout_mix": (1,), "blocks/x_mix": (2,), "blocks/y_mix": (2,),
-    "attention/x_mix": (2,), "attention/y_mix": (2,), "attention/x0_mix": (2,),
-    "attention/gate": (2, 5, 6), "attention/w_q": (2, 20, 6), "attention/w_k": (2, 20, 2),
-    "attention/w_v": (2, 20, 2), "attention/w_out": (2, 6, 20), "blocks/w_up": (2, 20, 37),
-    "blocks/w_down": (2, 37, 20)}
+    "embed": (32, 20),
+    "head": (32, 20),
+    "skip_mix": (1,),
+    "skip_gate": (5, 1),
+    "smear_mix": (1,),
+    "smear_gate": (5, 1),
+    "backout_mix": (1,),
+    "blocks/x_mix": (2,),
+    "blocks/y_mix": (2,),
+    "attention/x_mix": (2,),
+    "attention/y_mix": (2,),
+    "attention/x0_mix": (2,),
+    "attention/gate": (2, 5, 6),
+    "attention/w_q": (2, 20, 6),
+    "attention/w_k": (2, 20, 2),
+    "attention/w_v": (2, 20, 2),
+    "attention/w_out": (2, 6, 20),
+    "blocks/w_up": (2, 20, 37),
+    "blocks/w_down": (2, 37, 20),
+}
 SQUARES = {  # one number for each unit
-    "attention/w_q": (2, 1, 6), "attention/w_k": (2, 1, 2), "attention/w_v": (2, 1, 2),
-    "attention/w_out": (2, 6, 1), "blocks/w_up": (2, 1, 37), "blocks/w_down": (2, 37, 1)}
+    "attention/w_q": (2, 1, 6),
+    "attention/w_k": (2, 1, 2),
+    "attention/w_v": (2, 1, 2),
+    "attention/w_out": (2, 6, 1),
+    "blocks/w_up": (2, 1, 37),
+    "blocks/w_down": (2, 37, 1),
+}
 SPLIT = {"embed", "head", "attention/w_q", "attention/w_k", "attention/w_v", "attention/w_out"}
 SLOT_SHAPES = {
     f"{name}/{slot}": SQUARES[name] if slot == "square" else shape
     for name, shape in LOCAL_SHAPES.items()
-    for slot in (("momentum", "square") if name in SQUARES else ("m", "v"))}
+    for slot in (("momentum", "square") if name in SQUARES else ("m", "v"))
+}
 
 
 def test_weights_and_optimizer_state_are_split_over_eight_devices_stay_so_and_are_donated():
@@ -324,7 +414,7 @@ def test_weights_and_optimizer_state_are_split_over_eight_devices_stay_so_and_ar
         found = {}
         for name, leaf in (named(state.params) | named(state.opt_state)).items():
             assert leaf.dtype == jnp.float32
-            found[name], = {shard.data.shape for shard in leaf.addressable_shards}
+            (found[name],) = {shard.data.shape for shard in leaf.addressable_shards}
             distinct = {str(shard.index) for shard in leaf.addressable_shards}
             is_split = name in SPLIT or name.rpartition("/")[0] in SPLIT
             assert len(distinct) == (8 if is_split else 1), name
@@ -345,8 +435,15 @@ def test_a_weight_is_split_along_the_axis_its_row_names_or_each_device_has_a_cop
     def axes(n, **changes):
         specs = named(param_specs(config(**changes)))
         return {name: split_axis(spec, n) for name, spec in specs.items()}
-    eighths = {"embed": 0, "head": 0, "attention/w_q": 2, "attention/w_k": 2,
-               "attention/w_v": 2, "attention/w_out": 1}
+
+    eighths = {
+        "embed": 0,
+        "head": 0,
+        "attention/w_q": 2,
+        "attention/w_k": 2,
+        "attention/w_v": 2,
+        "attention/w_out": 1,
+    }
     assert {name: axis for name, axis in axes(8).items() if axis is not None} == eighths
     wide = axes(8, mlp_dim=40)
     assert (wide["blocks/w_up"], wide["blocks/w_down"]) == (2, 1)
@@ -356,9 +453,11 @@ def test_a_weight_is_split_along_the_axis_its_row_names_or_each_device_has_a_cop
 # ---- What the compiled step exchanges ----
 
 COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(")
+    r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\("
+)
 CALLS = re.compile(
-    r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)")
+    r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)"
+)
 
 
 def computations(hlo):
@@ -443,6 +542,7 @@ def test_the_tied_step_reduces_one_table_and_gathers_one():
 
 # ---- Precision ----
 
+
 def test_with_bfloat16_matmuls_masters_and_sums_are_float32_and_bfloat16_travels():
     cfg, mesh = config(compute_dtype="bfloat16"), make_mesh()
     function, arguments = train.list_programs(GPT, mesh, cfg)["train_0"]
@@ -450,9 +550,10 @@ def test_with_bfloat16_matmuls_masters_and_sums_are_float32_and_bfloat16_travels
 
     def kinds(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
     assert kinds(out[0]) == kinds(arguments[0])
     found = list(equations(jaxpr.jaxpr))
-    loop, = (e for e in found if e.primitive.name == "scan" and e.params["length"] == 3)
+    (loop,) = (e for e in found if e.primitive.name == "scan" and e.params["length"] == 3)
     sums = [v for v in loop.outvars if v.aval.shape[:1] != (3,)]  # the others: of each micro-step
     assert len(sums) == 7 + 2 * 12 + 2 and {v.aval.dtype.name for v in sums} == {"float32"}
     counts = {"dot_general": 0, "all_to_all": 4, "reduce_scatter": 6, "all_gather": 6}
@@ -472,6 +573,7 @@ def test_compute_copies_of_tables_and_matrices_are_bfloat16_and_of_scalars_float
 
 # ---- Evaluation ----
 
+
 @pytest.mark.parametrize("num_devices", [8, 1])
 def test_evaluation_scores_each_target_once_after_the_context_it_should_see(num_devices):
     cfg, mesh = config(micro_tokens=2 * LENGTH), make_mesh(jax.devices()[:num_devices])
@@ -485,15 +587,16 @@ def test_evaluation_scores_each_target_once_after_the_context_it_should_see(num_
     expected = []
     for start in range(0, 200, 11):
         stop = min(start + 11, 200)
-        context = tokens[start - 5:start] if start else [BOS] * 5
+        context = tokens[start - 5 : start] if start else [BOS] * 5
         row = np.concatenate([context, tokens[start:stop]]).astype(int)[None]
         logits = numpy_gpt.logits(weights, row, (4, 9), (), CFG, packed=True)[0, 5:]
-        expected += numpy_gpt.nats(logits, tokens[start + 1:stop + 1].astype(int)).tolist()
+        expected += numpy_gpt.nats(logits, tokens[start + 1 : stop + 1].astype(int)).tolist()
     assert len(expected) == int(count) == 200
     assert float(nats) == pytest.approx(sum(expected), rel=1e-5)
 
 
 # ---- Batches and rows ----
+
 
 def test_a_batch_shape_holds_every_row_in_as_few_micro_steps_as_the_limit_allows():
     for num_rows, devices, micro_rows in itertools.product((1, 11, 24, 40), (1, 3, 8), (1, 5, 99)):
@@ -532,6 +635,7 @@ def test_flops_per_token_are_counted_as_by_hand():
 
     def count(cfg, stage=stage):
         return flops_per_token(stage, param_specs(cfg), cfg)
+
     assert count(cfg) == pytest.approx(6 * matrices + sum(attention), rel=1e-9)
     gone = 6 * (20 * 48 + 2 * 20 * 16 + 48 * 20 + 5 * 6) + attention[1]
     assert count(replace(cfg, mlp_only=(1,))) == pytest.approx(count(cfg) - gone, rel=1e-9)
@@ -540,11 +644,13 @@ def test_flops_per_token_are_counted_as_by_hand():
 
 # ---- Another architecture ----
 
+
 def bigram_specs(cfg):
     specs = {
         "embed": Spec("V D", "V", normal(1.0), "embed"),
         "blocks": {"w_mix": Spec("L D M", "M", normal(0.1), "muon")},
-        "head": Spec("V D", "V", normal(0.1), "head")}
+        "head": Spec("V D", "V", normal(0.1), "head"),
+    }
     return with_shapes(specs, axis_sizes(cfg) | {"M": cfg.model_dim})
 
 
@@ -592,20 +698,29 @@ def test_a_models_loss_and_update_are_told_stage_batch_and_a_key_of_each_micro_s
 
     def loss(weights, batch, key, stage, cfg):
         told.append((stage, tuple(sorted(batch)), batch["tokens"].shape))
-        jax.debug.callback(lambda step, data: keys.append((int(step), *data.tolist())),
-                           batch["step"], jax.random.key_data(key))
+        jax.debug.callback(
+            lambda step, data: keys.append((int(step), *data.tolist())),
+            batch["step"],
+            jax.random.key_data(key),
+        )
         return bigram_loss(weights, batch, key, stage, cfg)
 
     def update(state, grads, stage, specs, rules, num_devices, cfg):
         told.append((stage, rules, num_devices))
         return state.params, state.opt_state
+
     model = BIGRAM._replace(loss=loss, update=update)
     for function, arguments in train.list_programs(model, mesh, cfg).values():
         jax.eval_shape(function, *arguments)
     rows = ("inputs", "step", "targets", "tokens", "weights")
     first, second = cfg.stages
-    wanted = [(first, rows, (1, 16)), (first, RULES, 8), (second, rows, (1, 16)),
-              (second, RULES, 8), (cfg.val, rows, (1, 16))]
+    wanted = [
+        (first, rows, (1, 16)),
+        (first, RULES, 8),
+        (second, rows, (1, 16)),
+        (second, RULES, 8),
+        (cfg.val, rows, (1, 16)),
+    ]
     found = [call for i, call in enumerate(told) if call not in told[:i]]
     assert found == wanted  # a loop's body may be traced more than once
 
@@ -624,13 +739,25 @@ def test_a_models_loss_and_update_are_told_stage_batch_and_a_key_of_each_micro_s
 
 def test_another_model_trains_through_main_from_its_own_first_state(tmp_path):
     """The first loss is that of a head of zeros."""
+
     def first_state(state, cfg):
         assert int(state.step) == 0
         head = jnp.zeros_like(state.params["head"])
         return state._replace(params=state.params | {"head": head})
+
     stages = Stage(0.2, 128, 16), Stage(1.0, 64, 8)
-    cfg = replace(CFG, preset="demo", stages=stages, steps=30, vocab_size=None, bos_id=None,
-                  val_every=0, log_every=1, target_loss=0.0, log_dir=str(tmp_path / "logs"))
+    cfg = replace(
+        CFG,
+        preset="demo",
+        stages=stages,
+        steps=30,
+        vocab_size=None,
+        bos_id=None,
+        val_every=0,
+        log_every=1,
+        target_loss=0.0,
+        log_dir=str(tmp_path / "logs"),
+    )
     model = BIGRAM._replace(presets={"demo": cfg}, first_state=first_state)
     seen = []
     run = train.main(make_folder(tmp_path / "data"), model, seen.append)

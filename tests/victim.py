@@ -124,7 +124,9 @@ def live(argv, output, strikes, cache, model, pause):
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    train.show_samples = lambda params, model, log: log.line("sample: x")  # drawing takes longer than all the rest
+    train.show_samples = lambda params, model, log: log.line(
+        "sample: x"
+    )  # drawing takes longer than all the rest
     stop = train.Stop()
     at_step = {count: numbers for point, count, numbers in strikes if point == "step"}
 
