@@ -284,7 +284,6 @@ TAMPERED = [
     (edits(("tokens", "tokenz"), seal=False, part=0), "digest is not that of"),
     (written("seed1.txt", b""), "its last line is not its digest"),
     (written("seed4.txt", sealed(bytes(range(256)))), "cannot be read as a log"),
-    (written("seed1.txt", sealed(b"preset: demo (asked for)")), "no source of train.py"),
     (edits((r"\Z", f"step:5/30\n{SHA}\nsha256:")), "a digest in its midst"),
     (edits((f"{FINAL}\n", "")), "no step lines and final line"),
     (edits(("^next: .*\n", "")), "its end is not"),
@@ -294,7 +293,6 @@ TAMPERED = [
     (edits(("^step:15/.*\n", "")), "its 5 step lines are not the 6 that the config asks for"),
     (edits((r"^(step:15/.*\n)", r"\1\1")), "its 7 step lines are not the 6"),
     (edits((r"^(step:15/.*\n)(step:20/.*\n)", r"\2\1")), "its 6 step lines are not the 6"),
-    (edits((r"^step:15/30", "step:15/31")), "its 6 step lines are not the 6"),
     (edits((r"^(step:10/.*) val_loss:\S+", r"\1")), "not those of val_every"),
     (edits((r"^step:15/", "note: all is well\nstep:15/")), "'note: all is well' stands among"),
     (edits((r"^(step:15/.*train_loss:)\S+", r"\1nan")), "'step:15/30 train_loss:nan .* stands"),
@@ -327,7 +325,6 @@ TAMPERED = [
     (edits((r"(train_0.*sha256:)\w{4}", r"\g<1>0000"), seeds=SEEDS), "is none of the track's"),
     (edits((r"^(data: )val_0(.*\n)", r"\g<1>train_1\2\1val_0\2")), "the same file twice"),
     (other_validation_file, "validation file is a training file of the track"),
-    (edits((r"(train_0.* tokens:)\d+", r"\g<1>10")), "92160 read, of 10 there are"),
     (edits(("92160 tokens read for 92160", "92161 tokens read for 92161")), "92161 tokens trained"),
     # the target
     (raised_target, r"^mean \d\.\d+ is above the track's target 2$"),
@@ -421,28 +418,28 @@ def test_garbled_logs_are_rejected_without_a_traceback(record):
 # ---- What is no tampering ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, text, value, follows",
-    [
-        ("stages.ahead", "(0.5,0.25),(0.5,),()", [[0.5, 0.25], [0.5], []], True),
-        ("stages.ahead", "", [[], []], True),
-        ("stages.tied", "1,0", [True, False], True),
-        ("stages.lr", "1", [1.0, 1.0], True),
-        ("stages.lr", "1,2", [1.0, 1.2], False),
-        ("stages.lr", "1,2,3", [1.0, 2.0], False),
-        ("skips", "((0,2),)", [[0, 2]], True),
-        ("softcap", "", [], True),
-        ("softcap", "15,15,0", [15.0, 15.0, 0], True),
-        ("muon_lr", "3e-4", 0.0003, True),
-        ("residual_dtype", "none", None, True),
-        ("vocab_size", "none", 257, True),
-        ("num_kv_heads", "none", 257, False),
-        ("attention", "band", "xla", False),
-        ("log_dir", "nan", "nan", True),
-    ],
-)
-def test_a_flag_is_compared_as_train_reads_it(name, text, value, follows):
-    assert verify_record.follows(name, text, value) == follows
+FOLLOWS = [
+    ("stages.ahead", "(0.5,0.25),(0.5,),()", [[0.5, 0.25], [0.5], []], True),
+    ("stages.ahead", "", [[], []], True),
+    ("stages.tied", "1,0", [True, False], True),
+    ("stages.lr", "1", [1.0, 1.0], True),
+    ("stages.lr", "1,2", [1.0, 1.2], False),
+    ("stages.lr", "1,2,3", [1.0, 2.0], False),
+    ("skips", "((0,2),)", [[0, 2]], True),
+    ("softcap", "", [], True),
+    ("softcap", "15,15,0", [15.0, 15.0, 0], True),
+    ("muon_lr", "3e-4", 0.0003, True),
+    ("residual_dtype", "none", None, True),
+    ("vocab_size", "none", 257, True),
+    ("num_kv_heads", "none", 257, False),
+    ("attention", "band", "xla", False),
+    ("log_dir", "nan", "nan", True),
+]
+
+
+def test_a_flag_is_compared_as_train_reads_it():
+    for name, text, value, follows in FOLLOWS:
+        assert verify_record.follows(name, text, value) == follows, (name, text)
 
 
 def test_a_failed_run_that_the_readme_tells_of_is_listed_and_does_not_count(record, capsys):
