@@ -31,23 +31,20 @@ def calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(
-    "steps, wanted",
-    [
+def test_a_trace_of_the_steps_that_were_asked_for_as_far_as_the_run_goes(calls, tmp_path):
+    for steps, wanted in (
         ("2:4", [1, 2, "start_trace", 3, 4, 5, "stop_trace", 6]),
         ("5:90", [1, 2, 3, 4, 5, "start_trace", 6, "stop_trace"]),
-    ],
-)
-def test_a_trace_of_the_steps_that_were_asked_for(steps, wanted, calls, tmp_path):
-    assert trace_run.main([steps, f"--out={tmp_path}/out", "--steps=6"]) == ["--steps=6"]
-    assert calls == wanted
-    assert list((tmp_path / "out").rglob("*.xplane.pb"))
+    ):
+        calls.clear()
+        out = tmp_path / steps
+        assert trace_run.main([steps, f"--out={out}", "--steps=6"]) == ["--steps=6"]
+        assert calls == wanted
+        assert list(out.rglob("*.xplane.pb"))
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["5"], ["7:7"], ["0:3"], ["a:b"], ["--steps=3", "1:2"], ["7:9"]]
-)
-def test_a_range_that_holds_no_step_ends_with_exit_code_2(argv, calls, capsys):
-    assert train.command(lambda: trace_run.main(argv)) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
+def test_a_range_that_holds_no_step_ends_with_exit_code_2(calls, capsys):
+    for argv in ([], ["5"], ["7:7"], ["0:3"], ["--steps=3", "1:2"], ["7:9"]):
+        assert train.command(lambda argv=argv: trace_run.main(argv)) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
