@@ -221,18 +221,20 @@ def test_every_kind_of_file_gives_the_same_shards(tmp_path):
         run([tmp_path / "c.parquet"], tmp_path / "other", "--tokenizer=bytes")
 
 
-def test_the_last_tenth_of_a_text_is_for_validation(tmp_path, monkeypatch, capsys):
-    """As nanoGPT cuts tiny Shakespeare, here in pieces of 100 characters."""
-    monkeypatch.setattr(prepare, "PIECE", 100)
-    whole = "\r\n".join(documents(3, 60)) + "\nZ"
-    source, out = tmp_path / "play.txt", tmp_path / "out"
-    source.write_bytes(whole.encode())
-    files = run([source], out, "--tokenizer=chars", "--val_tail=0.1", "--jobs=1")
-    alphabet, first = sorted(set(whole)), int(0.9 * len(whole))
-    assert set(files) == {"train_000000.bin", "val_000000.bin", "characters.json", "meta.json"}
-    for split, part in (("train", whole[:first]), ("val", whole[first:])):
-        assert tokens(out, split) == [len(alphabet), *map(alphabet.index, part)]
-    assert f"--val_tokens={len(whole) - first} " in capsys.readouterr().out
+def test_the_last_share_of_a_text_is_for_validation(tmp_path, monkeypatch, capsys):
+    """As nanoGPT cuts tiny Shakespeare, here in small pieces, one of which may end at the cut."""
+    source = tmp_path / "play.txt"
+    play = "\r\n".join(documents(3, 60)) + "\nZ"
+    for i, (whole, piece, share) in enumerate(((play, 100, 0.1), ("abcd\n" * 10, 5, 0.5))):
+        monkeypatch.setattr(prepare, "PIECE", piece)
+        source.write_bytes(whole.encode())
+        out, first = tmp_path / str(i), int((1 - share) * len(whole))
+        files = run([source], out, "--tokenizer=chars", f"--val_tail={share}", "--jobs=1")
+        alphabet = sorted(set(whole))
+        assert set(files) == {"train_000000.bin", "val_000000.bin", "characters.json", "meta.json"}
+        for split, part in (("train", whole[:first]), ("val", whole[first:])):
+            assert tokens(out, split) == [len(alphabet), *map(alphabet.index, part)]
+        assert f"--val_tokens={len(whole) - first} " in capsys.readouterr().out
     with pytest.raises(UsageError, match="wanted one .txt that is one document"):
         run([source] * 2, tmp_path / "two", "--val_tail=0.1")
 
