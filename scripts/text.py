@@ -15,7 +15,6 @@ packages, errors as one sentence, and a command line read off a table.
 import argparse
 import contextlib
 import importlib
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,12 +155,6 @@ def fetch_gpt2():
         return [Path(hf_hub_download("openai-community/gpt2", name)) for name in names]
 
 
-def gpt2_bytes(folder):
-    """The bytes of each GPT-2 token, by id, from encoder.json. Raises UsageError."""
-    with usage_errors(f"{folder}: wanted GPT-2's encoder.json"):
-        return pieces_of(json.loads((Path(folder) / "encoder.json").read_text()))
-
-
 def byte_level(tokenizer):
     """Make a tokenizers.Tokenizer cut text as GPT-2 does. All of it is text, <|endoftext|> too."""
     from tokenizers import decoders, pre_tokenizers
@@ -187,18 +180,6 @@ def train_bpe(texts, vocab_size):
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def texts_of(tokens, pieces, bos):
-    """Yield the documents of a shard; what stands before the first BOS is one.
-
-    Bytes that are no UTF-8, by a cut, become U+FFFD.
-    """
-    edges = [0, *np.flatnonzero(tokens == bos).tolist(), len(tokens)]
-    for first, last in itertools.pairwise(edges):
-        if last > first:
-            document = b"".join(pieces[i] for i in tokens[first:last].tolist())
-            yield document.decode(errors="replace")
 
 
 def alphabet_encode(characters):
