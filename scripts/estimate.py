@@ -9,12 +9,13 @@ Two sums over the instructions that run, loop bodies times their trip count:
     high   the compiler's own `estimated_cycles` / clock, at least the time of its HBM bytes.
 
 The estimate is their mean. Synchronous collectives are added to both, asynchronous ones as far as
-the order of instructions exposes them (`waits`). Of a Pallas kernel the compiler says nothing: it
+the order of instructions exposes them (`waits`). The compiler says nothing of a Pallas kernel; it
 counts by its instruction bundles (scripts/bundles.py), or else by its cost_estimate.
 
 Calibration, all on v6e: three phases of a public 8-chip speedrun log (training at two lengths,
 evaluation) and one public single-chip step: estimate / measured = 0.93, 1.00, 1.06, 0.94. Low alone
 is 0.64 to 0.76 of measured, high 1.22 to 1.36. So allow 15 % on a whole step and more on a piece.
+Those programs held JAX's splash attention, costed by a fit that stands in commit b53da1f.
 The links between chips are hardly tested by this; v5e and v5p not at all. Host input, dispatch and
 evaluation are not in it. To compare two variants look at low and the estimate together.
 """
