@@ -79,15 +79,8 @@ def names(calls):
 
 
 def test_every_step_is_taken_once_in_order_and_a_second_invocation_trains_nothing(chain):
-    code, said, calls = chain(
-        "--seeds=2",
-        "--name=Idea",
-        "--tasks=evals",
-        "--skip=dry_run",
-        "--",
-        "--steps=7",
-        "--softcap=1,2",
-    )
+    flags = "--seeds=2 --name=Idea --tasks=evals --skip=dry_run -- --steps=7 --softcap=1,2".split()
+    code, said, calls = chain(*flags)
     assert code == 0, said
     assert names(calls) == [
         "cached_fineweb10B.py",
@@ -108,15 +101,7 @@ def test_every_step_is_taken_once_in_order_and_a_second_invocation_trains_nothin
     assert (record / "seed1.txt").read_text().endswith("of seed 1\n")
     assert "| 0 | step:3 val_loss:3.2 of seed 0 |" in (record / "README.md").read_text()
     (record / "README.md").write_text("mine")
-    code, said, again = chain(
-        "--seeds=2",
-        "--name=Idea",
-        "--tasks=evals",
-        "--skip=dry_run",
-        "--",
-        "--steps=7",
-        "--softcap=1,2",
-    )
+    code, said, again = chain(*flags)
     assert code == 0 and names(again) == [name for name in names(calls) if name != "train.py"]
     assert (record / "README.md").read_text() == "mine"
     _, _, more = chain(
