@@ -27,54 +27,50 @@ from pathlib import Path
 from typing import NamedTuple
 
 TRACKS = Path(__file__).resolve().parent.parent / "records/README.md"
-MAX_BYTES = 16 << 20  # of a file; a log of train.py has some 100 kB
 MAX_STEPS = 10_000_000
 P_VALUE = 0.01
 BAR = "\n" + "=" * 120 + "\n"  # between the source and the rest of a log
-HEADER = re.compile(  # the lines from there to the first step line
+DATA_FILE = r"data: .+ tokens:(\d+) sha256:([0-9a-f]{64})\n"
+STEP = re.compile(
+    r"step:(\d+)/(\d+) train_loss:(\d+\.\d{4})(?: val_loss:(\d+\.\d{4}))? train_time:(\d+\.\d{3})s"
+    r" step:(\d+\.\d)ms tok/s:(\d+\.\d+)([kM]) mfu:(?:-|(\d+\.\d)%) wait:\d+\.\dms eta:\d+s",
+    re.ASCII,
+)
+SAVED = r"saved: step-\d+ in \d+\.\ds"  # may stand among the step lines
+FINAL = re.compile(
+    r"(?P<result>final: step:\d+/\d+ tokens:\d+ val_loss:\d+\.\d{4} train_time:\d+\.\d{3}s)"
+    r" cpu_time:(?P<cpu>\d+\.\d)s wall:\d+\.\ds(?: peak_memory:\d+\.\d\dGiB)?"
+    r"(?: target:(?P<target>\S+) (?:not reached|"
+    r"reached at step (?P<reached>\d+) after (?P<after>\d+\.\d{3})s))?",
+    re.ASCII,
+)
+LINES = re.compile(  # of a log, from the source to the result
     r"preset: (?P<preset>\S+) \(.+\)\n"
-    r"argv: (?P<argv>.*)\n"
+    r"argv: (?!'?@|.* '?@)(?P<argv>.*)\n"  # what an @FILE holds is not in the log
     r"config: (?P<config>.+)\n"
     r"versions: (?P<versions>python=(?P<python>\S+).*)\n"
-    r"devices: (?P<devices>\d{1,6} x [^,\n]+, \d{1,6} processes, (?P<cores>\d{1,6}) host cores)\n"
-    r"(?P<files>(?:data: .+ tokens:\d{1,15} sha256:[0-9a-f]{64}\n){2,})"
-    r"data: validation scores (?P<count>\d{1,15}) targets; "
+    r"devices: (?P<devices>\d+ x [^,\n]+, \d+ processes, (?P<cores>\d+) host cores)\n"
+    r"(?P<files>(?:data: .+ tokens:\d+ sha256:[0-9a-f]{64}\n){2,})"
+    r"data: validation scores (?P<count>\d+) targets; "
     r"sha256 of these and the token before them:(?P<scored>[0-9a-f]{64})\n"
-    r"data: (?P<read>\d{1,15}) tokens read for (?P<trained>\d{1,15}) trained on, .*\n"
-    r"parameters: (?P<parameters>\d{1,18})"
-    r"(?:\ncompiled: \w+ in \d+\.\ds.*)+",
+    r"data: (?P<read>\d+) tokens read for (?P<trained>\d+) trained on, .*\n"
+    r"parameters: (?P<parameters>\d+)\n"
+    r"(?:compiled: \w+ in \d+\.\ds.*\n)+"
+    r"(?P<steps>(?:(?:step|saved):.*\n)+)" + FINAL.pattern + r"\n",
     re.ASCII,
 )
-DATA_FILE = r"tokens:(\d{1,15}) sha256:([0-9a-f]{64})\n"
-STEP = re.compile(
-    r"step:(\d{1,12})/(\d{1,12}) train_loss:(\d{1,6}\.\d{4})(?: val_loss:(\d{1,6}\.\d{4}))?"
-    r" train_time:(\d{1,9}\.\d{3})s step:(\d{1,12}\.\d)ms"
-    r" tok/s:(\d{1,9}\.\d{1,2})([kM]) mfu:(?:-|(\d{1,9}\.\d)%)"
-    r" wait:\d{1,12}\.\dms eta:\d{1,12}s",
-    re.ASCII,
-)
-FINAL = re.compile(
-    r"(final: step:\d{1,12}/\d{1,12} tokens:\d{1,18} val_loss:\d{1,6}\.\d{4}"
-    r" train_time:\d{1,9}\.\d{3}s) cpu_time:(?P<cpu>\d{1,12}\.\d)s wall:\d{1,12}\.\ds"
-    r"(?: peak_memory:\d+\.\d\dGiB)?(?: target:(?P<target>\S+) (?:not reached|"
-    r"reached at step (?P<reached>\d{1,12}) after (?P<after>\d{1,9}\.\d{3})s))?",
-    re.ASCII,
-)
-SAVED = r"saved: step-\d{6,9} in \d{1,12}\.\ds"  # may stand among the step lines
-RESULT = r"final:\s*step:\d|step:(\d{1,12})/\1 .{,200}val_loss:"  # of a run that came to its end
-MAY_DIFFER = {"seed", "log_dir", "save_every", "resume"}  # between the runs of a record
+RESULT = r"\nfinal: |\nstep:(\d+)/\1 .*val_loss:"  # of a run that came to its end
+SHARED = ("preset", "devices", "files", "scored", "parameters")  # what all runs say
+MAY_DIFFER = {"seed", "log_dir", "save_every", "resume"}  # flags, between the runs of a record
 RERUN_MAY_DIFFER = {"log_dir", "resume", "versions", "devices"}
 ELSEWHERE = r"(?:^| )(?:platform|JAX_COMPILATION_CACHE_DIR)=.*?(?= [A-Za-z]\w*=|$)"  # versions
-SETTLED = {"vocab_size": "none", "bos_id": "none", "attention": "auto"}  # flags that a run replaces
-FLAG_WORDS = {"true": "1", "false": "0", "null": "none"}
 LOSS_ERROR = 0.501e-4  # half of the last digit that is written, and a little for the arithmetic
 TIME_ERROR = 1.01e-3  # s, of a difference of two times
 STEP_ERROR = 0.0501e-3  # s
-SPEED_ERROR = {"k": 50.1, "M": 5010}  # tokens per second
 
 
 class UsageError(ValueError):
-    """What the caller can mend. One sentence, exit code 2."""
+    """What the caller can mend. Exit code 2."""
 
 
 class Rejected(ValueError):
@@ -92,7 +88,7 @@ class Track(NamedTuple):
     val_targets: int
     scored: list  # SHA-256 of the scored tokens; empty: not known
     files: list  # SHA-256 of the training files there are; empty: not known
-    python: str  # "3.11": any release of it; "any"
+    python: str  # how its version begins, or "any"
     devices: list  # parts of a log's devices line
 
 
@@ -106,8 +102,10 @@ class Step(NamedTuple):
     train_time: float  # s
     step_ms: float
     speed: float  # tokens per second
-    speed_error: float  # half of its last digit
     mfu: float | None  # of the devices' peak
+
+
+START = Step(0, 0, 0, None, 0, 0, 0, None)
 
 
 class Schedule(NamedTuple):
@@ -115,7 +113,7 @@ class Schedule(NamedTuple):
 
     steps: int
     log_every: int
-    val_every: int
+    val_every: int  # steps: only at the end
     ends: list  # of the stages, in steps
     sizes: list  # of their batches, in tokens
 
@@ -128,14 +126,11 @@ class Schedule(NamedTuple):
             start = end
         return tokens
 
-    def evaluated(self):
-        """The steps whose lines have a validation loss."""
-        every = range(self.val_every, self.steps, self.val_every) if self.val_every else []
-        return [*every, self.steps]
-
-    def written(self):
-        """The steps that have a line."""
-        return sorted({*range(self.log_every, self.steps, self.log_every), *self.evaluated()})
+    def lines(self):
+        """[(step, of how many, whether it has a validation loss)] of the step lines of a log."""
+        evaluated = {*range(self.val_every, self.steps, self.val_every), self.steps}
+        written = evaluated.union(range(self.log_every, self.steps, self.log_every))
+        return [(step, self.steps, step in evaluated) for step in sorted(written)]
 
 
 class Run(NamedTuple):
@@ -143,28 +138,25 @@ class Run(NamedTuple):
 
     name: str
     source: str
-    header: dict  # what HEADER names
-    argv: dict  # {flag: text}
+    said: dict  # what LINES names
     config: dict  # {field: value}
     steps: list  # of Step
-    cpu_time: float
-    folder: str  # where it ran
 
     @property
     def last(self):
         return self.steps[-1]
 
     @property
-    def source_hash(self):
-        return hashlib.sha256(self.source.encode()).hexdigest()
+    def curve(self):
+        return {(now.step, now.train_loss) for now in self.steps}
 
     @property
     def facts(self):
         """{name: value} of what the runs of a record share: see MAY_DIFFER."""
-        shared = ("files", "scored", "parameters", "devices")
-        header = {name: self.header[name] for name in shared}
-        versions = re.sub(ELSEWHERE, "", self.header["versions"])
-        return self.config | header | {"source": self.source, "versions": versions}
+        said = {name: self.said[name] for name in SHARED}
+        said["versions"] = re.sub(ELSEWHERE, "", self.said["versions"])
+        said["source"] = self.source
+        return self.config | said
 
 
 def need(holds, reason):
@@ -172,42 +164,18 @@ def need(holds, reason):
         raise Rejected(reason)
 
 
-def show(text):
-    """What a log says, fit to be printed: quoted, ASCII, not too long."""
-    return ascii(text if len(text) <= 80 else f"{text[:77]}...")
-
-
 # ---- One log -------------------------------------------------------------------------------------
 
 
-def read_bytes(path, most=MAX_BYTES):
-    """All of a plain file. Raises Rejected."""
-    need(path.is_file() and not path.is_symlink(), "not a plain file")
-    need(path.stat().st_size <= most, f"more than {most >> 20} MiB")
-    return path.read_bytes()
-
-
 def read_log(path):
-    """(source, the lines between it and the digest) of a sealed log. Raises Rejected."""
-    body, _, digest = read_bytes(path).rpartition(b"\nsha256:")
+    """(source, what stands between it and the digest) of a sealed log. Raises Rejected."""
+    body, _, digest = path.read_bytes().rpartition(b"\nsha256:")
     sealed = re.fullmatch(rb"[0-9a-f]{64}\n", digest)
     need(sealed, "its last line is not its digest: cut off, or without a result (failed<k>.txt)")
     true_digest = hashlib.sha256(body + b"\n").hexdigest()
     need(digest.decode() == f"{true_digest}\n", "its digest is not that of the bytes above it")
-    need(b"\nsha256:" not in body, "a digest in its midst: more than one log")
-    source, bar, rest = body.decode().partition(BAR)
-    need(bar, "no source of train.py with a line of 120 = below it")
-    return source, rest.split("\n")
-
-
-def read_argv(text):
-    """{flag: text} of a line argv. Raises Rejected for what the log alone does not repeat."""
-    flags = {}
-    for word in shlex.split(text):
-        match = re.fullmatch("--([^=]+)=(.*)", word)
-        need(match, f"argv: {show(word)} is no --flag=value; what an @FILE holds is not in the log")
-        flags[match[1]] = match[2]
-    return flags
+    source, _, rest = body.decode().partition(BAR)
+    return source, rest
 
 
 def flatten(config):
@@ -226,45 +194,10 @@ def flatten(config):
 
 def read_config(text):
     """{field: value} of a line config: JSON, or name=value name=value up to commit e79511b."""
-    if not text.startswith("{"):
-        words = re.split(r"(?:^| )([a-z]\w*)=", text)
-        return dict(zip(words[1::2], words[2::2], strict=True))
-    config = json.loads(text)
-    need(json.dumps(config) == text, "config: not JSON as train.py writes it")  # a name twice
-    return flatten(config)
-
-
-def words_of(text):
-    """The words of a flag or a field without brackets and quotes; numbers are numbers."""
-    words = []
-    for word in re.findall(r"[^\s,()\[\]\"']+", text):
-        word = FLAG_WORDS.get(word, word)
-        try:
-            words.append(float(word))
-        except ValueError:
-            words.append(word)
-    return words
-
-
-def follows(flag, text, value):
-    """Whether --flag=text gives a field this value, as far as text tells."""
-    found = value if isinstance(value, str) else json.dumps(value)
-    if text == found or text == SETTLED.get(flag):
-        return True
-    wanted = words_of(text)
-    found = words_of(found)
-    if flag.startswith("stages.") and wanted:  # one cell stands for the whole column
-        wanted *= len(found) // len(wanted)
-    return wanted == found
-
-
-def check_config(config, argv, preset):
-    """The config is what preset and argv ask for. Raises Rejected."""
-    for flag, text in [("preset", preset), *argv.items()]:
-        need(flag in config, f"argv: {show('--' + flag)} is no field of the config")
-        asked = f"config: {flag}={show(str(config[flag]))}, but the flags ask for {show(text)}"
-        need(follows(flag, text, config[flag]), asked)
-    need(config["resume"] in ("", "auto"), "config: resume is a path: a resumed run does not count")
+    if text.startswith("{"):
+        return flatten(json.loads(text))
+    words = re.split(r"(?:^| )([a-z]\w*)=", text)
+    return dict(zip(words[1::2], words[2::2], strict=True))
 
 
 def read_schedule(config):
@@ -277,26 +210,20 @@ def read_schedule(config):
         ends = config["stages.end"]
         sizes = config["stages.batch_tokens"]
     steps, log_every, val_every = (int(config[f]) for f in ("steps", "log_every", "val_every"))
+    need(0 < steps <= MAX_STEPS, f"config: {steps} steps cannot be")
     ends = [round(float(end) * steps) for end in ends]
-    sizes = [int(size) for size in sizes]
-    possible = 0 < steps <= MAX_STEPS and min(log_every, *sizes) > 0 and val_every >= 0
-    rising = ends == sorted(ends) and ends[-1] == steps and len(ends) == len(sizes)
-    need(possible and rising, "config: a schedule that cannot be")
-    return Schedule(steps, log_every, val_every, ends, sizes)
+    return Schedule(steps, log_every, val_every or steps, ends, [int(size) for size in sizes])
 
 
-def check_data(header, schedule, epochs):
-    """There are tokens enough for the schedule, in different files. Raises Rejected."""
-    files = re.findall(DATA_FILE, header["files"])
-    hashes = {digest for _, digest in files}
-    need(len(hashes) == len(files), "data: the same file twice, to train and to validate on?")
-    there_are = epochs * sum(int(tokens) for tokens, _ in files[:-1])
-    read = int(header["read"])
-    trained = int(header["trained"])
-    enough = trained <= read <= there_are
-    need(enough, f"data: {trained} tokens trained on, {read} read, of {there_are} there are")
+def check_data(said, schedule, epochs):
+    """There are as many tokens as the schedule trains on. Raises Rejected."""
+    *train, _ = re.findall(DATA_FILE, said["files"])
+    there_are = epochs * sum(int(tokens) for tokens, _ in train)
+    read = int(said["read"])
+    trained = int(said["trained"])
     asked = schedule.tokens(schedule.steps)
     need(trained == asked, f"data: {trained} tokens trained on, the config asks for {asked}")
+    need(trained <= read <= there_are, f"data: {read} tokens read, {there_are} there are")
 
 
 def parse_step(line):
@@ -308,23 +235,20 @@ def parse_step(line):
     numbers = [float(text) if text else None for text in texts]
     scale = {"k": 1e3, "M": 1e6}[unit]
     mfu = float(percent) / 100 if percent else None
-    return Step(*numbers, float(speed) * scale, SPEED_ERROR[unit], mfu)
+    return Step(*numbers, float(speed) * scale, mfu)
 
 
 def check_clock(now, before, schedule):
     """Times and rates of a step line agree, up to the rounding of their digits. Raises Rejected."""
-    at = f"step {int(now.step)}: the clock is inconsistent:"
-    grew = now.train_time - before.train_time
-    need(grew > 0, f"{at} {now.train_time}s is not after the {before.train_time}s before it")
+    seconds = now.train_time - before.train_time
     steps = now.step - before.step
-    step_s = now.step_ms / 1e3
-    off = abs(grew - steps * step_s)
-    wrong = f"{at} {int(steps)} steps of {now.step_ms}ms are not {grew:.3f}s"
-    need(off <= TIME_ERROR + steps * STEP_ERROR, wrong)
-    size = (schedule.tokens(now.step) - schedule.tokens(before.step)) / steps  # tokens of a step
-    least = (now.speed - now.speed_error) * (step_s - STEP_ERROR)
-    most = (now.speed + now.speed_error) * (step_s + STEP_ERROR)
-    need(least <= size <= most, f"{at} {now.speed:.0f} tok/s are not {size:g} tokens in {step_s}s")
+    tokens = schedule.tokens(now.step) - schedule.tokens(before.step)
+    speed_error = 50.1 if now.speed < 1e6 else 5010  # half of the last digit
+    step_off = abs(seconds - steps * now.step_ms / 1e3)
+    tokens_off = abs(tokens - seconds * now.speed)
+    right = step_off <= TIME_ERROR + steps * STEP_ERROR
+    right &= tokens_off <= TIME_ERROR * now.speed + speed_error * seconds
+    need(right, f"step {now.step:g}: the clock does not fit the line before")
 
 
 def read_steps(lines, schedule):
@@ -333,126 +257,87 @@ def read_steps(lines, schedule):
     for line in lines:
         if not re.fullmatch(SAVED, line, re.ASCII):
             steps.append(parse_step(line))
-            need(steps[-1], f"{show(line)} stands among the step lines")
-    asked = schedule.written()
-    complete = [(now.step, now.steps) for now in steps] == [(n, schedule.steps) for n in asked]
-    need(complete, f"its {len(steps)} step lines are not the {len(asked)} that the config asks for")
-    evaluated = [now.step for now in steps if now.val_loss is not None]
-    need(evaluated == schedule.evaluated(), "its lines with val_loss are not those of val_every")
-    start = Step(*[0.0] * len(Step._fields))
-    for before, now in itertools.pairwise([start, *steps]):
+            need(steps[-1], f"{line[:80]!a} is not a step line")
+    found = [(now.step, now.steps, now.val_loss is not None) for now in steps]
+    asked = schedule.lines()
+    need(found == asked, f"its {len(found)} step lines are not the {len(asked)} of its config")
+    for before, now in itertools.pairwise([START, *steps]):
         check_clock(now, before, schedule)
     return steps
 
 
-def check_final(line, last, schedule, cores):
-    """The final line repeats the last step line. Returns its match. Raises Rejected."""
-    match = FINAL.fullmatch(line)
-    need(match, f"{show(line)} is not a final line")
+def check_final(said, last, schedule):
+    """The final line repeats the last step line. Raises Rejected."""
     n = schedule.steps
     loss = f"val_loss:{last.val_loss:.4f} train_time:{last.train_time:.3f}s"
-    repeats = match[1] == f"final: step:{n}/{n} tokens:{schedule.tokens(n)} {loss}"
+    repeats = said["result"] == f"final: step:{n}/{n} tokens:{schedule.tokens(n)} {loss}"
     need(repeats, "its final line is not that of its last step")
-    possible = float(match["cpu"]) <= cores * last.train_time + 0.1
-    need(possible, f"final: cpu_time {match['cpu']}s is more than {cores} cores have")
-    return match
+    possible = float(said["cpu"]) <= int(said["cores"]) * last.train_time + 0.1
+    need(possible, f"final: cpu_time {said['cpu']}s is more than {said['cores']} cores have")
 
 
-def check_target(final, steps, goal):
-    """The final line says truly when the log's own target was reached. Raises Rejected."""
-    target = final["target"] or "0"
-    need(target == f"{goal:g}", "final: its target is not the config's target_loss")
-    evaluated = {now.step: now for now in steps if now.val_loss is not None}
-    below = [step for step, now in evaluated.items() if now.val_loss <= goal - LOSS_ERROR]
-    missed = f"final: target {target} was not reached when it says"
-    if not final["reached"]:
-        need(not below, missed)
-        return
-    reached = int(final["reached"])
-    now = evaluated.get(reached)
-    need(now and now.val_loss <= goal + LOSS_ERROR, missed)
-    in_time = abs(now.train_time - float(final["after"])) <= 0.05
-    need(in_time and reached <= min(below, default=reached), missed)
+def check_target(said, steps, goal):
+    """The final line says when the run's own target was reached. Raises Rejected."""
+    need(float(said["target"] or 0) == goal, "final: its target is not the config's target_loss")
+    reached = int(said["reached"] or 0)
+    after = float(said["after"] or 0)
+    right = False
+    for limit in (goal - LOSS_ERROR, goal + LOSS_ERROR):
+        below = (now for now in steps if now.val_loss is not None and now.val_loss <= limit)
+        first = next(below, START)
+        right |= reached == first.step and abs(after - first.train_time) <= TIME_ERROR
+    need(right, f"final: target {goal:g} was not reached when it says")
 
 
 def read_run(path):
     """The Run of a log. Raises Rejected, or one of DAMAGED."""
-    source, lines = read_log(path)
-    kinds = [line.partition(":")[0] for line in lines]
-    need("step" in kinds and "final" in kinds, "no step lines and final line in it")
-    first = kinds.index("step")
-    last = kinds.index("final")
-    need("resumed" not in kinds[:last], "a resumed run, whose clock has a gap: not for records")
-    printable = all(line.isprintable() for line in lines[: last + 1])
-    need(printable, "control characters before its end")
-    header = HEADER.fullmatch("\n".join(lines[:first]))
-    parts = "preset, argv, config, versions, devices, data, parameters, compiled"
-    need(header, f"its header is not train.py's: {parts}")
-    argv = read_argv(header["argv"])
-    config = read_config(header["config"])
-    check_config(config, argv, header["preset"])
+    source, rest = read_log(path)
+    match = LINES.match(rest)
+    parts = "preset, argv, config, versions, devices, data, parameters, compiled, step, final"
+    need(match, f"the lines below its source are not those of a whole run: {parts}")
+    said = match.groupdict()
+    config = read_config(said["config"])
     schedule = read_schedule(config)
-    check_data(header, schedule, int(config["max_epochs"]))
-    steps = read_steps(lines[first:last], schedule)
-    final = check_final(lines[last], steps[-1], schedule, int(header["cores"]))
-    check_target(final, steps, float(config["target_loss"]))
-    wrote = re.match(r"wrote: (.+)/ckpt/step-\d+, ", lines[-2])
-    need(wrote and lines[-1].startswith("next: "), "its end is not train.py's")
-    cpu_time = float(final["cpu"])
-    found = header.groupdict()
-    return Run(path.name, source, found, argv, config, steps, cpu_time, folder=wrote[1])
+    check_data(said, schedule, int(config["max_epochs"]))
+    steps = read_steps(said["steps"].splitlines(), schedule)
+    check_final(said, steps[-1], schedule)
+    check_target(said, steps, float(config["target_loss"]))
+    return Run(path.name, source, said, config, steps)
 
 
 # ---- The set -------------------------------------------------------------------------------------
 
 
 def read_track(path, name):
-    """The Track of this name, from the Markdown table whose first column is `track`.
-
-    Raises UsageError.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the table of tracks cannot be read ({error!r})") from error
-    table = re.search(r"^\| *track *\|.*\n(?:\|.*\n)*|\Z", text, re.M)[0]
-    lines = table.splitlines()
-    rows = [[cell.strip("` ") for cell in line.strip("| ").split("|")] for line in lines]
-    tracks = {row[0]: row for row in rows[2:]}
-    if name not in tracks:
-        wanted = "wanted DIR to be <track>/<YYYY-MM-DD>_<Name>, <track> one of"
-        raise UsageError(f"{name}: no such track in {path}; {wanted} {', '.join(tracks) or 'none'}")
-    try:
-        _, target, count, scored, files, python, devices = tracks[name]
-        numbers = float(target), int(count.replace(",", ""))
-    except ValueError as error:
-        raise UsageError(f"{path}: the row of {name} lacks a cell or a number ({error})") from error
-    hashes = [re.findall(r"\b[0-9a-f]{64}\b", cell) for cell in (scored, files)]
-    return Track(*numbers, *hashes, python, devices.split(", "))
+    """The Track of this name, from the Markdown table of seven columns. Raises UsageError."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip("` ") for cell in line.strip("| ").split("|")]
+        if cells[0] == name and len(cells) == 7:
+            _, target, count, scored, files, python, devices = cells
+            hashes = [re.findall(r"\b[0-9a-f]{64}\b", cell) for cell in (scored, files)]
+            count = int(count.replace(",", ""))
+            return Track(float(target), count, *hashes, python, devices.split(", "))
+    raise UsageError(f"{name}: no such track in {path}; wanted DIR to be <track>/<date>_<Name>")
 
 
 def check_track(run, track):
     """The run is one of this track: what it scored, trained on and ran on. Raises Rejected."""
-    for count in (run.header["count"], run.config["val_tokens"]):
-        right = int(count) == track.val_targets
-        need(right, f"{count} validation targets, the track scores {track.val_targets}")
-    right = not track.scored or run.header["scored"] in track.scored
-    need(right, "the scored tokens are not the track's")
-    *trained, held_out = [digest for _, digest in re.findall(DATA_FILE, run.header["files"])]
-    right = not track.files or set(trained) <= set(track.files)
-    need(right, "a training file is none of the track's")
-    need(held_out not in track.files, "its validation file is a training file of the track")
-    python = run.header["python"]
-    right = track.python == "any" or f"{python}.".startswith(f"{track.python}.")
-    need(right, f"Python {show(python)}, the track is for {track.python}")
-    devices = run.header["devices"]
-    here = set(devices.split(", "))
-    wanted = ", ".join(track.devices)
-    need(set(track.devices) <= here, f"devices: {show(devices)}, the track is for {wanted}")
+    said = run.said
+    *train, val = [digest for _, digest in re.findall(DATA_FILE, said["files"])]
+    devices = said["devices"].split(", ")
+    right = {  # by column of the table
+        "val targets": {int(said["count"]), int(run.config["val_tokens"])} == {track.val_targets},
+        "scored tokens": said["scored"] in (track.scored or [said["scored"]]),
+        "training files": set(train) <= set(track.files or train),
+        "Python": track.python == "any" or said["python"].startswith(track.python),
+        "devices": set(track.devices) <= set(devices),
+    }
+    wrong = ", ".join(name for name, holds in right.items() if not holds)
+    need(not wrong, f"not the track's: {wrong}")
+    need(val not in train + track.files, "its validation file is a training file")
     seconds = run.last.train_time
-    alone = "1 x cpu" not in here or seconds <= 10 or run.cpu_time >= seconds / 2
-    busy = f"cpu_time {run.cpu_time}s is less than half of {seconds}s on a CPU"
-    need(alone, f"{busy}: a wrong clock, or other work beside it")
+    alone = "1 x cpu" not in devices or seconds <= 10 or float(said["cpu"]) >= seconds / 2
+    need(alone, f"cpu_time {said['cpu']}s is less than half of {seconds}s: other work beside it?")
 
 
 def differences(run, first, may_differ):
@@ -461,109 +346,75 @@ def differences(run, first, may_differ):
     theirs = first.facts
     for name in ours | theirs:
         if name not in may_differ and ours.get(name) != theirs.get(name):
-            yield f"another {name} than {first.name}"
-
-
-def find_twin(run, others):
-    """The name of another run that this one is a copy of, or None."""
-    losses = {(now.step, now.train_loss) for now in run.steps}
-    for other in others:
-        common = losses & {(now.step, now.train_loss) for now in other.steps}
-        if run.folder == other.folder or 2 * len(common) > len(losses):
-            return other.name
-    return None
+            yield f"another {name[:80]!a} than {first.name}"
 
 
 def check_together(runs):
     """Yield reasons against runs that do not repeat the first with another seed."""
     for i, run in enumerate(runs):
         seed = str(run.config["seed"])
-        twin = find_twin(run, runs[:i])
-        if run.name != f"seed{seed}.txt":
-            yield f"{run.name}: its seed is {show(seed)}: misnamed, or one run twice"
-        elif twin:
-            yield f"{run.name}: the same run as {twin}: its folder, or most of its training losses"
+        asked = re.findall(r"--seed=(\S+)", run.said["argv"])
+        if run.name != f"seed{seed}.txt" or asked not in ([], [seed]):
+            yield f"{run.name}: its seed is {seed[:20]!a}: misnamed, or one run twice"
+        for other in runs[:i]:
+            if 2 * len(run.curve & other.curve) > len(run.curve):
+                yield f"{run.name}: most of its training losses are those of {other.name}"
         for reason in differences(run, runs[0], MAY_DIFFER):
             yield f"{run.name}: {reason}"
 
 
-def check_failed(path, readme):
-    """failed<k>.txt is of a run without a result, and README.md tells of it. Raises Rejected."""
-    text = read_bytes(path).decode(errors="replace")
-    rest = text.partition(BAR)[2] or text
-    need(not re.search(RESULT, rest), "a run that came to its end: it counts, as seed<k>.txt")
-    need(re.search(rf"\b{re.escape(path.name)}\b", readme), "README.md does not tell of it")
-    print(f"failed: {path.name}, which ends with {ascii(rest.strip()[-120:])}")
-
-
 def read_part(path, track, readme):
     """The Run of a file, or None for another part of a record. Raises Rejected, or of DAMAGED."""
-    if re.fullmatch(r"seed(0|[1-9][0-9]*)\.txt", path.name):
+    if re.fullmatch(r"seed\d+\.txt", path.name):
         run = read_run(path)
         check_track(run, track)
         return run
-    if re.fullmatch(r"failed[0-9]+\.txt", path.name):
-        check_failed(path, readme)
-    elif path.name != "README.md":
-        wanted = "README.md, seed<k>.txt, failed<k>.txt, *.svg that are pictures"
-        need(path.suffix == ".svg", f"not part of a record: {wanted}")
-        need(read_bytes(path, 1 << 20)[:4] in (b"<svg", b"<?xm"), f"not part of a record: {wanted}")
-    return None
+    if re.fullmatch(r"failed\d+\.txt", path.name):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        need(not re.search(RESULT, text), "a run that came to its end: it counts, as seed<k>.txt")
+        need(path.name in readme, "README.md does not tell of it")
+        return None
+    wanted = "README.md, seed<k>.txt, failed<k>.txt, pictures *.svg"
+    need(path.name == "README.md" or path.suffix == ".svg", f"not part of a record: {wanted}")
 
 
 def read_record(folder, track):
-    """(Runs that count, reasons against the record). Prints what failed."""
+    """(Runs that count, reasons against the record). Raises OSError."""
     runs = []
     reasons = []
-    told = folder / "README.md"
-    readme = told.read_text(encoding="utf-8", errors="replace") if told.is_file() else ""
-    if not readme.strip():
-        reasons.append("README.md: missing or empty")
-    for path in sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name)):
+    readme = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    for path in sorted(folder.iterdir()):
         try:
             if run := read_part(path, track, readme):
                 runs.append(run)
         except Rejected as error:
             reasons.append(f"{path.name!a}: {error}")
         except DAMAGED as error:
-            reasons.append(f"{path.name!a}: cannot be read as a log: {show(repr(error))}")
+            reasons.append(f"{path.name!a}: cannot be read as a log: {repr(error)[:80]!a}")
     return runs, reasons + list(check_together(runs))
-
-
-def load_scipy():
-    """scipy.stats. Raises UsageError."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UsageError("scipy is missing: pip install -r scripts/requirements.txt") from None
-    return stats
 
 
 def judge(runs, target):
     """Print the runs and their statistics. Returns why they do not show that target, or ""."""
-    print(f"{'run':>12} {'val_loss':>9} {'train_time s':>13} {'cpu_time s':>11}")
+    from scipy import stats
+
     for run in runs:
-        times = f"{run.last.train_time:>13.3f} {run.cpu_time:>11.1f}"
-        print(f"{run.name:>12} {run.last.val_loss:>9.4f} {times}")
+        times = f"train_time {run.last.train_time:.3f} s, cpu_time {run.said['cpu']} s"
+        print(f"{run.name}: val_loss {run.last.val_loss:.4f}, {times}")
     n = len(runs)
-    if n < 2:
-        return f"n = {n}: a t-test needs two runs at least"
     losses = [run.last.val_loss for run in runs]
-    times = [run.last.train_time for run in runs]
+    if len(set(losses)) < 2:
+        return f"n = {n}: a t-test needs two runs at least, whose losses differ"
     mean = statistics.fmean(losses)
-    sd = statistics.stdev(losses)
-    if sd == 0:
-        return f"{n} runs with the same loss to the last digit: seeds do not do that"
-    t, p = load_scipy().ttest_1samp(losses, target, alternative="less")
-    test = f"t {t:.2f}, one-sided p {p:.2g} of mean <= {target:g}"
-    print(f"n {n}, mean val_loss {mean:.5f}, sd {sd:.5f}, {test}")
+    seconds = statistics.fmean(run.last.train_time for run in runs)
+    t, p = stats.ttest_1samp(losses, target, alternative="less")
+    print(f"n {n}, mean val_loss {mean:.5f}, sd {statistics.stdev(losses):.5f}")
+    print(f"t {t:.2f}, one-sided p {p:.2g} of mean <= {target:g}")
     print(f"(target - mean) * sqrt(n) = {(target - mean) * math.sqrt(n):.5f}")
-    print(f"train_time: mean {statistics.fmean(times):.3f} s, sd {statistics.stdev(times):.3f} s")
-    if mean > target:
-        return f"mean {mean:.5f} is above the track's target {target:g}"
-    if p >= P_VALUE:
-        return f"p = {p:.2g}, wanted below {P_VALUE}: too few runs, or too near the target"
-    return ""
+    print(f"mean train_time {seconds:.3f} s")
+    if p < P_VALUE:
+        return ""
+    return f"p = {p:.2g}, wanted below {P_VALUE}: the mean {mean:.5f}, the target {target:g}"
 
 
 # ---- Running one again ---------------------------------------------------------------------------
@@ -573,17 +424,13 @@ def train_again(logged, folder):
     """The Run of a logged source, trained anew in a folder. Raises Rejected, or one of DAMAGED."""
     script = folder / "train.py"
     script.write_bytes(logged.source.encode())
-    flags = {name: text for name, text in logged.argv.items() if name not in RERUN_MAY_DIFFER}
-    flags["log_dir"] = folder / "logs"
-    command = [sys.executable, str(script), *(f"--{name}={text}" for name, text in flags.items())]
-    program = f"the program in {logged.name} (sha256:{logged.source_hash})"
-    print(f"rerun: this now executes {program}, with all that you may do on this machine:")
-    print(f"rerun: {shlex.join(command)}", flush=True)
-    code = subprocess.run(command).returncode
+    flags = [*shlex.split(logged.said["argv"]), f"--log_dir={folder}/logs", "--resume="]
+    print(f"rerun: this now executes the program in {logged.name}, with all that you may do here")
+    sys.stdout.flush()
+    code = subprocess.run([sys.executable, str(script), *flags]).returncode
     need(code == 0, f"the program ended with exit code {code}")
-    logs = list(folder.glob("logs/*/log.txt"))
-    need(logs, "it left no log")
-    return read_run(logs[0])
+    (log,) = folder.glob("logs/*/log.txt")
+    return read_run(log)
 
 
 def rerun(logged, tolerance):
@@ -594,12 +441,7 @@ def rerun(logged, tolerance):
         except DAMAGED as error:  # Rejected is one
             return [f"rerun: no log of a whole run: {error}"]
     for name in ("versions", "devices"):
-        if again.header[name] != logged.header[name]:
-            print(f"rerun: {name} of the log: {logged.header[name]}")
-            print(f"rerun: {name} here: {again.header[name]}")
-    losses = [[(now.train_loss, now.val_loss) for now in run.steps] for run in (logged, again)]
-    how_many = "all" if losses[0] == losses[1] else "not all"
-    print(f"rerun: {how_many} losses, of training too, are equal in all printed digits")
+        print(f"rerun: {name} of the log: {logged.said[name]!a}; here: {again.said[name]!a}")
     theirs = logged.last.val_loss
     ours = again.last.val_loss
     print(f"rerun: the final loss is {theirs:.4f} in the log, {ours:.4f} here")
@@ -613,9 +455,7 @@ def rerun(logged, tolerance):
 def parse(argv):
     """The arguments. Raises UsageError."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.verify_record",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
     flag("folder", metavar="DIR", type=Path, help="<track>/<date>_<Name>")
@@ -623,19 +463,15 @@ def parse(argv):
     tolerance = "of the rerun's final loss, nats (default: 0.003)"
     flag("--tolerance", type=float, default=0.003, help=tolerance)
     args = parser.parse_args(argv)
-    folder = args.folder.resolve()
-    if not folder.is_dir() or not re.fullmatch(r"\d{4}-\d\d-\d\d_\w[\w.-]*", folder.name):
-        raise UsageError(f"{args.folder}: wanted a folder <track>/<YYYY-MM-DD>_<Name>")
-    if args.rerun is not None and not (folder / f"seed{args.rerun}.txt").is_file():
+    args.folder = args.folder.resolve()
+    if args.rerun is not None and not (args.folder / f"seed{args.rerun}.txt").is_file():
         raise UsageError(f"--rerun={args.rerun}: wanted K of a seed<K>.txt in {args.folder}")
-    args.folder = folder
     return args
 
 
 def main(argv=None):
     """Print the verdict. Returns 0 where the record is accepted, 1 where not. Raises UsageError."""
     args = parse(argv)
-    load_scipy()  # now, rather than after the work
     track = read_track(TRACKS, args.folder.parent.name)
     print(f"{args.folder.parent.name}/{args.folder.name}: target {track.target:g}")
     runs, reasons = read_record(args.folder, track)
@@ -643,14 +479,12 @@ def main(argv=None):
     if against and not reasons:  # what some of the runs show is no reason against all
         reasons.append(against)
     if runs:
-        print(f"source of {runs[0].name}: sha256:{runs[0].source_hash}")
-    if not track.scored:
-        print("NOT CHECKED: which tokens were scored; the table of tracks knows no SHA-256 yet")
-    if not track.files:
-        print("NOT CHECKED: the training files; the table of tracks knows no SHA-256 yet")
-    if args.rerun is not None and reasons:
-        print("rerun: not done, since the record is rejected as it stands")
-    elif args.rerun is not None:
+        digest = hashlib.sha256(runs[0].source.encode()).hexdigest()
+        print(f"source of {runs[0].name}: sha256:{digest}")
+    for hashes, what in ((track.scored, "which tokens were scored"), (track.files, "the data")):
+        if not hashes:
+            print(f"NOT CHECKED: {what}; the table of tracks knows no SHA-256 yet")
+    if args.rerun is not None and not reasons:
         logged = next(run for run in runs if run.name == f"seed{args.rerun}.txt")
         reasons = rerun(logged, args.tolerance)
     for reason in reasons:
@@ -663,7 +497,7 @@ def command():
     """main() for the shell. train.command would need JAX."""
     try:
         return main()
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
