@@ -59,7 +59,7 @@ LINES = re.compile(  # of a log, from the source to the result
     r"(?P<steps>(?:(?:step|saved):.*\n)+)" + FINAL.pattern + r"\n",
     re.ASCII,
 )
-RESULT = r"\nfinal: |\nstep:(\d+)/\1 .*val_loss:"  # of a run that came to its end
+RESULT = r"\nstep:(\d+)/\1 .*val_loss:"  # of a run that came to its end
 SHARED = ("preset", "devices", "files", "scored", "parameters")  # what all runs say
 MAY_DIFFER = {"seed", "log_dir", "save_every", "resume"}  # flags, between the runs of a record
 RERUN_MAY_DIFFER = {"log_dir", "resume", "versions", "devices"}
