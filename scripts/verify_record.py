@@ -200,6 +200,16 @@ def read_config(text):
     return dict(zip(words[1::2], words[2::2], strict=True))
 
 
+def check_flags(argv, config):
+    """A flag that is a number is that number in the config. Raises Rejected, or one of DAMAGED."""
+    words = [word.removeprefix("--").partition("=") for word in shlex.split(argv)]
+    for flag, text in {flag: text for flag, _, text in words}.items():
+        value = config.get(flag)
+        if type(value) in (int, float) and text != "none":
+            asked = f"--{flag}={text}"[:80]
+            need(float(text) == value, f"config: not what {asked!a} asks for")
+
+
 def read_schedule(config):
     """The Schedule that train.py makes of a config. Raises Rejected, or one of DAMAGED."""
     if "stage_ends" in config:  # up to commit e79511b
@@ -302,6 +312,7 @@ def read_run(path):
     steps = read_steps(said["steps"].splitlines(), schedule)
     check_final(said, steps[-1], schedule)
     check_target(said, steps, float(config["target_loss"]))
+    check_flags(said["argv"], config)
     return Run(path.name, source, said, config, steps)
 
 
@@ -353,8 +364,7 @@ def check_together(runs):
     """Yield reasons against runs that do not repeat the first with another seed."""
     for i, run in enumerate(runs):
         seed = str(run.config["seed"])
-        asked = re.findall(r"--seed=(\S+)", run.said["argv"])
-        if run.name != f"seed{seed}.txt" or asked not in ([], [seed]):
+        if run.name != f"seed{seed}.txt":
             yield f"{run.name}: its seed is {seed[:20]!a}: misnamed, or one run twice"
         for other in runs[:i]:
             if 2 * len(run.curve & other.curve) > len(run.curve):

@@ -27,7 +27,7 @@ FLAGS = """--preset=demo --steps=30 --num_layers=1 --model_dim=32 --num_heads=1 
 --mlp_dim=64 --offset_layers= --skips= --backout= --gate_dims=0 --smear=0 --optimizer=adamw
 --stages.end=0.5,1 --stages.batch_tokens=2048,4096 --stages.seq_len=64 --val.seq_len=64
 --val_tokens=2048 --val_context=32 --micro_tokens=4096 --val_every=10 --log_every=5
---target_loss=3.1""".split()
+--target_loss=3.1 --vocab_size=none --attention=auto""".split()
 TABLE = """Words before it.
 
 | track | target | val targets | scored tokens | training files | Python | devices |
@@ -35,6 +35,7 @@ TABLE = """Words before it.
 | `other` | 1.5 | 7 | not yet known | not yet known | any | 8 x TPU v6 lite |
 | `tiny` | {target} | 2,048 | `{scored}` | `{trained}` | {python} | `1 x cpu, 1 processes` |
 """
+SPARE = "0" * 64  # the SHA-256 of a training file of the track that no run reads
 OLD = ROOT / "records/cpu/2026-11-21_RecordRecipe"  # of a train.py with the older line config:
 
 
@@ -51,7 +52,8 @@ def write_log(data, folder, seed, shift, **config):
     cfg = replace(cfg, seed=seed, **config)
     log = train.Log(folder, train.GPT.specs(cfg), cfg, {})
     notes = [note, "parameters: 9000", "compiled: train_0 in 1.0s, 0.01 GiB per device"]
-    argv = [*FLAGS, *flags, f"--seed={seed}"]
+    changed = [f"--{name}={value}" for name, value in config.items()]
+    argv = [*FLAGS, *flags, *changed, f"--seed={seed}"]
     log.begin(SOURCE, "asked for", argv, train_shards, val_shards, notes)
     for step in range(5, 31, 5):
         log.clock.total = (0.4 + seed / 100) * step * np.array([1.0, 0.9])  # wall, CPU
@@ -88,7 +90,7 @@ def write_table(record, target=2.56, **cells):
     log = (record / "seed0.txt").read_text()
     known = {
         "scored": re.search(r"before them:(\w+)", log)[1],
-        "trained": re.search(r"data: train\S* .*sha256:(\w+)", log)[1],
+        "trained": re.search(r"data: train\S* .*sha256:(\w+)", log)[1] + f"`, `{SPARE}",
         "python": "{}.{}".format(*sys.version_info),
     }
     verify_record.TRACKS.write_text(TABLE.format(target=target, **known | cells))
@@ -161,26 +163,10 @@ def half(match):
     return f"{float(match[0]) / 2:.3f}"
 
 
-def raise_target(record):
-    """The runs' own target is above their losses, the track's is not."""
-    reached = r"(^step:10/.*train_time:)(\S+)( (?:.*\n)*.*)target:3.1 .*"
-    told = (reached, r"\1\2\3target:9 reached at step 10 after \2")
-    edits(field("target_loss", 9), told, seeds=SEEDS)(record)
-    write_table(record, target=2)
-
-
 def train_on_validation(record):
     """The one training file is the validation file; the table knows none of the track's."""
     edits(TRAINED_ON)(record)
     write_table(record, trained="not yet known")
-
-
-def validate_on_training(record):
-    """The validation file is a training file of the track, which this run did not read."""
-    edits((r"(val_0.*sha256:).*", r"\g<1>" + "0" * 64))(record)
-    log = (record / "seed0.txt").read_text()
-    digest = re.search(r"data: train\S* .*sha256:(\w+)", log)[1]
-    write_table(record, trained=f"{digest}, {'0' * 64}")
 
 
 def copy_seed(record):
@@ -216,6 +202,8 @@ TOLD = "failed4.txt: the machine went away"
 SWAP = r"^(step:10/.*train_time:)(\S+)(.*\n.*train_time:)(\S+)", r"\1\4\3\2"
 RESUMED = r"^(step:5/)", r"resumed: logs/a/ckpt/step-000004 at step 4\n\1"
 TRAINED_ON = r"(train_0.*sha256:)(\w+)((?:.*\n)*data: val_0.*sha256:)\w+", r"\1\2\3\2"
+VAL_TOKENS = field("val_tokens", 1024), ("--val_tokens=2048", "--val_tokens=1024")
+VALIDATED_ON = r"(val_0.*sha256:).*", rf"\g<1>{SPARE}"
 LAST_LOSS = r"^((?:step:30/|final:).* val_loss:)\S+", r"\g<1>2.5460"
 TAMPERED = {  # what is done: (the tampering, what the reason says)
     "loss edited": (edits((r"(val_loss:)\d", r"\g<1>2"), seal=False), "digest is not that of"),
@@ -237,15 +225,15 @@ TAMPERED = {  # what is done: (the tampering, what the reason says)
     "too many steps": (edits(field("steps", 10**11)), "100000000000 steps cannot be"),
     "other count": (edits(("92160 trained", "92161 trained")), "92161 tokens trained on"),
     "too few tokens": (edits((r"(data: train.* tokens:)\d+", r"\g<1>92159")), "92159 there are"),
-    "other val tokens": (edits(field("val_tokens", 1024)), "not the track's: val targets$"),
+    "other val tokens": (edits(*VAL_TOKENS), "not the track's: val targets$"),
     "trained on validation": (train_on_validation, "validation file is a training file"),
-    "validated on training": (validate_on_training, "validation file is a training file"),
-    "target raised": (raise_target, "^p = 1, wanted below 0.01: the mean 2.54990, the target 2$"),
+    "validated on training": (edits(VALIDATED_ON), "validation file is a training file"),
+    "far from the target": (lambda record: write_table(record, 2), "^p = 1, .*, the target 2$"),
     "target edited": (edits(("target:3.1 ", "target:3.2 ")), "target is not the config's"),
     "target at step 10": (edits(("at step 20", "at step 10")), "not reached when it says"),
     "target after 1 s": (edits((r"20 after \S+", "20 after 1.000s")), "not reached when it says"),
     "run misnamed": (lambda r: (r / "seed4.txt").rename(r / "seed5.txt"), "its seed is '4'"),
-    "other seed asked": (edits(("--seed=1", "--seed=7")), "seed1.txt: its seed is '1'"),
+    "other flag": (edits(("--seed", "--muon_lr=0.03 --seed")), "not what '--muon_lr=0.03' asks"),
     "copied seed": (copy_seed, "most of its training losses are those of seed3.txt"),
     "one run": (keep_one, "^n = 1: a t-test needs two runs"),
     "one loss": (edits(LAST_LOSS, seeds=SEEDS), "^n = 5: .* whose losses differ"),
@@ -335,7 +323,7 @@ def test_garbled_logs_are_rejected_without_a_traceback(record):
 def test_failed_runs_and_hashes_that_are_not_known_do_not_count_against_a_set(record, capsys):
     fail("step:20/", TOLD)(record)
     (record / "loss.svg").write_text("<svg/>")
-    write_table(record, scored="not yet known", trained="not yet known", python="any")
+    write_table(record, scored="", trained="", python="any")
     assert check(record) == 0
     said = capsys.readouterr().out
     assert "n 4, mean" in said
