@@ -129,8 +129,8 @@ def test_whatever_a_flag_is_set_to_it_is_accepted_or_refused_with_its_name():
 
 def test_a_value_of_another_type_or_one_that_cannot_run_is_refused_with_its_flag():
     cases = """--steps=ten --steps=1e3 --steps=1.5 --steps= --seed=none --muon_lr=fast --muon_lr=1,5
-     --smear=x --stages=1 --skips=a>b --softcap=high --softcap=1,2 --stages.lr=fast,1 --val=1
-     --stages.tied=yes --stages.end=half,1 --stages.seq_len=32,64,64
+     --smear=x --smear=2 --stages=1 --skips=a>b --softcap=high --softcap=1,2 --stages.lr=fast,1
+     --val=1 --stages.tied=yes --stages.end=half,1 --stages.seq_len=32,64,64
      --num_layers=0 --model_dim=0 --num_heads=0 --val_tokens=0 --max_epochs=0
      --cpu_devices=0 --steps=-5 --seed=-1 --head_block=0 --micro_tokens=0 --gate_dims=-1
      --val_every=-2 --muon_lr=-0.1 --muon_lr=nan --head_dim=6 --num_kv_heads=3
@@ -173,7 +173,7 @@ def test_an_accelerator_trains_the_speedrun_or_says_how_to_get_its_shards(
     assert train.command(lambda: train.main([])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"python cached_fineweb10B.py {train.SPEEDRUN_SHARDS}" in line
-    assert "--preset=demo" in line
+    assert "4 x TPU v5 lite" in line and "--preset=demo" in line
     assert train.configure(["--preset=demo"])[0] == replace(DEMO, attention="xla")
     Path("fineweb10B").mkdir()
     Path("fineweb10B/fineweb_train_000001.bin").touch()

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import itertools
-import os
 import re
 import stat
 import sysconfig
@@ -232,60 +231,41 @@ def packed(*stages, **changes):
     return config(*stages, **dict(bos_id=60000, vocab_size=60001) | changes)
 
 
-TWO_STAGES = Stage(0.5, 128, 32, 20), Stage(1.0, 256, 64, 50)
-
-
 def slices_of(steps):
     return [part for rows, _ in steps for row in rows for part in row]
-
-
-def document_of(part):
-    return (int(part[1]) - 1) // 150
-
-
-def test_packed_rows_hold_their_tokens_in_beginnings_of_documents_nearly_in_order():
-    shards, whole = uneven_documents()
-    steps = list(train.plan_packed(shards, packed(*TWO_STAGES, steps=10)))
-    assert len(steps) == 10
-    for step, (rows, _) in enumerate(steps):
-        seq_len, longest = (32, 20) if step < 5 else (64, 50)
-        assert [sum(map(len, row)) for row in rows] == [seq_len + 1] * 4
-        for part in itertools.chain(*rows):
-            assert part[0] == 60000 and 1 <= len(part) <= longest
-            if len(part) > 1:
-                np.testing.assert_array_equal(part, whole[document_of(part)][: len(part)])
-    used = [document_of(part) for part in slices_of(steps) if len(part) > 1]  # a BOS names none
-    assert all(document < place + train.POOL for place, document in enumerate(used, 2))
-    assert len(set(used)) == len(used)
 
 
 def test_packing_uses_no_document_twice_in_an_epoch_and_only_the_pool_stays_unread():
     for epochs in (1, 2):
         cfg = packed(Stage(1.0, 64, 64, 40), max_epochs=epochs, steps=10_000)
         parts = slices_of(train.plan_packed(uneven_documents()[0], cfg))
-        counts = np.bincount([document_of(part) for part in parts if len(part) > 1], minlength=400)
+        used = [(int(part[1]) - 1) // 150 for part in parts if len(part) > 1]  # a BOS names none
+        counts = np.bincount(used, minlength=400)
         assert counts.max() <= epochs
         assert counts.sum() >= 400 * epochs - 10  # those of a row that is not filled are lost
 
 
-def test_packing_takes_the_longest_document_that_fits_and_cuts_only_where_none_does():
+def test_rows_are_filled_with_the_longest_document_that_fits_cut_only_where_none_does():
+    """The rule once more: each part is the beginning of the document that it is the turn of."""
     shards, whole = uneven_documents()
-    cfg = packed(Stage(1.0, 128, 64, 40), steps=20)
+    cfg = packed(Stage(0.5, 128, 32, 20), Stage(1.0, 256, 64, 50), steps=40)
     pool, unread = [], list(range(400))
-    for row in itertools.chain(*(rows for rows, _ in train.plan_packed(shards, cfg))):
-        room = 65
-        for part in row:
-            while len(pool) < 64 and unread:
-                pool.append(unread.pop(0))
-            lengths = {i: min(len(whole[i]), 40) for i in pool}
-            fitting = [n for n in lengths.values() if n <= room]
-            wanted = max(fitting, default=min(lengths.values()))  # where none fits, the shortest
-            assert len(part) == min(wanted, room)
-            taken = [i for i in pool if lengths[i] == wanted]
-            pool.remove(next(i for i in taken if np.array_equal(whole[i][: len(part)], part)))
-            room -= len(part)
-        assert room == 0
-    assert len(unread) < 300
+    for step, (rows, _) in enumerate(train.plan_packed(shards, cfg)):
+        seq_len, longest = (32, 20) if step < 20 else (64, 50)
+        assert [sum(map(len, row)) for row in rows] == [seq_len + 1] * 4
+        for row in rows:
+            room = seq_len + 1
+            for part in row:
+                while len(pool) < 64 and unread:
+                    pool.append(unread.pop(0))
+                lengths = {i: min(len(whole[i]), longest) for i in pool}
+                fitting = [n for n in lengths.values() if n <= room]
+                wanted = max(fitting, default=min(lengths.values()))  # else the shortest, cut
+                assert len(part) == min(wanted, room)
+                taken = [i for i in pool if lengths[i] == wanted]
+                pool.remove(next(i for i in taken if np.array_equal(whole[i][: len(part)], part)))
+                room -= len(part)
+    assert step == 39 and len(unread) < 150
 
 
 def test_the_waste_the_log_reports_is_that_of_an_independent_count(tmp_path):
@@ -430,38 +410,13 @@ def test_too_few_shards_name_the_steps_they_yield_and_a_further_epoch_is_a_way_o
 # ---- The embedded corpus ----
 
 
-def corpus_by_hand(root):
-    """The written rule once more: {"train": tokens, "val": tokens}, and how many files."""
-    names = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in EXCLUDED]
-        for file in files:
-            path = os.path.join(folder, file)
-            is_python = file.endswith(".py") and not file.startswith("_sysconfigdata")
-            if is_python and os.path.isfile(path) and os.stat(path).st_size <= 200_000:
-                names.append(os.path.relpath(path, root).replace(os.sep, "/"))
-    texts, first = {"train": [], "val": []}, np.array([BOS], np.uint16)
-    for name in sorted(names):
-        is_val = hashlib.sha256(name.encode()).digest()[0] < 13
-        with open(os.path.join(root, name), "rb") as file:
-            texts["val" if is_val else "train"] += [first, np.fromfile(file, np.uint8)]
-    return {split: np.concatenate(parts) for split, parts in texts.items()}, len(names)
-
-
 @pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def library(tmp_path, monkeypatch, own_cache):
-    """A folder like the standard library: 300 files that count, others that do not."""
+def library(tmp_path, monkeypatch):
+    """(folder, names): a standard library with 300 files that count, and others that do not."""
     root = tmp_path / "lib"
     names = "a/b.py a-b.py a.py a/c/d.py Z.py a/testing.py latest/x.py a/_sysconfig.py".split()
     names += [f"pkg{i % 7}/module_{i}.py" for i in range(299 - len(names))]
-    wrong = [f"{folder}/no.py" for folder in EXCLUDED]
-    wrong += [f"a/{folder}/b/no.py" for folder in EXCLUDED]
+    wrong = [f"{top}{folder}/no.py" for folder in EXCLUDED for top in ("", "a/", "a/b/")]
     wrong += ["_sysconfigdata_x.py", "a/_sysconfigdata__linux.py", "a/data.txt", "a/b.pyc"]
     for name in names + wrong:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -471,35 +426,27 @@ def library(tmp_path, monkeypatch, own_cache):
     (root / "sitecustomize.py").symlink_to("/nowhere/sitecustomize.py")
     (root / "folder.py").mkdir()
     monkeypatch.setattr(sysconfig, "get_paths", lambda *_: {"stdlib": str(root)})
-    return root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return root, [*names, "large.py"]
 
 
-def corpus_shards():
-    train_files, val_files = train.embedded_corpus()
-    return {"train": train.open_shards(train_files), "val": train.open_shards(val_files)}
-
-
-def test_the_embedded_corpus_follows_its_written_rule_and_is_written_again_where_damaged(
-    library, own_cache
-):
-    train.embedded_corpus()
-    for path in own_cache.rglob("*.bin"):
-        blob = path.read_bytes()
-        path.write_bytes(blob[:2000] + b"\x01" + blob[2001:])
-    tokens, count = corpus_by_hand(library)
-    assert count == 300
-    for split, shards in corpus_shards().items():
-        assert len(shards.tokens) == 1 and shards.tokens[0].tolist() == tokens[split].tolist()
-        assert shards.meta == {"tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}
+def test_the_embedded_corpus_follows_its_written_rule_and_is_written_again_where_damaged(library):
+    root, names = library
+    wanted = {"train": [], "val": []}
+    for name in sorted(names):
+        is_val = hashlib.sha256(name.encode()).digest()[0] < 13
+        wanted["val" if is_val else "train"] += [BOS, *(root / name).read_bytes()]
+    for _ in range(2):  # the second time over damaged shards
+        for tokens, pattern in zip(wanted.values(), train.embedded_corpus(), strict=True):
+            shards = train.open_shards(pattern)
+            assert len(shards.tokens) == 1 and shards.tokens[0].tolist() == tokens
+            assert shards.meta == {"tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}
+            blob = shards.paths[0].read_bytes()
+            shards.paths[0].write_bytes(blob[:2000] + b"\x01" + blob[2001:])
     assert stat.S_IMODE(train.cache_dir().stat().st_mode) == 0o700  # the user's alone
-    (library / "large.py").unlink()
+
+
+def test_a_library_of_fewer_than_300_files_is_no_corpus(library):
+    (library[0] / "large.py").unlink()
     with pytest.raises(train.UsageError, match="299.*300"):
         train.embedded_corpus()
-
-
-def test_this_pythons_library_is_a_corpus_by_the_same_rule(own_cache):
-    tokens, count = corpus_by_hand(sysconfig.get_paths()["stdlib"])
-    assert count >= 300
-    for split, shards in corpus_shards().items():
-        assert np.array_equal(shards.tokens[0], tokens[split])
-    assert 0.01 < len(tokens["val"]) / len(tokens["train"]) < 0.15

@@ -108,19 +108,18 @@ def test_a_transfer_that_breaks_off_is_taken_up_again(hub, run, folder):
 
 
 def test_wrong_bytes_never_get_a_shards_name_and_are_not_kept(hub, run, folder):
-    good = hub.files[ONE]
     hub.sent[ONE] = make_shard("other", 1500)
     assert f"{ONE} came wrong" in refusal(run("1"))
+    assert shards_in(folder) == {VAL: hub.files[VAL]}
     hub.sent.clear()
-    hub.files[ONE] = make_shard(ONE, 1500, version=2)  # a hub that vouches for what is no shard
-    assert "begins with [20240520, 2]" in refusal(run("1"))
-    hub.without_hash.add(ONE)
+    assert run("1")[0] == 0
+    assert shards_in(folder)[ONE] == hub.files[ONE]
+    hub.files[TWO] = make_shard(TWO, 1500, version=2)  # a hub that vouches for what is no shard
+    assert "begins with [20240520, 2]" in refusal(run("2"))
+    hub.without_hash.add(TWO)
     fetched = len(hub.downloads)
-    assert f"{ONE}: the hub has no SHA-256 of it" in refusal(run("1"))
-    assert len(hub.downloads) == fetched and shards_in(folder) == {VAL: hub.files[VAL]}
-    hub.without_hash.clear()
-    hub.files[ONE] = good
-    assert run("1")[0] == 0 and shards_in(folder)[ONE] == good
+    assert f"{TWO}: the hub has no SHA-256 of it" in refusal(run("2"))
+    assert len(hub.downloads) == fetched and TWO not in shards_in(folder)
 
 
 def test_a_shard_is_told_by_header_size_and_hash(tmp_path):

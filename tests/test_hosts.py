@@ -87,8 +87,8 @@ def assert_alike(here, there):
 
 def test_two_hosts_of_four_devices_train_as_one_of_eight_and_only_the_first_writes(tmp_path):
     runs = {count: Hosts(tmp_path / str(count)) for count in (1, 2)}
-    alone = runs[1].start(count=1, model="matrix")
-    both = runs[2].start(model="matrix")
+    alone = runs[1].start(count=1)
+    both = runs[2].start()
     assert codes([*alone, *both]) == [0, 0, 0], said(both[0])
     assert_alike(runs[1].run_folder(), runs[2].run_folder())
     assert steps_logged(runs[2].run_folder()) == [*range(1, STEPS + 1)]
