@@ -10,9 +10,9 @@ from urllib.parse import parse_qs
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def make_shard(seed, num_tokens, magic=20240520, version=1):
+def make_shard(seed, num_tokens, version=1):
     """The bytes of a shard, from the description of the format. Tokens differ for each seed."""
-    header = struct.pack("<256i", magic, version, num_tokens, *[0] * 253)
+    header = struct.pack("<256i", 20240520, version, num_tokens, *[0] * 253)
     return header + hashlib.shake_128(str(seed).encode()).digest(2 * num_tokens)
 
 
