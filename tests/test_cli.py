@@ -21,12 +21,13 @@ from train import DEMO, SPEEDRUN, Config, Stage, UsageError, parse_flags, replac
 
 SOURCE = Path(train.__file__)
 REPO = SOURCE.parent
+PRESETS = {**train.PRESETS, "tiny": parse_flags([TINY])}
 
 
 def refusal(*flags):
     """What the flags, on top of tiny, are refused with: one line."""
     try:
-        parse_flags([TINY, *flags])
+        parse_flags(flags, "tiny", PRESETS)
     except UsageError as error:
         assert "\n" not in str(error), flags
         return str(error)
@@ -150,7 +151,7 @@ def test_a_value_of_another_type_or_one_that_cannot_run_is_refused_with_its_flag
 def test_a_preset_is_named_by_a_flag_or_a_file():
     assert parse_flags([]) == parse_flags(["--preset=speedrun"], "demo") == SPEEDRUN == Config()
     assert parse_flags(["--seed=5", "--preset=demo"]) == replace(DEMO, seed=5)
-    tiny = parse_flags([TINY])
+    tiny = PRESETS["tiny"]
     assert (tiny.preset, tiny.model_dim, len(tiny.stages)) == ("demo", 32, 2)
     assert all(preset in refusal("--preset=dmeo") for preset in ("speedrun", "demo"))
 
@@ -297,6 +298,7 @@ def imports(path):
 
 
 def test_train_py_imports_jax_and_three_more_packages_no_pickle_and_the_downloader_no_jax():
-    mine = imports(SOURCE) - sys.stdlib_module_names
-    assert mine == {"jax", "numpy", "safetensors", "einops"} and "pickle" not in imports(SOURCE)
+    mine = imports(SOURCE)
+    assert mine - sys.stdlib_module_names == {"jax", "numpy", "safetensors", "einops"}
+    assert "pickle" not in mine
     assert imports(cached_fineweb10B.__file__) - sys.stdlib_module_names == {"huggingface_hub"}
