@@ -1,6 +1,6 @@
 """The GPT of train.py once more, in plain float64 numpy, from the recipe's equations: an oracle.
 
-One row, one layer, one head, one query at a time, in the words of the recipe. Nothing is shared
+One row, one layer, one head at a time, in the words of the recipe. Nothing is shared
 with train.py but the weights' names and the Config's fields. `weights` are stacked over the layers
 that have them, as in the weight table. `longs`: the long windows of the stages so far, for YaRN.
 """
@@ -61,50 +61,74 @@ def turning(cfg, longs):
     return rate, scale
 
 
-def rotated(x, position, rate):
-    """Dims j and j + K/2 are one complex number; the first K/4 of them turn by position * rate."""
-    half = len(x) // 2
-    z = x[:half] + 1j * x[half:]
-    for j, r in enumerate(rate):
-        z[j] *= np.exp(1j * position * r)
-    return np.concatenate([z.real, z.imag])
+def rotated(x, place, rate):
+    """Dims j and j + K/2 are one complex number; the first K/4 of them turn by place * rate.
+
+    x [T, K], place [T].
+    """
+    half = x.shape[1] // 2
+    angle = np.outer(place, [*rate, *[0.0] * (half - len(rate))])
+    z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], axis=1)
+
+
+def before(x):
+    """Each position's left neighbour; zeros at the first."""
+    return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+
+
+def one_head(q, k, v, first, rate, scale):
+    """Of raw q, k, v [T, K]; query t sees the keys first[t] .. t.
+
+    Returns (output, shares of the keys, normed and turned q, the same of k).
+    """
+    place = np.arange(len(q))
+    z_q, z_k = (rotated(rms_norm(x), place, rate) for x in (q, k))
+    seen = (place >= first[:, None]) & (place <= place[:, None])
+    shares = np.where(seen, np.exp(scale * z_q @ z_k.T), 0)
+    shares /= shares.sum(axis=1, keepdims=True)
+    return shares @ v, shares, z_q, z_k
 
 
 def attention(u, layer, window, starts, offset, longs, cfg):
     """u [T, D], starts: where each position's document begins, or zeros.
 
     offset: before their norm, the dims of a key that do not turn are those of the key before it,
-    zero where its document has none. One query head at a time; what comes out of it is let through
-    by sigmoid(w . first dims of u).
+    zero where its document has none. What comes out of a query head is let through by
+    sigmoid(w . first dims of u).
     """
     num_tokens, width = len(u), cfg.head_dim
     num_kv_heads = cfg.num_kv_heads or cfg.num_heads
     rate, scale = turning(cfg, longs)
+    place = np.arange(num_tokens)
+    first = np.maximum(starts, place - window) if window else starts
     out = np.zeros((num_tokens, cfg.num_heads * width))
     for h in range(cfg.num_heads):
         g = h * num_kv_heads // cfg.num_heads
         mine, shared = slice(h * width, (h + 1) * width), slice(g * width, (g + 1) * width)
-        q = u @ layer["w_q"][:, mine]
-        q = np.array([rotated(rms_norm(q[t]), t, rate) for t in range(num_tokens)])
-        k = u @ layer["w_k"][:, shared]
+        q, k, v = (
+            u @ layer["w_q"][:, mine],
+            u @ layer["w_k"][:, shared],
+            u @ layer["w_v"][:, shared],
+        )
         if offset:
             still = [*range(width // 4, width // 2), *range(3 * width // 4, width)]
-            moved = k.copy()
-            for s in range(num_tokens):
-                moved[s, still] = k[s - 1, still] * (starts[s] < s)
-            k = moved
-        k = np.array([rotated(rms_norm(k[s]), s, rate) for s in range(num_tokens)])
-        v = u @ layer["w_v"][:, shared]
-        for t in range(num_tokens):
-            first = max(starts[t], t - window if window else 0, 0)
-            score = np.exp(scale * k[first : t + 1] @ q[t])
-            out[t, mine] = score @ v[first : t + 1] / score.sum()
-            if cfg.gate_dims:
-                out[t, mine] *= sigmoid(u[t, : cfg.gate_dims] @ layer["gate"][:, h])
+            has_left = (starts < place)[:, None]
+            k[:, still] = before(k)[:, still] * has_left
+        out[:, mine], *_ = one_head(q, k, v, first, rate, scale)
+        if cfg.gate_dims:
+            opened = sigmoid(u[:, : cfg.gate_dims] @ layer["gate"][:, h])
+            out[:, mine] *= opened[:, None]
     return out @ layer["w_out"]
 
 
-def attention_and_gradients(q, k, v, gate, first, g, cfg, longs=()):
+def norm_backward(x, dy):
+    """The gradient by x of rms_norm(x) . dy."""
+    r = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + 1e-6)
+    return r * dy - x * r**3 * np.mean(dy * x, axis=1, keepdims=True)
+
+
+def attention_and_gradients(q, k, v, gate, first, g, cfg):
     """Gated attention's output and the gradients of output . g in q, k, v and gate, by hand.
 
     Raw q [B, T, HK] and k, v [B, T, GK], gate [B, T, H], first [B, T]: the first key a query sees.
@@ -112,51 +136,34 @@ def attention_and_gradients(q, k, v, gate, first, g, cfg, longs=()):
     gate_BTN, product_BTN = np.repeat(np.float64(gate), cfg.head_dim, axis=2), np.float64(g)
     q, k, v, g = (np.float64(x) for x in (q, k, v, g * gate_BTN))
     (num_rows, num_tokens, _), width = q.shape, cfg.head_dim
-    half, quarter, place = width // 2, width // 4, np.arange(num_tokens)
-    rate, scale = turning(cfg, longs)
-    turn = np.exp(1j * place[:, None] * np.array(rate + [0.0] * (half - quarter)))
-
-    def turned(x, by):
-        z = (x[:, :half] + 1j * x[:, half:]) * by
-        return np.concatenate([z.real, z.imag], axis=1)
-
-    def norm_backward(x, dy):
-        r = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + 1e-6)
-        return r * dy - x * r**3 * np.mean(dy * x, axis=1, keepdims=True)
-
+    rate, scale = turning(cfg, ())
+    back = -np.arange(num_tokens)
     y, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
-    for b in range(num_rows):
-        seen = (place >= first[b][:, None]) & (place <= place[:, None])
-        for h in range(q.shape[2] // width):
-            shared = h * k.shape[2] // q.shape[2]
-            mine = slice(h * width, (h + 1) * width)
-            shared = slice(shared * width, (shared + 1) * width)
-            raw_q, raw_k = q[b][:, mine], k[b][:, shared]
-            z_q, z_k = turned(rms_norm(raw_q), turn), turned(rms_norm(raw_k), turn)
-            p = np.where(seen, np.exp(scale * z_q @ z_k.T), 0)
-            p /= p.sum(axis=1, keepdims=True)
-            y[b][:, mine] = p @ v[b][:, shared]
-            dp = g[b][:, mine] @ v[b][:, shared].T
-            ds = scale * p * (dp - (p * dp).sum(axis=1, keepdims=True))
-            dq[b][:, mine] = norm_backward(raw_q, turned(ds @ z_k, turn.conj()))
-            dk[b][:, shared] += norm_backward(raw_k, turned(ds.T @ z_q, turn.conj()))
-            dv[b][:, shared] += p.T @ g[b][:, mine]
+    for b, h in np.ndindex(num_rows, gate.shape[2]):
+        group = h * k.shape[2] // q.shape[2]
+        mine = b, slice(None), slice(h * width, (h + 1) * width)
+        shared = b, slice(None), slice(group * width, (group + 1) * width)
+        y[mine], p, z_q, z_k = one_head(q[mine], k[shared], v[shared], first[b], rate, scale)
+        dp = g[mine] @ v[shared].T
+        ds = scale * p * (dp - (p * dp).sum(axis=1, keepdims=True))
+        dq[mine] = norm_backward(q[mine], rotated(ds @ z_k, back, rate))
+        dk[shared] += norm_backward(k[shared], rotated(ds.T @ z_q, back, rate))
+        dv[shared] += p.T @ g[mine]
     dgate = (product_BTN * y).reshape(*gate.shape, width).sum(axis=3)
     return y * gate_BTN, (dq, dk, dv, dgate)
 
 
 def final_activations(weights, row, windows, longs, cfg, packed):
     """[T, D] of one row: what the head multiplies."""
-    starts, start, few = [], 0, cfg.gate_dims
-    for t, token in enumerate(row):
-        start = t if packed and token == cfg.bos_id else start
-        starts.append(start)
+    few, place = cfg.gate_dims, np.arange(len(row))
+    begins = (row == cfg.bos_id) & packed
+    starts = np.maximum.accumulate(np.where(begins, place, 0))
     e = weights["embed"][row]
     if cfg.smear:
         share = np.full(len(row), 0.5 * weights["smear_mix"][0])
         if few:
             share = weights["smear_mix"][0] * sigmoid(e[:, :few] @ weights["smear_gate"][:, 0])
-        e = np.array([e[t] + (share[t] * e[t - 1] if t else 0) for t in range(len(row))])
+        e = e + share[:, None] * before(e)
     x0 = x = rms_norm(e)
     after, late = [], {to: source for source, to in cfg.late_inputs}
     for i in range(cfg.num_layers):

@@ -9,40 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_gpt
 import pytest
-from jaxprs import dots
+from jaxprs import dots, jit
 
-from train import (
-    GPT,
-    SCALAR_GROUPS,
-    Config,
-    Spec,
-    Stage,
-    accumulate,
-    ahead_weights,
-    attention_xla,
-    axis_sizes,
-    constant,
-    count_params,
-    gather,
-    init_params,
-    log_partition,
-    matmul,
-    name_of,
-    next_logits,
-    normal,
-    optimizer_rules,
-    param_specs,
-    parse_flags,
-    replace,
-    restack,
-    rotary,
-    rotate,
-    softcap,
-    unstack,
-    with_shapes,
-)
+import train
+from train import GPT, Config, Spec, Stage, init_params, named, param_specs, replace, rotary
 
-BOS, ROWS, LENGTH, STEP = 7, 2, 22, 25
+BOS, ROWS, LENGTH, STEP = 7, 2, 22, 70
 ROW = Stage(batch_tokens=44, seq_len=LENGTH)
 FLAGS = """
 --preset=demo --steps=100 --num_layers=3 --model_dim=20 --num_heads=6 --num_kv_heads=2 --head_dim=12
@@ -50,23 +22,21 @@ FLAGS = """
 --offset_layers= --long_layers=1 --gate_dims=5 --softcap=5,6,1.5 --attn_scale=0.25
 --compute_dtype=float32 --residual_dtype=none
 """
-BASE = replace(parse_flags(FLAGS.split()), stages=(ROW,), val=Stage(seq_len=LENGTH))
+BASE = replace(train.parse_flags(FLAGS.split()), stages=(ROW,), val=Stage(seq_len=LENGTH))
 config = functools.partial(replace, BASE)
 WITHOUT = {"skips": (), "late_inputs": (), "backout": (), "gate_dims": 0, "smear": False}
 PLAIN = config(**WITHOUT, num_kv_heads=None, offset_layers=(0, 2))
+GROWING = [
+    replace(ROW, end=end, doc_len=22, short=5, long=long) for end, long in ((0.3, 7), (0.6, 9))
+]
 PACKED = config(
     num_layers=4,
     num_kv_heads=1,
     mlp_only=(2,),
+    offset_layers=(1, 3),
     skips=((0, 2), (1, 3)),
     late_inputs=((1, 3),),
-    stages=(replace(ROW, doc_len=22, ahead=(0.5, 0.25)),),
-)
-GROWING = ((0.3, 7), (0.6, 9), (1.0, 13))
-WINDOWS = config(
-    mlp_only=(0,),
-    offset_layers=(1, 2),
-    stages=tuple(replace(ROW, end=end, doc_len=22, short=5, long=long) for end, long in GROWING),
+    stages=(*GROWING, replace(ROW, doc_len=22, short=5, long=13, ahead=(0.5, 0.25))),
     val=Stage(seq_len=LENGTH, short=4, long=11),
 )
 UNGATED = config(
@@ -81,31 +51,20 @@ UNGATED = config(
     val=Stage(seq_len=LENGTH, short=4),
 )
 CASES = {
-    "without what is optional, as many key heads, key offsets": PLAIN,
-    "packed, one key head, a block without attention, two skips, two tokens ahead": PACKED,
-    "packed, short and long windows, the long one grown, key offsets": WINDOWS,
+    "without what is optional, as many key heads": PLAIN,
+    "packed, one key head, windows of which the long one has grown, two tokens ahead": PACKED,
     "no softcap, no gates, two skips into one block, one token ahead, tied": UNGATED,
 }
 each_case = pytest.mark.parametrize("cfg", CASES.values(), ids=CASES.keys())
-FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
-jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
-def shapes(cfg):
-    return jax.tree.map(lambda spec: spec.shape, param_specs(cfg))
+def random_weights(cfg):
+    return numpy_gpt.random_weights(cfg, jax.tree.map(lambda spec: spec.shape, param_specs(cfg)))
 
 
-def named(tree):
-    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def random_weights(cfg, seed=0):
-    return numpy_gpt.random_weights(cfg, shapes(cfg), seed)
-
-
-def random_tokens(cfg, length=LENGTH, seed=1):
+def random_tokens(cfg, length=LENGTH):
     """Tokens with a BOS about every sixth, the first token not one."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1)
     tokens = rng.integers(0, cfg.vocab_size, (ROWS, length))
     tokens[rng.random(tokens.shape) < 0.16] = BOS
     tokens[:, 0] = 3
@@ -119,38 +78,30 @@ def random_batch(cfg):
 
 
 def copies(weights, cfg):
-    return unstack(gather(weights, param_specs(cfg), 1, cfg))
+    return train.unstack(train.gather(weights, param_specs(cfg), 1, cfg))
 
 
-@functools.cache
-def compiled_init(cfg):
-    return jit(lambda seed: init_params(jax.random.key(seed), param_specs(cfg)))
+@functools.partial(jit, static_argnums=1)
+def first_weights(seed, cfg):
+    return init_params(jax.random.key(seed), param_specs(cfg))
 
 
-def first_weights(cfg, seed=0):
-    return jax.tree.map(np.asarray, compiled_init(cfg)(seed))
-
-
-@functools.cache
-def compiled_logits(cfg):
-    return jit(lambda weights, tokens: next_logits(copies(weights, cfg), tokens, cfg))
+@functools.partial(jit, static_argnums=2)
+def compiled_logits(weights, tokens, cfg):
+    return train.next_logits(copies(weights, cfg), tokens, cfg)
 
 
 def model_logits(weights, tokens, cfg):
-    return np.array(compiled_logits(cfg)(weights, tokens))
+    return np.array(compiled_logits(weights, tokens, cfg))
 
 
+@functools.partial(jit, static_argnums=3)
 def sums(weights, rows, weight, cfg):
     """What `accumulate` sums in two micro-steps of the last stage: (nats, weight, gradients)."""
-    batch = {"tokens": rows[:, None].astype(np.uint16), "weights": weight[:, None]}
+    batch = {"tokens": rows[:, None].astype(jnp.uint16), "weights": weight[:, None]}
     apart, key, stage = copies(weights, cfg), jax.random.key(0), cfg.stages[-1]
-    nats, total, grads = accumulate(apart, batch, key, jnp.int32(STEP), stage, GPT, cfg)
-    return nats, total, restack(grads)
-
-
-@functools.cache
-def compiled_sums(cfg):
-    return jit(functools.partial(sums, cfg=cfg))
+    nats, total, grads = train.accumulate(apart, batch, key, jnp.int32(STEP), stage, GPT, cfg)
+    return nats, total, train.restack(grads)
 
 
 def oracle_logits(weights, tokens, stage, cfg):
@@ -162,9 +113,10 @@ def oracle_logits(weights, tokens, stage, cfg):
 
 
 def oracle_loss(weights, rows, weight, cfg):
-    """At a quarter of a run of one stage."""
-    stage = cfg.stages[-1]
-    ahead = [*stage.ahead[:-1], *(0.75 * last for last in stage.ahead[-1:])]
+    """Of the last stage at STEP. Of the tokens ahead the last leaves over the stage."""
+    stage, begin = cfg.stages[-1], cfg.bounds[-2]
+    left = 1 - max(0, STEP - begin) / (cfg.steps - begin)
+    ahead = [*stage.ahead[:-1], *(left * last for last in stage.ahead[-1:])]
     logits = oracle_logits(weights, rows[:, :-1], stage, cfg)
     return numpy_gpt.loss(logits, rows[:, 1:], weight, ahead)
 
@@ -187,7 +139,7 @@ def test_logits_are_those_of_a_plain_float64_gpt(cfg):
 @each_case
 def test_the_loss_and_each_weights_gradient_are_the_float64_loss_and_its_slope(cfg):
     weights, (rows, weight) = random_weights(cfg), random_batch(cfg)
-    nats, total, grads = compiled_sums(cfg)(weights, rows, weight)
+    nats, total, grads = sums(weights, rows, weight, cfg)
     np.testing.assert_allclose(nats, oracle_loss(weights, rows, weight, cfg), rtol=1e-5)
     assert total == weight.sum()
     leaves, tree = jax.tree.flatten(weights)
@@ -215,20 +167,14 @@ def test_bfloat16_stays_near_the_float64_gpt():
     assert np.sqrt(np.mean(error**2)) < 0.03 * expected.std()
 
 
-def test_every_weight_has_a_gradient_within_three_steps_of_the_first_values():
-    """At first the MLPs give 0 and nothing is smeared, so what goes into these gets none."""
-    weights, (rows, weight) = first_weights(PACKED), random_batch(PACKED)
-    for step in range(3):
-        _, _, grads = compiled_sums(PACKED)(weights, rows, weight)
-        without = {name for name, grad in named(grads).items() if not np.any(grad)}
-        assert without == ({"blocks/w_up", "blocks/y_mix", "smear_gate"} if step == 0 else set())
-        rate = 0.01 / (step + 1)
-        weights = jax.tree.map(lambda w, g, rate=rate: w - rate * np.sign(g), weights, grads)
-
-
 FIRST = {  # what the recipe starts from where it is not random
-    "attention": {"gate": 0.0, "x_mix": 1.1**0.5, "y_mix": 1.0, "x0_mix": 0.0},
-    "blocks": {"w_down": 0.0, "x_mix": 1.1**0.5, "y_mix": 1.0},
+    "attention/gate": 0.0,
+    "attention/x_mix": 1.1**0.5,
+    "attention/y_mix": 1.0,
+    "attention/x0_mix": 0.0,
+    "blocks/w_down": 0.0,
+    "blocks/x_mix": 1.1**0.5,
+    "blocks/y_mix": 1.0,
     "skip_gate": 0.0,
     "skip_mix": -1.5,
     "smear_gate": 0.0,
@@ -237,23 +183,34 @@ FIRST = {  # what the recipe starts from where it is not random
 }
 
 
-def with_recipe_values(weights, values=FIRST):
-    """Weights, those that are no random matrices replaced."""
-    result = dict(weights)
-    for name in values.keys() & weights.keys():
-        if isinstance(weights[name], dict):
-            result[name] = with_recipe_values(weights[name], values[name])
-        else:
-            result[name] = np.full(weights[name].shape, values[name], np.float32)
-    return result
+def test_first_values_are_the_recipes_and_the_first_loss_that_of_chance():
+    """Random ones have the spread it names, and differ between rows and seeds."""
+    cfg = config(model_dim=80, vocab_size=1024)
+    p, other = (named(jax.device_get(first_weights(seed, cfg))) for seed in (0, 1))
+    assert not np.array_equal(p["embed"], other["embed"])
+    assert not np.array_equal(p["attention/w_k"], p["attention/w_v"])
+    assert not np.array_equal(p["attention/w_q"][0], p["attention/w_q"][1])
+    for name in ("embed", "head"):
+        table = p.pop(name)
+        np.testing.assert_allclose([np.std(table), np.mean(table)], [0.005, 0.0], atol=1e-4)
+        assert np.abs(table).max() > 0.018  # normal, not uniform
+    for name in (
+        "attention/w_q",
+        "attention/w_k",
+        "attention/w_v",
+        "attention/w_out",
+        "blocks/w_up",
+    ):
+        w = p.pop(name)
+        np.testing.assert_allclose(np.std(w), 0.5 * 80**-0.5, rtol=0.03)
+        assert np.abs(w).max() <= 3**0.5 * 0.5 * 80**-0.5
+    assert p.keys() == FIRST.keys()
+    for name, w in p.items():
+        assert np.all(w == np.float32(FIRST[name])), name
 
-
-def test_the_first_logits_are_those_of_the_recipes_first_values_and_the_loss_that_of_chance():
-    weights, (rows, weight) = first_weights(PACKED, 5), random_batch(PACKED)
-    expected = oracle_logits(with_recipe_values(weights), rows[:, :-1], PACKED.val, PACKED)
-    assert expected.std() > 0.01
-    logits = model_logits(weights, rows[:, :-1], PACKED)[..., :131]
-    np.testing.assert_allclose(logits, expected, atol=3e-6)
+    rows, weight = random_batch(PACKED)
+    logits = model_logits(first_weights(5, PACKED), rows[:, :-1], PACKED)[..., :131]
+    assert logits.std() > 0.01
     nats = numpy_gpt.loss(logits, rows[:, 1:], weight)
     np.testing.assert_allclose(nats / weight.sum(), math.log(131), atol=0.01)
 
@@ -261,51 +218,50 @@ def test_the_first_logits_are_those_of_the_recipes_first_values_and_the_loss_tha
 def test_the_softcap_is_the_shifted_sigmoid_of_the_recipe_less_a_constant_or_none():
     z = np.linspace(-60, 60, 241)
     sigmoid = 23 / (1 + np.exp(-(z + 5) / 7.5)) - 11.5
-    np.testing.assert_allclose(softcap(jnp.float32(z), Config()), sigmoid, atol=2e-5)
-    assert np.array_equal(softcap(jnp.float32(z), config(softcap=())), np.float32(z))
-
-
-def test_the_tokens_ahead_leave_the_loss_one_stage_after_the_other_the_last_first():
-    stages = Config().stages
-    for step, i, wanted in [
-        (0, 0, [0.5, 0.25]),
-        (311, 0, [0.5, 0.125]),
-        (622, 0, [0.5, 0]),
-        (622, 1, [0.5]),
-        (933, 1, [0.25]),
-        (1244, 1, [0]),
-        (1244, 2, []),
-        (1900, 3, []),
-    ]:
-        assert ahead_weights(step, stages[i], Config()) == pytest.approx(wanted), step
+    np.testing.assert_allclose(train.softcap(jnp.float32(z), Config()), sigmoid, atol=2e-5)
+    assert np.array_equal(train.softcap(jnp.float32(z), config(softcap=())), np.float32(z))
 
 
 # ---- Which token sees which ----------------------------------------------------------------------
 
 
-def positions_changed_by(place, weights, tokens, cfg):
-    """Positions of row 0 whose logits change when its token at `place` does; no other row may."""
-    other = tokens.copy()
-    other[0, place] += 1
-    if other[0, place] in (BOS, cfg.vocab_size):
-        other[0, place] = 0
-    logits = (model_logits(weights, x, cfg) for x in (tokens, other))
-    changed = np.any(np.not_equal(*logits), axis=-1)
-    assert not changed[1:].any(), "rows of a batch depend on each other"
-    return set(np.flatnonzero(changed[0]))
-
-
 def each_place(cfg):
-    """Yield (place, positions that the token there changes, row), of tokens that are no BOS."""
+    """Yield (place, positions whose logits the token there changes, row) of row 0.
+
+    Of tokens that are no BOS. No other row may change.
+    """
     weights, tokens = random_weights(cfg), random_tokens(cfg)
+    before = model_logits(weights, tokens, cfg)
     for place in np.flatnonzero(tokens[0] != BOS):
-        yield place, positions_changed_by(place, weights, tokens, cfg), tokens[0]
+        other = tokens.copy()
+        other[0, place] = (
+            0 if tokens[0, place] + 1 in (BOS, cfg.vocab_size) else tokens[0, place] + 1
+        )
+        changed = np.any(before != model_logits(weights, other, cfg), axis=-1)
+        assert not changed[1:].any(), "rows of a batch depend on each other"
+        yield place, set(np.flatnonzero(changed[0])), tokens[0]
 
 
-@each_case
-def test_a_later_token_cannot_change_an_earlier_logit(cfg):
+def test_in_a_plain_stream_a_token_changes_its_own_logits_and_all_later_ones_and_none_before():
+    for place, changed, _ in each_place(PLAIN):
+        assert changed == set(range(place, LENGTH))
+
+
+def test_one_layer_reaches_a_window_back_one_more_with_key_offset_one_with_smear():
+    changes = WITHOUT | {"smear": True, "offset_layers": (0,), "num_layers": 1}
+    cfg = config(**changes, val=Stage(seq_len=LENGTH, short=5), long_layers=())
     for place, changed, _ in each_place(cfg):
-        assert min(changed) == place
+        assert changed == set(range(place, min(place + 5 + 1 + 1, LENGTH - 1) + 1))
+
+
+def test_in_packed_documents_a_token_changes_its_own_and_by_smear_the_next_ones_first():
+    """Which the rest of that document attends to; all else crosses no border."""
+    for place, changed, row in each_place(PACKED):
+        borders = [*np.flatnonzero(row == BOS), LENGTH, LENGTH]
+        assert len(borders) >= 5
+        last = next(i for i, border in enumerate(borders) if border > place)
+        end = borders[last + (place + 1 == borders[last])]
+        assert changed == set(range(place, end))
 
 
 def test_a_later_bos_cannot_change_an_earlier_logit():
@@ -317,65 +273,29 @@ def test_a_later_bos_cannot_change_an_earlier_logit():
     assert np.all(np.any(before[:, 15] != after[:, 15], axis=-1))
 
 
-@pytest.mark.parametrize("offset_layers, smear", [((), False), ((0,), False), ((0,), True)])
-def test_one_layer_reaches_a_window_back_one_more_with_key_offset_one_with_smear(
-    offset_layers, smear
-):
-    changes = WITHOUT | {"smear": smear, "offset_layers": offset_layers, "num_layers": 1}
-    cfg = config(**changes, val=Stage(seq_len=LENGTH, short=5), long_layers=())
-    reach = 5 + len(offset_layers) + smear
-    for place, changed, _ in each_place(cfg):
-        assert changed == set(range(place, min(place + reach, LENGTH - 1) + 1))
-
-
-@pytest.mark.parametrize("offset_layers, smear", [((), True), ((1, 3), False)])
-def test_in_packed_documents_a_token_changes_its_own_and_by_smear_the_next_ones_first(
-    offset_layers, smear
-):
-    """Which the rest of that document attends to; all else crosses no border."""
-    cfg = replace(PACKED, offset_layers=offset_layers, smear=smear)
-    for place, changed, row in each_place(cfg):
-        borders = [*np.flatnonzero(row == BOS), LENGTH, LENGTH]
-        assert len(borders) >= 5
-        last = next(i for i, border in enumerate(borders) if border > place)
-        end = borders[last + (smear and place + 1 == borders[last])]
-        assert changed == set(range(place, end))
-
-
-def test_in_a_plain_stream_a_token_changes_later_documents_too():
-    for place, changed, _ in each_place(PLAIN):
-        assert changed == set(range(place, LENGTH))
-
-
 # ---- Rotary positions ----------------------------------------------------------------------------
 
 
-def rotated_copies(vector, positions, cfg):
-    """One vector at each of these positions: [T, K]."""
-    x_BTHK = jnp.tile(jnp.float32(vector)[None, None, None], (1, len(positions), 1, 1))
-    table = [t[list(positions)] for t in rotary(max(positions) + 1, ROW, cfg)[:2]]
-    return np.float64(rotate(x_BTHK, *table))[0, :, 0]
+def test_half_of_a_heads_dims_stand_still_and_in_the_others_q_dot_k_depends_on_the_distance_only():
+    rng, cfg, far = np.random.default_rng(0), config(head_dim=20), [0, 1, 17, 4099]
+    q, k = np.float32(rng.standard_normal((2, 20)))
 
+    def rotated(vector, places):
+        x_1TK = jnp.tile(vector[None, None, None], (1, len(places), 1, 1))
+        table = [t[list(places)] for t in rotary(4100, ROW, cfg)[:2]]
+        return np.float64(jit(train.rotate)(x_1TK, *table))[0, :, 0]
 
-def test_rotated_q_dot_k_depends_on_the_difference_of_positions_only():
-    rng, cfg = np.random.default_rng(0), config(head_dim=20)
-    q, k = (rotated_copies(rng.standard_normal(20), range(40), cfg) for _ in "qk")
-    score = q @ k.T
-    for difference in range(-39, 40):
-        diagonal = np.diagonal(score, difference)
-        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-4)
-    assert np.std(score[0]) > 0.5
-
-
-def test_half_of_the_dims_stand_still_and_the_others_turn_as_in_float64():
-    vector, cfg = np.random.default_rng(1).standard_normal(20), config(head_dim=20)
-    positions = [0, 1, 17, 4099]
-    found = rotated_copies(vector, positions, cfg)
     rate, _ = numpy_gpt.turning(cfg, ())
-    expected = [numpy_gpt.rotated(vector, position, rate) for position in positions]
+    expected = numpy_gpt.rotated(np.tile(q, (4, 1)), far, rate)
+    found = rotated(q, far)
     np.testing.assert_allclose(found, expected, atol=1e-3)
     still = [*range(5, 10), *range(15, 20)]
-    assert np.array_equal(found[:, still], np.float32(vector)[None, still].repeat(4, axis=0))
+    assert np.all(found[:, still] == q[None, still])
+    score = rotated(q, range(40)) @ rotated(k, range(40)).T
+    for distance in range(-39, 40):
+        diagonal = np.diagonal(score, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-4)
+    assert np.std(score[0]) > 0.5
 
 
 YARN = {  # long window: the rates of pairs 0, 3, 10, 20 and 31 of 32, and q.k's scale, by hand
@@ -422,7 +342,7 @@ def attention_and_gradients(window, q_BTN, k_BSN, v_BSN, gate_BTH, first_BT, g_B
     table = rotary(q_BTN.shape[1], ROW, BASE)
 
     def attend(*given):
-        return attention_xla(*given, first_BT, table, window, BASE)
+        return train.attention_xla(*given, first_BT, table, window, BASE)
 
     y, pull = jax.vjp(attend, q_BTN, k_BSN, v_BSN, gate_BTH)
     return y, pull(g_BTN)
@@ -438,11 +358,10 @@ def attention_inputs(window, length):
     return q, k, v, gate, np.maximum(first, place - window), g
 
 
-@pytest.mark.parametrize("window, length", [(24, 24), (7, 23)])
-def test_attention_and_its_gradients_are_those_written_out_in_float64(window, length):
-    """From raw queries and keys, in two blocks: of 12 and 12 queries, of 12 and 11."""
-    inputs = attention_inputs(window, length)
-    found = jit(functools.partial(attention_and_gradients, window))(*inputs)
+def test_attention_and_its_gradients_are_those_written_out_in_float64():
+    """From raw queries and keys, in two blocks: of 12 and 11 queries."""
+    inputs = attention_inputs(7, 23)
+    found = jit(functools.partial(attention_and_gradients, 7))(*inputs)
     expected = numpy_gpt.attention_and_gradients(*inputs, BASE)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
@@ -462,16 +381,14 @@ def test_blocks_do_not_compute_the_keys_that_causality_and_window_put_out_of_rea
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 def test_matmul_multiplies_bfloat16_operands_and_its_gradients_have_the_operands_dtypes(x_dtype):
     def run(x, w, g):
-        y, pull = jax.vjp(functools.partial(matmul, "BTD,DF->BTF"), x, w)
+        y, pull = jax.vjp(functools.partial(train.matmul, "BTD,DF->BTF"), x, w)
         return y, *pull(g)
 
     rng, axes = np.random.default_rng(0), ((2, 30, 50), (50, 70), (2, 30, 70))
     dtypes = (x_dtype, "bfloat16", x_dtype)
-    x, w, g = given = [
-        jnp.asarray(rng.standard_normal(a), d) for a, d in zip(axes, dtypes, strict=True)
-    ]
-    y, dx, dw = run(*given)
-    assert (y.dtype, dx.dtype, dw.dtype) == (x.dtype, x.dtype, w.dtype)
+    given = [np.asarray(rng.standard_normal(a), d) for a, d in zip(axes, dtypes, strict=True)]
+    y, dx, dw = jit(run)(*given)
+    assert [z.dtype.name for z in (y, dx, dw)] == [x_dtype, x_dtype, "bfloat16"]
     for dot in dots(run, *given):
         types = [v.aval.dtype.name for v in (*dot.invars, *dot.outvars)]
         assert types == ["bfloat16", "bfloat16", "float32"]
@@ -481,15 +398,27 @@ def test_matmul_multiplies_bfloat16_operands_and_its_gradients_have_the_operands
         assert np.all(np.abs(np.float64(found) - exact) <= one_rounding)
 
 
-@pytest.mark.parametrize("residual", [None, "float32"])
-def test_no_matmul_of_bfloat16_training_has_a_float32_operand(residual):
-    cfg = replace(PACKED, compute_dtype="bfloat16", residual_dtype=residual)
-    found = dots(functools.partial(sums, cfg=cfg), random_weights(cfg), *random_batch(cfg))
+def test_no_matmul_of_bfloat16_training_has_a_float32_operand_though_the_stream_is_float32():
+    cfg = replace(PACKED, compute_dtype="bfloat16", residual_dtype="float32")
+    found = dots(
+        lambda *given: sums.__wrapped__(*given, cfg), random_weights(cfg), *random_batch(cfg)
+    )
     assert len(found) >= 3 * (6 * 3 + 2 + 1)
     assert {v.aval.dtype.name for dot in found for v in dot.invars} == {"bfloat16"}
     assert {v.aval.dtype.name for dot in found for v in dot.outvars} == {"float32"}
     operands = [[v.aval.shape for v in dot.invars + dot.outvars] for dot in found]
     assert sum(any(256 in shape for shape in three) for three in operands) == 3  # of the head
+
+
+@functools.cache
+def compiled_partition(cfg, dtype="float32", with_gradients=True):
+    """-1.3 times the log partition of 21 tokens, and its gradients by x and head."""
+
+    def run(x_ND, head_VD, weight_N):
+        return -1.3 * train.log_partition(x_ND, head_VD, weight_N, cfg)
+
+    function = jax.value_and_grad(run, argnums=(0, 1)) if with_gradients else run
+    return jit(function).lower(*head_inputs(cfg, dtype)).compile()
 
 
 def head_inputs(cfg, dtype="float32", scale=1.0):
@@ -501,11 +430,8 @@ def head_inputs(cfg, dtype="float32", scale=1.0):
 
 def assert_log_partition_is_float64s(x_ND, head_VD, weight_N, cfg, tolerance=1e-5):
     """The value and both gradients, each by its norm. Returns the log partitions."""
-
-    def run(x, head):
-        return -1.3 * log_partition(x, head, weight_N, cfg)
-
-    loss, (dx, dhead) = jit(jax.value_and_grad(run, argnums=(0, 1)))(x_ND, head_VD)
+    found = compiled_partition(cfg, x_ND.dtype.name)(x_ND, head_VD, weight_N)
+    loss, (dx, dhead) = found
     x, head = np.float64(x_ND), np.float64(head_VD[: cfg.vocab_size])
     z, slope = x @ head.T, 1.0
     if cfg.softcap:
@@ -525,70 +451,44 @@ def assert_log_partition_is_float64s(x_ND, head_VD, weight_N, cfg, tolerance=1e-
     return logs
 
 
-@pytest.mark.parametrize(  # three blocks, one, and one as they would be uneven
-    "cap, vocab_size, head_block",
-    [((5.0, 6.0, 1.5), 131, 7), ((5.0, 6.0, 1.5), 128, 8), ((), 131, 7), ((), 128, 64)],
-)
-def test_the_log_partition_and_its_gradients_are_those_of_float64(cap, vocab_size, head_block):
-    cfg = config(softcap=cap, vocab_size=vocab_size, head_block=head_block)
+CAPPED, UNCAPPED = config(head_block=7), config(softcap=(), head_block=8)  # three blocks; one
+
+
+@pytest.mark.parametrize("cfg", [CAPPED, UNCAPPED], ids=["capped, in blocks", "uncapped, in one"])
+def test_the_log_partition_and_its_gradients_are_those_of_float64(cfg):
     assert_log_partition_is_float64s(*head_inputs(cfg), cfg)
 
 
 def test_the_log_partition_of_bfloat16_has_gradients_within_its_rounding():
     """The softmax, its scaled other side and the result are rounded."""
-    assert_log_partition_is_float64s(*head_inputs(BASE, jnp.bfloat16), BASE, 2**-8)
+    assert_log_partition_is_float64s(*head_inputs(CAPPED, jnp.bfloat16), CAPPED, 2**-8)
 
 
 def test_the_log_partition_of_logits_far_apart_or_far_below_the_paddings_is_exact():
-    cfg = config(softcap=())
-    logs = assert_log_partition_is_float64s(*head_inputs(cfg, scale=7.0), cfg, 1e-4)
-    assert logs.max() > 200
-    x_ND, head_VD, weight_N = head_inputs(cfg)
+    far_apart = head_inputs(UNCAPPED, scale=7.0)
+    assert assert_log_partition_is_float64s(*far_apart, UNCAPPED, 1e-4).max() > 200
+    x_ND, head_VD, weight_N = head_inputs(UNCAPPED)
     x_ND[:, 0], head_VD[:, 0], head_VD[131:] = 1, -200, 0
-    assert_log_partition_is_float64s(x_ND, head_VD, weight_N, cfg, 1e-4)
+    assert_log_partition_is_float64s(x_ND, head_VD, weight_N, UNCAPPED, 1e-4)
 
 
 def test_where_no_gradient_is_wanted_the_compiled_loss_multiplies_by_the_head_once():
-    def count(function):
-        text = jit(function).lower(*head_inputs(BASE)).compile().as_text()
+    def count(with_gradients):
+        text = compiled_partition(CAPPED, with_gradients=with_gradients).as_text()
         return len(re.findall(r" = \S+ dot\(", text))
 
-    loss = functools.partial(log_partition, cfg=config(head_block=7))
-    assert (count(loss), count(jax.value_and_grad(loss, argnums=(0, 1)))) == (1, 3)
+    assert (count(False), count(True)) == (1, 3)
 
 
 # ---- The weight table ----------------------------------------------------------------------------
 
 
-def test_every_weight_has_the_shape_and_group_its_row_says():
-    specs = param_specs(PACKED)
-    params = jax.eval_shape(lambda: init_params(jax.random.key(0), specs))
-    assert jax.tree.structure(params) == jax.tree.structure(specs)
-    sizes = {"L": 4, "I": 3, "D": 20, "F": 37, "HK": 72, "GK": 12}
-    sizes |= {"V": 256, "H": 6, "E": 5, "J": 2, "smear": 1, "backout": 1}
-    for name, spec in named(specs).items():
-        weight = named(params)[name]
-        assert weight.shape == spec.shape == tuple(sizes[axis] for axis in spec.axes.split()), name
-        assert weight.dtype == jnp.float32
-        assert (spec.axes[0] == "L", spec.axes[0] == "I") == (
-            name.startswith("blocks/"),
-            name.startswith("attention/"),
-        )
-        assert spec.split in ("", *spec.axes.split()), name
-        assert (spec.group in SCALAR_GROUPS) == (len(weight.shape) == 1)
-        for optimizer in ("muon", "adamw"):
-            assert optimizer_rules(config(optimizer=optimizer))[spec.group].lr > 0
-
-
 def test_the_weights_are_counted_as_by_hand():
     attention, block = 20 * (72 + 24 + 24 + 72) + 5 * 6 + 3, 2 * 20 * 37 + 2
     others = 2 * 256 * 20 + (5 + 1) + (5 + 1) + 1
-    assert count_params(param_specs(BASE)) == 3 * (attention + block) + others
-    assert count_params(param_specs(config(mlp_only=(0, 2)))) == attention + 3 * block + others
-    attention, block = 4 * 768**2 + 12 * 3 + 3, 2 * 768 * 3072 + 2
-    others = 2 * 50688 * 768 + (12 + 1) + (12 + 1) + 1
-    gpt2 = Config(vocab_size=50257)
-    assert count_params(param_specs(gpt2)) == 10 * attention + 11 * block + others
+    assert train.count_params(param_specs(BASE)) == 3 * (attention + block) + others
+    without_two = param_specs(config(mlp_only=(0, 2)))
+    assert train.count_params(without_two) == attention + 3 * block + others
 
 
 def test_a_vocabulary_is_padded_to_whole_registers_and_a_large_one_to_eight_equal_shares():
@@ -596,43 +496,11 @@ def test_a_vocabulary_is_padded_to_whole_registers_and_a_large_one_to_eight_equa
     assert {size: config(vocab_size=size).padded_vocab for size in padded} == padded
 
 
-def test_what_a_config_does_without_has_no_weights_and_grouped_queries_have_fewer_keys():
-    def names(**changes):
-        return set(named(param_specs(config(**changes))))
-
-    whole = names()
-    assert len(whole) == 19
-    assert whole - names(skips=()) == {"skip_gate", "skip_mix"}
-    assert whole - names(smear=False) == {"smear_gate", "smear_mix"}
-    assert whole - names(backout=()) == {"backout_mix"}
-    assert whole - names(gate_dims=0) == {"attention/gate", "skip_gate", "smear_gate"}
-    few, many = (named(param_specs(config(num_kv_heads=n))) for n in (2, None))
-    changed = {name for name in few if few[name].shape != many[name].shape}
-    assert changed == {"attention/w_k", "attention/w_v"}
-    assert few["attention/w_k"].shape[-1] * 3 == many["attention/w_k"].shape[-1] == 72
-
-
 def test_a_new_row_of_the_table_leaves_every_other_weights_first_value():
     blocks = param_specs(PACKED)["blocks"]
-    another = {"another": Spec("L D", "", constant(2.0), "scalar")}
-    other = {"new": Spec("D F", "", normal(1.0), "muon"), "blocks": another | blocks}
-    other = with_shapes(other, axis_sizes(PACKED))
+    another = {"another": Spec("L D", "", train.constant(2.0), "scalar")}
+    other = {"new": Spec("D F", "", train.normal(1.0), "muon"), "blocks": another | blocks}
+    other = train.with_shapes(other, train.axis_sizes(PACKED))
     found = jit(lambda: init_params(jax.random.key(3), other))()["blocks"]
-    for name, leaf in first_weights(PACKED, 3)["blocks"].items():
+    for name, leaf in first_weights(3, PACKED)["blocks"].items():
         assert np.array_equal(leaf, found[name]), name
-
-
-def test_first_values_have_the_spread_the_recipe_names_and_differ_between_rows_and_seeds():
-    cfg = config(model_dim=80, vocab_size=1024)
-    p, other = (first_weights(cfg, seed) for seed in (0, 1))
-    assert not np.array_equal(p["embed"], other["embed"])
-    assert not np.array_equal(p["attention"]["w_k"], p["attention"]["w_v"])
-    assert not np.array_equal(p["attention"]["w_q"][0], p["attention"]["w_q"][1])
-    for table in (p["embed"], p["head"]):
-        np.testing.assert_allclose([np.std(table), np.mean(table)], [0.005, 0.0], atol=1e-4)
-        assert np.abs(table).max() > 0.018  # normal, not uniform
-    matrices = [p["attention"][name] for name in ("w_q", "w_k", "w_v", "w_out")]
-    for w in (*matrices, p["blocks"]["w_up"]):
-        np.testing.assert_allclose(np.std(w), 0.5 * 80**-0.5, rtol=0.03)
-        assert np.abs(w).max() <= 3**0.5 * 0.5 * 80**-0.5
-    jax.tree.map(np.testing.assert_array_equal, p, with_recipe_values(p))
