@@ -525,12 +525,14 @@ def test_tied_tables_get_the_gradients_of_both_uses_also_from_a_model_without_lo
     weights = train.unstack(numpy_gpt.random_weights(TIED, shapes))
     batch = {"tokens": np.concatenate(random_rows(24)).reshape(4, 6, LENGTH + 1)}
 
-    def sums(model):
+    def sums(model, weights, batch):
         key, stage = jax.random.key(0), TIED.stages[0]
         return train.accumulate(weights, batch, key, 0, stage, model, TIED)
 
     without = BIGRAM._replace(loss=plain_loss, lookups={})
-    found, expected = jit(lambda: (sums(BIGRAM), sums(without)))()
+    found, expected = jit(lambda *given: (sums(BIGRAM, *given), sums(without, *given)))(
+        weights, batch
+    )
     assert np.all(np.any(found[2]["head"][: CFG.vocab_size], axis=1))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
