@@ -15,57 +15,23 @@ import jax
 import numpy as np
 import pytest
 from shards import BOS, TINY, documents, make_folder
-from victim import BIGRAM
+from victim import BIGRAM, compiled_once, metrics_of, weights_of
 
 import train
 
-STEPS, STAGE_1 = 12, 6
+STEPS = 12
 SIZES = [
-    TINY,
-    f"--steps={STEPS}",
-    "--num_layers=1",
-    "--model_dim=24",
-    "--head_dim=8",
-    "--mlp_dim=40",
-    "--skips=",
-    "--late_inputs=",
-    "--backout=",
-    "--offset_layers=0",
-    "--long_layers=0",
-    "--stages.batch_tokens=56,112",
-    "--stages.seq_len=14,28",
-    "--stages.short=9,16",
-    "--stages.long=20,24",
-    "--val_tokens=300",
-    "--val.seq_len=40",
-    "--val_context=11",
-    "--warmup_steps=2",
-    "--val_every=4",
-    "--save_every=5",
-    "--log_every=1",
-    "--shuffle=false",
-]
+    TINY, f"--steps={STEPS}", "--num_layers=1", "--model_dim=24", "--head_dim=8", "--mlp_dim=40",
+    "--skips=", "--late_inputs=", "--backout=", "--offset_layers=0", "--long_layers=0",
+    "--stages.batch_tokens=56,112", "--stages.seq_len=14,28", "--stages.short=9,16",
+    "--stages.long=20,24", "--val_tokens=300", "--val.seq_len=40", "--val_context=11",
+    "--warmup_steps=2", "--val_every=4", "--save_every=5", "--log_every=1", "--shuffle=false",
+]  # fmt: skip
 SHARD_0 = 28 * 16 + 1  # tokens: read by 6 steps of 56 and one of 112
+TOKENS = documents(1, 20)[:SHARD_0], documents(2, 120)
+STOPS = {1: "the first step", 6: "a stage's last", 7: "a shard's last", 11: "the last but one"}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Runs of one config share their programs, which are not optimized. No waiting for disks."""
-    programs, real = {}, train.compile_all
-    elsewhere = dict.fromkeys(("log_dir", "resume", "train_files", "val_files"))
-
-    def remembered(model, mesh, cfg):
-        key = model.loss, mesh, train.replace(cfg, **elsewhere)
-        if key not in programs:
-            programs[key] = real(model, mesh, cfg)
-        return programs[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compile_all", remembered)
-        patch.setattr(os, "sync", lambda: None)
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+compiled_once = pytest.fixture(compiled_once, scope="module", autouse=True)
 
 
 def run_on(num_devices, *arguments):
@@ -76,65 +42,10 @@ def run_on(num_devices, *arguments):
         return train.main(*arguments)
 
 
-def ticking(patch):
-    """A clock by which only tick(seconds) takes a while, and all else next to nothing."""
-    now = [0.0]
-
-    def tick(seconds=1e-7):
-        now[0] += seconds
-        return now[0]
-
-    real = train.time
-    clock = SimpleNamespace(
-        perf_counter=tick, process_time=tick, strftime=real.strftime, gmtime=real.gmtime
-    )
-    patch.setattr(train, "time", clock)
-    return tick
-
-
-def trained(flags, num_devices, seen, hook=lambda step: False):
-    """Run folder. A step takes a second, an evaluation and a checkpoint a thousand.
-
-    seen: gets (program, step of the optimizer, SHA-256 of the batch) of each training step.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        tick, compile_all, save = ticking(patch), train.compile_all, train.save_checkpoint
-
-        def watched(name, program, state, batch):
-            tokens = np.asarray(batch["tokens"])
-            if name == "eval":
-                tick(1000)
-            elif (tokens != train.NO_TOKEN).any():  # the warm-up's batches are empty
-                seen.append((name, int(state.step), hashlib.sha256(tokens.tobytes()).hexdigest()))
-                tick(1)
-            return program(state, batch)
-
-        def watch_all(*arguments):
-            programs, notes = compile_all(*arguments)
-            more = {
-                name: lambda *pair, name=name: watched(name, programs[name], *pair)
-                for name in programs
-                if name != "init"
-            }
-            return programs | more, notes
-
-        patch.setattr(train, "compile_all", watch_all)
-        patch.setattr(train, "save_checkpoint", lambda *parts: (tick(1000), save(*parts))[1])
-        return run_on(num_devices, [*SIZES, *flags], train.GPT, hook)
-
-
-def bits(folder, step):
-    files = (folder / f"ckpt/step-{step:06d}").glob("*.safetensors")
-    return {path.name: path.read_bytes() for path in files}
-
-
-def metrics_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(folder):
     keys = ("step", "tokens", "train_loss", "val_loss", "lr", "stage")
-    return [[row.get(key) for key in keys] for row in metrics_of(folder)]
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [[row.get(key) for key in keys] for row in rows]
 
 
 @pytest.fixture(
@@ -144,55 +55,44 @@ def losses(folder):
 )
 def alone(request, tmp_path_factory):
     """A run that was left alone, on two shards."""
-    home, (num_devices, packed), seen = tmp_path_factory.mktemp("alone"), request.param, []
-    tokens = documents(1, 20)[:SHARD_0], documents(2, 120)
-    flags = [*make_folder(home / "data", train=tokens), f"--stages.doc_len={20 * packed}"]
-    folder = trained([*flags, f"--log_dir={home}/logs"], num_devices, seen)
-    return SimpleNamespace(
-        num_devices=num_devices, tokens=tokens, flags=flags, folder=folder, seen=seen
-    )
+    home, (num_devices, packed) = tmp_path_factory.mktemp("alone"), request.param
+    data = make_folder(home / "data", train=TOKENS)
+    flags = [*SIZES, *data, f"--stages.doc_len={20 * packed}"]
+    folder = run_on(num_devices, [*flags, f"--log_dir={home}/logs"])
+    return SimpleNamespace(num_devices=num_devices, flags=flags, folder=folder)
 
 
 def test_two_runs_of_one_config_have_the_same_bits(alone, tmp_path):
-    seen = []
-    again = trained([*alone.flags, f"--log_dir={tmp_path}"], alone.num_devices, seen)
+    again = run_on(alone.num_devices, [*alone.flags, f"--log_dir={tmp_path}"])
     for step in (10, STEPS):
-        assert len(bits(again, step)) == 2 and bits(again, step) == bits(alone.folder, step)
-    assert losses(again) == losses(alone.folder) and seen == alone.seen
+        weights = weights_of(again, step)
+        assert len(weights) == 2 and weights == weights_of(alone.folder, step)
+    assert losses(again) == losses(alone.folder)
 
 
-@pytest.mark.parametrize(
-    "last",
-    [1, STAGE_1, STAGE_1 + 1, STEPS - 1],
-    ids=["the first step", "a stage's last", "a shard's last", "the last but one"],
-)
-def test_a_run_stopped_after_any_step_and_resumed_is_as_one_left_alone(last, alone, tmp_path):
-    flags, seen = [*alone.flags, f"--log_dir={tmp_path}"], []
-    with pytest.raises(SystemExit) as stopped:
-        trained(flags, alone.num_devices, seen, lambda step: step == last)
-    assert stopped.value.code == 75 and len(seen) == last
-    (run,) = tmp_path.iterdir()
-    manifest = json.loads((run / f"ckpt/step-{last:06d}/manifest.json").read_text())
-    assert manifest["step"] == last
-    assert manifest["progress"]["seconds"][0] == pytest.approx(last, abs=1e-3)
-    assert trained([*flags, "--resume=auto"], alone.num_devices, seen) == run
-    assert seen == alone.seen and [step for _, step, _ in seen] == list(range(STEPS))
-    assert bits(run, STEPS) == bits(alone.folder, STEPS)
+def test_a_run_stopped_after_any_step_and_resumed_is_as_one_left_alone(alone, tmp_path):
+    """One run, stopped at each of the places."""
+    flags = [*alone.flags, f"--log_dir={tmp_path}", "--resume=auto"]
+    for last, place in STOPS.items():
+        with pytest.raises(SystemExit) as stopped:
+            run_on(alone.num_devices, flags, train.GPT, lambda step, last=last: step == last)
+        assert stopped.value.code == 75
+        (run,) = tmp_path.iterdir()
+        manifest = json.loads((run / f"ckpt/step-{last:06d}/manifest.json").read_text())
+        assert manifest["step"] == last
+        assert losses(run) == losses(alone.folder)[:last], place
+    assert run_on(alone.num_devices, flags) == run
     assert losses(run) == losses(alone.folder)
-    for folder in (run, alone.folder):
-        assert metrics_of(folder)[-1]["train_time_s"] == pytest.approx(STEPS, abs=1e-3)
+    assert weights_of(run) == weights_of(alone.folder)
 
 
-def test_the_steps_named_are_where_a_stage_and_a_shard_end(alone):
-    names = [name for name, _, _ in alone.seen]
-    assert names == ["train_0"] * STAGE_1 + ["train_1"] * (STEPS - STAGE_1)
-    assert len({digest for _, _, digest in alone.seen}) == STEPS
-    if alone.num_devices == 8:  # the plain stream
-        cfg = train.replace(train.parse_flags([*SIZES, *alone.flags]), bos_id=BOS)
-        steps = list(train.plan(train.Shards([], alone.tokens, {}), cfg))
-        last, first = steps[STAGE_1][0][-1], steps[STAGE_1 + 1][0][0]
-        assert np.concatenate(last).tolist() == alone.tokens[0][-29:].tolist()
-        assert np.concatenate(first).tolist() == alone.tokens[1][:29].tolist()
+def test_the_stops_are_where_a_stage_and_a_shard_end():
+    cfg = train.replace(train.parse_flags(SIZES), bos_id=BOS)
+    assert cfg.bounds == [0, 6, STEPS]
+    steps = list(train.plan(train.Shards([], TOKENS, {}), cfg))
+    last, first = steps[6][0][-1], steps[7][0][0]
+    assert np.concatenate(last).tolist() == TOKENS[0][-29:].tolist()
+    assert np.concatenate(first).tolist() == TOKENS[1][:29].tolist()
 
 
 # ---- Losses that are known ----
@@ -214,7 +114,7 @@ def golden_run(home):
     flags = [TINY, "--steps=50", *make_folder(home / "data"), "--max_epochs=6", "--log_every=1"]
     run = run_on(1, [*flags, f"--log_dir={home}/logs"])
     rows = metrics_of(run)[:-1]
-    files = sorted(bits(run, 50).items())
+    files = sorted(weights_of(run, 50).items())
     return {
         "jax": jax.__version__,
         "numpy": np.__version__,
@@ -263,15 +163,8 @@ def test_three_thousand_steps_leave_memory_compilations_and_open_files_where_the
             mib = pages * os.sysconf("SC_PAGESIZE") / 2**20
             marks.append((mib, len(os.listdir("/proc/self/fd")), len(compiled)))
 
-    flags = [
-        "--steps=3000",
-        "--val_every=100",
-        "--save_every=100",
-        "--log_every=1",
-        "--max_epochs=30",
-        f"--log_dir={tmp_path}/logs",
-        *make_folder(tmp_path / "data"),
-    ]
+    flags = ["--steps=3000", "--val_every=100", "--save_every=100", "--max_epochs=30"]
+    flags += [f"--log_dir={tmp_path}/logs", *make_folder(tmp_path / "data")]
     folder = run_on(1, flags, BIGRAM, hook)
     memory, files, later = zip(*marks[2:], strict=True)  # from step 300 on
     assert len(marks) == 30 and max(memory) - memory[0] < 50

@@ -4,6 +4,7 @@ The models are as small as can be, so that a run takes a second; all else is the
 Processes are forked from a server that has imported train and started no backend.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,6 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
 def bigram_specs(cfg):
-    """One table."""
     table = train.Spec("V V", "V", train.constant(0.0), "table")
     return train.with_shapes({"table": table}, train.axis_sizes(cfg))
 
@@ -88,6 +89,27 @@ MATRIX = train.Model(PRESETS, matrix_specs, rules, loss_by(matrix_logits), matri
 MODELS = {"bigram": BIGRAM, "matrix": MATRIX, "gpt": train.GPT}
 
 
+def compiled_once():
+    """A fixture: runs of one config share their programs, which are not optimized.
+
+    There is no waiting for disks.
+    """
+    programs, real = {}, train.compile_all
+    elsewhere = ("log_dir", "resume", "train_files", "val_files", "target_loss")
+    elsewhere = dict.fromkeys((*elsewhere, "val_every", "save_every", "log_every"))
+
+    def remembered(model, mesh, cfg):
+        key = model.loss, mesh, train.replace(cfg, **elsewhere)
+        if key not in programs:
+            programs[key] = real(model, mesh, cfg)
+        return programs[key]
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    with mock.patch.object(train, "compile_all", remembered), mock.patch.object(os, "sync"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 # ---- A process ----
 
 
@@ -101,15 +123,11 @@ def started(argv, output, strikes=(), cache="", model="bigram", pause=0.0):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "victim"])
     here = [str(Path(train.__file__).parent), str(Path(__file__).parent)]
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(here)  # for the server's first imports
-    try:
-        arguments = (argv, str(output), strikes, str(cache), model, pause)
-        process = context.Process(target=live, args=arguments)
+    arguments = (argv, str(output), strikes, str(cache), model, pause)
+    process = context.Process(target=live, args=arguments)
+    # for the server's first imports
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(here)}):
         process.start()
-    finally:
-        del os.environ["PYTHONPATH"]
-        os.environ.update({"PYTHONPATH": before} if before is not None else {})
     return process
 
 
@@ -119,14 +137,14 @@ def live(argv, output, strikes, cache, model, pause):
     os.dup2(handle, 2)
     sys.argv = ["train.py", *argv]
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_num_cpu_devices", 1)  # where no flag wants more
     if cache:
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": cache}
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    train.show_samples = lambda params, model, log: log.line(
-        "sample: x"
-    )  # drawing takes longer than all the rest
+    # drawing takes longer than all the rest
+    train.show_samples = lambda params, model, log: log.line("sample: x")
     stop = train.Stop()
     at_step = {count: numbers for point, count, numbers in strikes if point == "step"}
 
@@ -137,7 +155,7 @@ def live(argv, output, strikes, cache, model, pause):
 
     for point, count, numbers in strikes:
         if point != "step":
-            install(*POINTS[point], count, numbers)
+            install(point, count, numbers)
     sys.exit(train.command(lambda: train.main(argv, MODELS[model], hook)))
 
 
@@ -150,15 +168,14 @@ def hit(numbers):
         time.sleep(0.02)  # a Python handler runs between two bytecodes
 
 
-def install(owner, name, when, strike, count, numbers):
-    """The count-th call of owner.name for which when(*arguments) becomes strike(...)."""
-    real, calls = getattr(owner, name), []
+def install(point, count, numbers):
+    """The count-th time that a run reaches a point of POINTS, it strikes itself."""
+    owner, name, when, how = POINTS[point]
+    real, reached = getattr(owner, name), itertools.count(1)
 
     def struck(*arguments, **rest):
-        calls.extend([1] if when(*arguments) else [])
-        if len(calls) == count and when(*arguments):
-            calls.append(1)
-            return strike(lambda: real(*arguments, **rest), lambda: hit(numbers), *arguments)
+        if when(*arguments) and next(reached) == count:
+            return how(lambda: real(*arguments, **rest), lambda: hit(numbers), *arguments)
         return real(*arguments, **rest)
 
     setattr(owner, name, struck)
@@ -186,15 +203,10 @@ def half_written(real, strike, *arguments):
 def half_deleted(real, strike, folder, **_):
     min(Path(folder).iterdir()).unlink()
     strike()
-    return real()
 
 
 def always(*_):
     return True
-
-
-def gets_its_name(path, to):
-    return to.name.startswith("step-")
 
 
 def is_manifest(path, *_):
@@ -205,13 +217,12 @@ def is_there(path, *_):
     return Path(path).exists()
 
 
-POINTS = {
+POINTS = {  # (owner and name of a function, which calls count, how it strikes)
     "compiling": (train, "compile_all", always, before),
     "tensors half written": (safetensors.numpy, "save_file", always, half_written),
-    "tensors written": (safetensors.numpy, "save_file", always, after),
     "manifest half written": (Path, "write_text", is_manifest, half_written),
-    "before the name": (Path, "rename", gets_its_name, before),
-    "after the name": (Path, "rename", gets_its_name, after),
+    "before the name": (Path, "rename", always, before),
+    "after the name": (Path, "rename", always, after),
     "half deleted": (shutil, "rmtree", is_there, half_deleted),
     "validation": (train, "evaluate", always, before),
     "samples": (train, "show_samples", always, before),
