@@ -1,6 +1,7 @@
 """The same bits: of two runs, of a run stopped anywhere and resumed, and of the known losses."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -8,28 +9,54 @@ import os
 import platform
 import re
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import conftest  # noqa: F401 (its devices, where this file is run by itself)
 import jax
 import numpy as np
+import numpy_gpt
 import pytest
-from shards import BOS, TINY, documents, make_folder
-from victim import BIGRAM, compiled_once, metrics_of, weights_of
+import safetensors.numpy
+from shards import BOS, TINY, TRAIN, VAL, documents, make_folder
+from victim import BIGRAM, MATRIX, SMALL, compiled_once, metrics_of, weights_of
 
 import train
 
-STEPS = 12
-SIZES = [
-    TINY, f"--steps={STEPS}", "--num_layers=1", "--model_dim=24", "--head_dim=8", "--mlp_dim=40",
-    "--skips=", "--late_inputs=", "--backout=", "--offset_layers=0", "--long_layers=0",
-    "--stages.batch_tokens=56,112", "--stages.seq_len=14,28", "--stages.short=9,16",
-    "--stages.long=20,24", "--val_tokens=300", "--val.seq_len=40", "--val_context=11",
-    "--warmup_steps=2", "--val_every=4", "--save_every=5", "--log_every=1", "--shuffle=false",
-]  # fmt: skip
 SHARD_0 = 28 * 16 + 1  # tokens: read by 6 steps of 56 and one of 112
 TOKENS = documents(1, 20)[:SHARD_0], documents(2, 120)
-STOPS = {1: "the first step", 6: "a stage's last", 7: "a shard's last", 11: "the last but one"}
+
+
+class Case(NamedTuple):
+    """A run, and places where it is stopped."""
+
+    model: train.Model
+    num_devices: int
+    flags: list
+    steps: int
+    stops: dict
+    tokens: tuple = TOKENS  # of the two training shards
+
+
+CASES = {
+    "the tiny preset, 1 device": Case(
+        train.GPT,
+        1,
+        [TINY, "--steps=50", "--max_epochs=6", "--log_every=1"],
+        50,
+        {1: "the first step", 25: "a stage's last", 49: "the last but one"},
+        TRAIN,
+    ),
+    "matrices, 8 devices, a plain stream": Case(
+        MATRIX,
+        8,
+        ["--save_every=5"],
+        12,
+        {1: "the first step", 6: "a stage's last", 7: "a shard's last", 11: "the last but one"},
+    ),
+    "matrices, 8 devices, packed documents": Case(
+        MATRIX, 8, ["--stages.doc_len=20"], 12, {6: "a stage's last", 10: "within a stage"}
+    ),
+}
 
 compiled_once = pytest.fixture(compiled_once, scope="module", autouse=True)
 
@@ -48,56 +75,65 @@ def losses(folder):
     return [[row.get(key) for key in keys] for row in rows]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(8, False), (1, True)],
-    ids=["8 devices, a plain stream", "1 device, packed documents"],
-)
-def alone(request, tmp_path_factory):
-    """A run that was left alone, on two shards."""
-    home, (num_devices, packed) = tmp_path_factory.mktemp("alone"), request.param
-    data = make_folder(home / "data", train=TOKENS)
-    flags = [*SIZES, *data, f"--stages.doc_len={20 * packed}"]
-    folder = run_on(num_devices, [*flags, f"--log_dir={home}/logs"])
-    return SimpleNamespace(num_devices=num_devices, flags=flags, folder=folder)
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory, compiled_once):
+    """(name of a case) -> (its flags, the folder of a run that was left alone), run once."""
+
+    @functools.cache
+    def run(name):
+        case, home = CASES[name], tmp_path_factory.mktemp("alone")
+        flags = [*case.flags, *make_folder(home / "data", train=case.tokens)]
+        return flags, run_on(case.num_devices, [*flags, f"--log_dir={home}/logs"], case.model)
+
+    return run
 
 
-def test_two_runs_of_one_config_have_the_same_bits(alone, tmp_path):
-    again = run_on(alone.num_devices, [*alone.flags, f"--log_dir={tmp_path}"])
-    for step in (10, STEPS):
+@pytest.mark.parametrize("name", CASES)
+def test_two_runs_of_one_config_have_the_same_bits(name, left_alone, tmp_path):
+    case, (flags, alone) = CASES[name], left_alone(name)
+    again = run_on(case.num_devices, [*flags, f"--log_dir={tmp_path}"], case.model)
+    checkpoints = [path.name for path in (alone / "ckpt").iterdir()]
+    assert f"step-{case.steps:06d}" in checkpoints
+    for checkpoint in checkpoints:
+        step = int(checkpoint[5:])
         weights = weights_of(again, step)
-        assert len(weights) == 2 and weights == weights_of(alone.folder, step)
-    assert losses(again) == losses(alone.folder)
+        assert len(weights) == 2 and weights == weights_of(alone, step)
+    assert losses(again) == losses(alone)
 
 
-def test_a_run_stopped_after_any_step_and_resumed_is_as_one_left_alone(alone, tmp_path):
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_stopped_after_any_step_and_resumed_is_as_one_left_alone(name, left_alone, tmp_path):
     """One run, stopped at each of the places."""
-    flags = [*alone.flags, f"--log_dir={tmp_path}", "--resume=auto"]
-    for last, place in STOPS.items():
+    case, (flags, alone) = CASES[name], left_alone(name)
+    flags = [*flags, f"--log_dir={tmp_path}", "--resume=auto"]
+    for last, place in case.stops.items():
         with pytest.raises(SystemExit) as stopped:
-            run_on(alone.num_devices, flags, train.GPT, lambda step, last=last: step == last)
+            run_on(case.num_devices, flags, case.model, lambda step, last=last: step == last)
         assert stopped.value.code == 75
         (run,) = tmp_path.iterdir()
         manifest = json.loads((run / f"ckpt/step-{last:06d}/manifest.json").read_text())
         assert manifest["step"] == last
-        assert losses(run) == losses(alone.folder)[:last], place
-    assert run_on(alone.num_devices, flags) == run
-    assert losses(run) == losses(alone.folder)
-    assert weights_of(run) == weights_of(alone.folder)
+        assert losses(run) == losses(alone)[:last], place
+    assert run_on(case.num_devices, flags, case.model) == run
+    assert losses(run) == losses(alone)
+    assert weights_of(run, case.steps) == weights_of(alone, case.steps)
 
 
 def test_the_stops_are_where_a_stage_and_a_shard_end():
-    cfg = train.replace(train.parse_flags(SIZES), bos_id=BOS)
-    assert cfg.bounds == [0, 6, STEPS]
-    steps = list(train.plan(train.Shards([], TOKENS, {}), cfg))
+    for name, case in CASES.items():
+        cfg = train.parse_flags(case.flags, "demo", case.model.presets)
+        (middle,) = cfg.bounds[1:-1]
+        assert case.stops[middle] == "a stage's last" and cfg.steps == case.steps, name
+    steps = list(train.plan(train.Shards([], TOKENS, {}), SMALL))
     last, first = steps[6][0][-1], steps[7][0][0]
     assert np.concatenate(last).tolist() == TOKENS[0][-29:].tolist()
     assert np.concatenate(first).tolist() == TOKENS[1][:29].tolist()
 
 
-# ---- Losses that are known ----
+# ---- What is known of the tiny preset ----
 
 GOLDEN = Path(__file__).with_name("golden")
+GPT_CASE = "the tiny preset, 1 device"
 
 
 def machine():
@@ -109,10 +145,8 @@ def machine():
     return f"{platform.machine()}, {model}, flags {digest}, {os.cpu_count()} cores"
 
 
-def golden_run(home):
-    """50 steps of the tiny preset: its losses, and the SHA-256 of the last checkpoint."""
-    flags = [TINY, "--steps=50", *make_folder(home / "data"), "--max_epochs=6", "--log_every=1"]
-    run = run_on(1, [*flags, f"--log_dir={home}/logs"])
+def found_in(run):
+    """Of a run of the tiny preset: its losses, and the SHA-256 of the last checkpoint."""
     rows = metrics_of(run)[:-1]
     files = sorted(weights_of(run, 50).items())
     return {
@@ -125,25 +159,61 @@ def golden_run(home):
     }
 
 
-def test_the_tiny_preset_gives_its_known_losses_and_on_the_same_jax_and_machine_its_known_bits(
-    tmp_path,
-):
-    """The same sums in another order: the two files themselves are 1.2e-5 apart.
-
-    Written by `PYTHONPATH=. python tests/test_exact.py`, for each minor version of JAX.
-    """
+def optimized_run(home):
+    """The tiny preset as it is compiled for use."""
     jax.config.update("jax_disable_most_optimizations", False)
-    found = golden_run(tmp_path)
-    names, apart = ("train_loss", "val_loss"), []
-    files = [json.loads(path.read_text()) for path in GOLDEN.glob("jax-*.json")]
-    for known in files:
-        pairs = [(found[name], known[name]) for name in names]
+    case = CASES[GPT_CASE]
+    flags = [*case.flags, *make_folder(home / "data"), f"--log_dir={home}/logs"]
+    return found_in(run_on(case.num_devices, flags))
+
+
+def known_files():
+    return [json.loads(path.read_text()) for path in GOLDEN.glob("jax-*.json")]
+
+
+def assert_known(found):
+    """The same sums in another order: the two files themselves are 1.2e-5 apart."""
+    apart = []
+    for known in known_files():
+        pairs = [(found[name], known[name]) for name in ("train_loss", "val_loss")]
         assert [tuple(map(len, pair)) for pair in pairs] == [(50, 50), (5, 5)]
         apart.append(max(np.abs(np.subtract(*pair)).max() for pair in pairs))
     assert min(apart) < 1e-5 and max(apart) < 2e-5, apart
-    for known in files:
+
+
+def test_the_tiny_preset_gives_its_known_losses(left_alone):
+    assert_known(found_in(left_alone(GPT_CASE)[1]))
+
+
+@pytest.mark.system
+def test_the_tiny_preset_gives_its_known_losses_and_on_the_same_jax_and_machine_its_known_bits(
+    tmp_path,
+):
+    """Written by `PYTHONPATH=. python tests/test_exact.py`, for each minor version of JAX."""
+    found = optimized_run(tmp_path)
+    assert_known(found)
+    for known in known_files():
         if "sha256" in known and all(known[key] == found[key] for key in ("jax", "machine")):
             assert found["sha256"] == known["sha256"]
+
+
+def test_the_logged_validation_loss_is_a_float64_gpts_with_the_saved_weights(left_alone):
+    """Every target of the first 2048 once, after up to 32 tokens of its past, padded with BOS."""
+    flags, run = left_alone(GPT_CASE)
+    cfg = train.open_data(train.parse_flags(flags))[2]
+    weights = {"blocks": {}, "attention": {}}
+    file = run / "ckpt/step-000050/params.safetensors"
+    for name, array in safetensors.numpy.load_file(file).items():
+        stack, _, row = name.rpartition("/")
+        (weights[stack] if stack else weights)[row] = array
+    tokens = np.r_[[BOS] * 32, VAL[:2049]].astype(int)
+    nats = []
+    for first in range(0, 2048, 32):
+        row = tokens[first : first + 65]
+        logits = numpy_gpt.logits(weights, [row[:-1]], (24, 0, 24), (48, 64), cfg, False)
+        nats.extend(numpy_gpt.nats(logits, [row[1:]])[0, 32:])
+    assert len(nats) == 2048
+    assert metrics_of(run)[-1]["val_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
 
 
 # ---- A long run ----
@@ -178,7 +248,7 @@ if __name__ == "__main__":  # losses that are known stay, where their file is no
     import tempfile
 
     with tempfile.TemporaryDirectory() as home:
-        found = golden_run(Path(home))
+        found = optimized_run(Path(home))
     file = GOLDEN / f"jax-{'.'.join(jax.__version__.split('.')[:2])}.json"
     known = json.loads(file.read_text()) if file.exists() else found
     kept = {name: known[name] for name in ("train_loss", "val_loss")}

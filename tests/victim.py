@@ -99,7 +99,8 @@ def compiled_once():
     elsewhere = dict.fromkeys((*elsewhere, "val_every", "save_every", "log_every"))
 
     def remembered(model, mesh, cfg):
-        key = model.loss, mesh, train.replace(cfg, **elsewhere)
+        optimized = not jax.config.read("jax_disable_most_optimizations")
+        key = model.loss, mesh, optimized, train.replace(cfg, **elsewhere)
         if key not in programs:
             programs[key] = real(model, mesh, cfg)
         return programs[key]
