@@ -30,8 +30,8 @@ from victim import BIGRAM, MATRIX, STEPS, compiled_once, metrics_of, weights_of
 import train
 
 FLAGS = """
---stages.lr=1,0.5 --warmup_steps=2 --cooldown_frac=0.4 --final_frac=0.1 --final_lr_scale=0.1
---val_every=4 --save_every=4 --log_every=1 --target_loss=5.9
+--stages.lr=0.3,0.15 --warmup_steps=2 --cooldown_frac=0.4 --final_frac=0.1 --final_lr_scale=0.02
+--val_every=4 --save_every=4 --log_every=1 --target_loss=5
 """.split()
 STEP_LINE = re.compile(
     r"step:(?P<step>\d+)/12 train_loss:(?P<train_loss>\d+\.\d{4})"
@@ -174,7 +174,7 @@ def test_the_log_ends_with_the_result_two_samples_what_is_next_and_a_hash(finish
     last = finished.rows[-1]
     assert f"step:12/12 tokens:{last['tokens']} val_loss:{last['val_loss']:.4f} " in final
     assert f"train_time:{last['train_time_s']:.3f}s" in final
-    assert f"target:5.9 reached at step {last['target_reached_step']} after " in final
+    assert f"target:5 reached at step {last['target_reached_step']} after " in final
     wanted = ("final: ", "sample: def main(", "sample: class ", "wrote: ", "next: ", "sha256:")
     begins = [finished.log.rindex("\n" + words) for words in wanted]
     assert begins == sorted(begins)
@@ -193,14 +193,14 @@ def test_metrics_say_how_many_tokens_at_which_learning_rate_in_which_stage(finis
     first = [56 * n for n in range(1, 7)]
     assert [row["tokens"] for row in steps] == first + [6 * 56 + 2 * tokens for tokens in first]
     assert [row["stage"] for row in steps] == [0] * 6 + [1] * 6
-    # over 0.4 of the first 10.8 steps down to 0.1, where the rate stays
+    # over 0.4 of the first 10.8 steps down to 0.02, where the rate stays
     share = [min(1, max(0, (10.8 - step) / 4.32)) for step in range(12)]
-    scale = [(1 if step < 6 else 0.5) * w + 0.1 * (1 - w) for step, w in enumerate(share)]
+    scale = [(0.3 if step < 6 else 0.15) * w + 0.02 * (1 - w) for step, w in enumerate(share)]
     scale = [min(1, (step + 1) / 3) * x for step, x in enumerate(scale)]
     assert [row["lr"] for row in steps] == pytest.approx(scale, abs=2e-6)
     same = ("step", "val_loss", "train_time_s", "cpu_time_s", "tokens")
     assert last == {name: steps[-1][name] for name in same} | {"target_reached_step": 4}
-    assert steps[3]["val_loss"] <= 5.9  # the run goes on after the target
+    assert steps[3]["val_loss"] <= 5  # the run goes on after the target
     assert steps[0]["train_loss"] == pytest.approx(math.log(384), abs=0.02)  # all alike at first
     assert steps[-1]["train_loss"] < steps[0]["train_loss"] - 0.8
 
@@ -294,7 +294,7 @@ def test_a_resumed_run_continues_in_its_own_log(resumed):
     assert log.count(SOURCE) == 2  # the second may be another version's
     found = [int(match["step"]) for match in map(STEP_LINE.fullmatch, log.splitlines()) if match]
     assert found == [*range(1, 13)]
-    assert "target:5.9 reached at step 4 after 5.000s" in log
+    assert "target:5 reached at step 4 after 5.000s" in log
     assert_sealed(resumed.folder)
 
 
