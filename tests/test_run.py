@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from shards import BOS, make_folder
-from victim import BIGRAM, MATRIX, STEPS, compiled_once, metrics_of, weights_of
+from victim import MATRIX, STEPS, compiled_once, metrics_of, weights_of
 
 import train
 
@@ -45,10 +45,26 @@ METRICS = {
 }  # fmt: skip
 SOURCE = Path(train.__file__).read_text()
 
+CERTAIN = b"\x1b[2J\n\ta\xff"  # what the model writes after "("
+
+
+def logits_of_bytes(weights, ids, cfg):
+    """After CERTAIN come X, Y and Z, each as often as is said here."""
+    table = np.zeros((384, 384), np.float32)
+    for before, after in zip(b" (" + CERTAIN, b"(" + CERTAIN + b"X", strict=True):
+        table[before, after] = 50
+    drawn = list(b"XYZ")
+    table[drawn] = -1e9
+    for before in drawn:
+        table[before, drawn] = np.log([0.1, 0.2, 0.7])
+    return jnp.array(table)[ids]
+
+
+MODEL = MATRIX._replace(logits=logits_of_bytes)
 compiled_once = pytest.fixture(compiled_once, scope="module", autouse=True)
 
 
-def trained(flags, hook=lambda step: False, model=MATRIX):
+def trained(flags, hook=lambda step: False, model=MODEL):
     """(run folder, what the run printed)."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         folder = train.main([*FLAGS, *flags], model, hook)
@@ -365,35 +381,33 @@ def test_another_architecture_may_start_from_weights(finished, tmp_path):
         return state._replace(params=jax.device_put(start, places))
 
     flags = [*finished.data, f"--log_dir={tmp_path}"]
-    folder, _ = trained(flags, model=MATRIX._replace(first_state=first_state))
+    folder, _ = trained(flags, model=MODEL._replace(first_state=first_state))
     nats = nats_of(start, finished.home / "my data/train_000000.bin", 56)
     assert metrics_of(folder)[0]["train_loss"] == pytest.approx(nats, rel=1e-5)
 
 
-def samples_of(weights, model, cfg):
-    lines = []
-    train.show_samples(weights, model, types.SimpleNamespace(cfg=cfg, line=lines.append))
-    return lines
-
-
 def test_a_sample_follows_the_models_probabilities_and_has_no_control_characters(finished):
-    certain = b"\x1b[2J\n\ta\xff"
-    table = np.zeros((384, 384), np.float32)
-    for before, after in zip(b" (" + certain, b"(" + certain + b"X", strict=True):
-        table[before, after] = 50
-    drawn = list(b"XYZ")
-    for before in drawn:
-        table[before] = -1e9
-        table[before, drawn] = np.log([0.1, 0.2, 0.7])
-    one, two = samples_of({"table": table}, BIGRAM, finished.cfg)
+    first, second = (
+        finished.log.index("\nsample: def main("),
+        finished.log.index("\nsample: class "),
+    )
+    one, two = finished.log[first:second], finished.log[second : finished.log.index("\nwrote: ")]
     shown = "(?[2J\n\ta\ufffdX"
-    assert one.startswith("sample: def main" + shown) and two.startswith("sample: class " + shown)
+    assert "main" + shown in one and "class " + shown in two
     counts = np.array([(one + two).count(letter) for letter in "XYZ"])
     wanted = np.array([0.1, 0.2, 0.7]) ** (1 / 0.7)  # by the temperature
     assert counts.sum() == 400 - 8 - 9
     assert np.abs(counts / counts.sum() - wanted / wanted.sum()).max() < 0.07
-    other_seed = train.replace(finished.cfg, seed=1)
-    assert samples_of({"table": table}, BIGRAM, other_seed) != [one, two]
+
+
+def test_samples_are_drawn_by_the_seed(finished, monkeypatch):
+    key, seeds = jax.random.key, []
+    monkeypatch.setattr(jax.random, "key", lambda seed: (seeds.append(seed), key(seed))[1])
+    monkeypatch.setattr(jax.random, "categorical", lambda key, logits: 1 / 0)  # that is enough
+    with pytest.raises(ZeroDivisionError):
+        log = types.SimpleNamespace(cfg=train.replace(finished.cfg, seed=5))
+        train.show_samples({}, MODEL._replace(specs=lambda cfg: {}), log)
+    assert seeds == [5]
 
 
 def test_deterministic_and_the_platform_choose_options_that_the_compiler_knows(finished):
