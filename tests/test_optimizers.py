@@ -16,8 +16,8 @@ import train
 from train import Adam, Muon, Stage, State, named, replace
 
 # D < HK, D > GK is tall, D == F is square: every orientation Muon meets.
-# Over eight devices the heads and the vocabulary are split, the MLP is not. Five layers: more
-# matrices of a shape than devices.
+# Over eight devices the heads and the vocabulary are split, the MLP is not.
+# Of five layers there are more matrices of a shape than devices.
 FLAGS = """
 --preset=demo --steps=9 --num_layers=5 --model_dim=20 --num_heads=3 --num_kv_heads=1 --head_dim=16
 --mlp_dim=20 --vocab_size=131 --bos_id=7 --skips=((0,2),) --backout=1 --offset_layers=

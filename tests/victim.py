@@ -138,8 +138,8 @@ def live(argv, output, strikes, cache, model, pause):
     os.dup2(handle, 2)
     sys.argv = ["train.py", *argv]
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_num_cpu_devices", 1)  # where no flag wants more
     if cache:
+        jax.config.update("jax_num_cpu_devices", 1)  # fewer to start
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": cache}
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
