@@ -1,21 +1,18 @@
 """scripts/evaluate.py: losses, log-likelihoods, forms of questions, resuming, and the Hub's rows.
 
-One run of a tiny model is trained; most tests give its checkpoint other weights, so that what is
-right is known.
+Nothing is trained: a checkpoint has random weights, or those of which it is known what is right.
 """
 
-import contextlib
-import io
+import functools
 import json
 import math
-import shutil
 import sys
 from types import SimpleNamespace
 
+import byte_run
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 from shards import documents, make_folder, shard_bytes
 
 import train
@@ -24,44 +21,53 @@ from scripts.sample import open_checkpoint
 from train import GPT, UsageError
 
 BYTES = text.open_tokenizer(text.BYTES, ".")
-FLAGS = """--preset=demo --steps=2 --num_layers=2 --model_dim=32 --num_heads=2 --head_dim=16
- --mlp_dim=64 --skips=((0,1),) --late_inputs=((0,1),) --backout=0 --offset_layers=1 --long_layers=1
- --compute_dtype=float32 --residual_dtype=none --stages.end=1 --stages.batch_tokens=512
- --stages.seq_len=32 --stages.short=16 --stages.long=24 --micro_tokens=65536 --val.seq_len=64
- --val.short=24 --val_tokens=1000 --val_context=32 --target_loss=0""".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compilations():
+    """Programs are compiled quickly, and once for all tests."""
+    eval_step = functools.cache(functools.partial(train.make_eval_step, GPT))
+
+    def make_eval_step(model, mesh, cfg):
+        return eval_step(mesh, train.replace(cfg, val_tokens=1))  # the program does not hang on it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "make_scorer", functools.cache(evaluate.make_scorer))
+        patch.setattr(train, "make_eval_step", make_eval_step)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run's folder."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    folder = tmp_path_factory.mktemp("run")
-    flags = [*FLAGS, f"--log_dir={folder / 'logs'}", *make_folder(folder / "data", "bytes")]
-    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "show_samples", lambda *_: None)
-        yield train.main(flags)
-    jax.config.update("jax_disable_most_optimizations", False)
+    """The folder of a run whose weights are random."""
+    return byte_run.make_run(tmp_path_factory.mktemp("run"))
 
 
-def changed(run, folder, change):
-    """A copy of the run whose weights went through change(tensors)."""
-    shutil.copytree(run, folder)
-    checkpoint = next(folder.glob("ckpt/step-*"))
-    tensors = safetensors.numpy.load_file(checkpoint / "params.safetensors")
-    change(tensors)
-    safetensors.numpy.save_file(tensors, checkpoint / "params.safetensors")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    digest = train.file_sha256(checkpoint / "params.safetensors")
-    manifest["sha256"]["params.safetensors"] = digest
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+@pytest.fixture(scope="module")
+def oracle(run):
+    """oracle([(ids, first), ...]): of each of a text's ids from place `first` on the
+    log-likelihood, and whether it is not the likeliest: by the whole forward pass."""
+    trained = open_checkpoint(run)
+    weights = trained.weights()
+    logits_of = jax.jit(train.next_logits, static_argnums=2)
 
+    def score(rows):
+        tokens = np.zeros((48, 100), np.int32)  # what comes after a text, nothing sees
+        for row, (ids, _) in zip(tokens, rows, strict=False):
+            row[: len(ids) - 1] = ids[:-1]
+        logits = np.asarray(logits_of(weights, tokens, trained.cfg))[..., :257]
+        found = []
+        for logits_TV, (ids, first) in zip(logits, rows, strict=False):
+            z = np.float64(logits_TV[first - 1 : len(ids) - 1])
+            likelihoods = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+            targets = ids[first:]
+            chosen = likelihoods[np.arange(len(targets)), targets]
+            found.append((chosen, z.argmax(axis=1) != targets))
+        return found
 
-def randomize(tensors):
-    rng = np.random.default_rng(5)
-    for name in sorted(tensors):
-        if tensors[name].ndim > 1:
-            tensors[name] = 0.3 * rng.standard_normal(tensors[name].shape, np.float32)
+    return score
 
 
 def rig(tensors):
@@ -71,17 +77,15 @@ def rig(tensors):
     """
     rng = np.random.default_rng(6)
     for name in tensors:
-        if name.split("/")[-1] in ("w_out", "w_down", "smear_mix"):
+        last = name.split("/")[-1]
+        if last in ("w_out", "w_down", "smear_mix", "x0_mix", "backout_mix"):
             tensors[name] *= 0
+        if last == "x_mix":
+            tensors[name] = np.ones_like(tensors[name])
     embed = tensors["embed"] = rng.standard_normal(tensors["embed"].shape).astype(np.float32)
     tensors["head"] *= 0
     for before, after in ((":", " "), (" ", "a"), ("a", "a")):
         tensors["head"][ord(after)] += embed[ord(before)] / np.linalg.norm(embed[ord(before)])
-
-
-@pytest.fixture(scope="module")
-def random_run(run, tmp_path_factory):
-    return changed(run, tmp_path_factory.mktemp("random") / "run", randomize)
 
 
 def lines_of(folder, **sets):
@@ -98,23 +102,17 @@ def refused(words, *flags):
     assert "\n" not in str(caught.value)
 
 
-def oracle(trained, ids, first):
-    """(log-likelihood, whether it is not the likeliest) of each of ids from place `first` on."""
-    row = np.int32([ids[:-1] + [0] * (100 - len(ids))])  # what comes after, nothing sees
-    logits = jax.jit(train.next_logits, static_argnums=2)(trained.weights(), row, trained.cfg)
-    logits_TV = np.asarray(logits)[0, first - 1 : len(ids) - 1]
-    targets = ids[first:]
-    likelihood_TV = np.asarray(jax.nn.log_softmax(logits_TV))
-    return likelihood_TV[np.arange(len(targets)), targets], logits_TV.argmax(axis=1) != targets
-
-
 # ---- Validation ----------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_one_that_the_run_wrote_and_bits_are_per_byte_of_text(
-    run, tmp_path, capsys
-):
-    wrote = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+def test_the_loss_is_the_trainers_and_bits_are_per_byte_of_text(run, tmp_path, capsys):
+    trained, mesh = open_checkpoint(run), train.make_mesh()
+    cfg = trained.cfg
+    params = jax.device_put(trained.params, train.state_shardings(GPT, mesh, cfg).params)
+    rows = train.plan_val(train.open_shards(cfg.val_files), cfg)
+    batch = train.to_devices(rows, cfg.val, mesh, cfg)
+    wrote = train.evaluate(train.make_eval_step(GPT, mesh, cfg), params, batch, cfg)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": byte_run.STEP, "val_loss": wrote}))
     found = evaluate.main([f"--checkpoint={run}", f"--out={tmp_path / 'out'}"])
     assert found["val_loss"] == pytest.approx(wrote, abs=1e-6)
     num_bytes = (documents(3, 40)[1:1001] != 256).sum()
@@ -122,40 +120,40 @@ def test_the_loss_is_the_one_that_the_run_wrote_and_bits_are_per_byte_of_text(
     assert found["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
     assert f"the run wrote {wrote:.6f}" in capsys.readouterr().out
 
-
-def test_of_other_shards_all_targets_are_scored_each_in_its_own_shard(random_run, tmp_path):
-    data = [documents(11, 6), documents(12, 3)]
-    make_folder(tmp_path / "data", "bytes")
-    for i, tokens in enumerate(data):
-        (tmp_path / f"data/other_{i}.bin").write_bytes(shard_bytes(tokens))
-    trained, nats = open_checkpoint(random_run), []
-    for tokens in data:
-        for begin in range(0, len(tokens) - 1, 32):  # a row scores 32 targets, after 32 tokens
-            nothing = [256] * max(0, 32 - begin)  # read as BOS
-            ids = nothing + tokens[max(0, begin - 32) : begin + 33].tolist()
-            nats += (-oracle(trained, ids, 33)[0]).tolist()
-    flags = [f"--checkpoint={random_run}", f"--val_files={tmp_path}/data/other_*.bin"]
-    flags.append(f"--out={tmp_path / 'out'}")
-    found = evaluate.main(flags)
-    assert found["val_tokens"] == len(nats) == sum(map(len, data)) - 2
-    assert found["val_loss"] == pytest.approx(np.mean(nats), abs=1e-5)
-    count = len(data[0]) + 9  # ten of the second shard
-    found = evaluate.main([*flags, f"--val_tokens={count}"])
-    assert found["val_loss"] == pytest.approx(np.mean(nats[:count]), abs=1e-5)
-
-
-def test_without_the_tokenizers_files_there_is_the_loss_and_the_reason(run, tmp_path, capsys):
-    other = changed(run, tmp_path / "run", lambda tensors: None)
+    # without the tokenizer's files there is the loss, and the reason why there are no bits
+    other = byte_run.changed(run, tmp_path / "run", lambda tensors: None)
     about = json.loads((other / "config.json").read_text())
     about["meta"]["tokenizer"] = "mine.json"
     (other / "config.json").write_text(json.dumps(about))
     _, val_files = make_folder(tmp_path / "data", "mine.json")
-    flags = [f"--checkpoint={other}", val_files]
-    found = evaluate.main(flags)
-    assert found["bits_per_byte"] is None and found["val_loss"] > 0
+    flags = [f"--checkpoint={other}", val_files, "--val_tokens=1000"]
+    unknown = evaluate.main(flags)
+    assert unknown["bits_per_byte"] is None and unknown["val_loss"] == found["val_loss"]
     said = capsys.readouterr().out
     assert "no bits per byte" in said and "mine.json" in said
     refused("mine.json", *flags, f"--tokenizer={tmp_path}")
+
+
+def test_of_other_shards_all_targets_are_scored_each_in_its_own_shard(run, oracle, tmp_path):
+    data = [documents(11, 13), documents(12, 3)]
+    make_folder(tmp_path / "data", "bytes")
+    for i, tokens in enumerate(data):
+        (tmp_path / f"data/other_{i}.bin").write_bytes(shard_bytes(tokens))
+    rows = []
+    for tokens in data:
+        for begin in range(0, len(tokens) - 1, 32):  # a row scores 32 targets, after 32 tokens
+            nothing = [256] * max(0, 32 - begin)  # read as BOS
+            rows.append((nothing + tokens[max(0, begin - 32) : begin + 33].tolist(), 33))
+    nats = -np.concatenate([likelihoods for likelihoods, _ in oracle(rows)])
+    flags = [f"--checkpoint={run}", f"--val_files={tmp_path}/data/other_*.bin"]
+    flags.append(f"--out={tmp_path / 'out'}")
+    found = evaluate.main(flags)
+    assert found["val_tokens"] == len(nats) == sum(map(len, data)) - 2
+    assert found["val_loss"] == pytest.approx(nats.mean(), abs=1e-5)
+    count = len(data[0]) + 9  # ten of the second shard
+    args = evaluate.parse([*flags, f"--val_tokens={count}"])
+    parts, _ = evaluate.open_validation(open_checkpoint(run), args)
+    assert [scored for _, _, scored in parts] == [len(data[0]) - 1, 10]
 
 
 def test_what_cannot_be_scored_is_one_sentence(run, tmp_path):
@@ -165,30 +163,30 @@ def test_what_cannot_be_scored_is_one_sentence(run, tmp_path):
     refused("made with .*'test'.* but the model with", checkpoint, shards)
     refused("no shards match /nowhere/.*--val_tokens=0", checkpoint, "--val_files=/nowhere/*.bin")
     refused("too short for 9999999 targets; 2[0-9]* fit", checkpoint, "--val_tokens=9999999")
-    old = changed(run, tmp_path / "run", lambda tensors: None)
+    old = byte_run.changed(run, tmp_path / "run", lambda tensors: None)
     manifest = next(old.glob("ckpt/step-*/manifest.json"))
     manifest.write_text(manifest.read_text().replace('"format"', '"formerly"'))
     refused("e79511b", f"--checkpoint={old}")  # of an older train.py
-    refused("no checkpoint there", "--checkpoint=/nowhere")
-    refused("want --tasks", checkpoint, "--fetch")
-    refused("nothing to do", checkpoint, "--val_tokens=0")
-    refused("--shots", checkpoint, "--shots=few")
-    refused("--max_len=-1", checkpoint, "--max_len=-1")
-    refused(r"no \*.jsonl there; --fetch", checkpoint, "--tasks=/nowhere")
-    refused("--typo", checkpoint, "--typo")
+    for words, *flags in (
+        ("no checkpoint there", "--checkpoint=/nowhere"),
+        ("want --tasks", checkpoint, "--fetch"),
+        ("nothing to do", checkpoint, "--val_tokens=0"),
+        ("--shots", checkpoint, "--shots=few"),
+        (r"no \*.jsonl there; --fetch", checkpoint, "--tasks=/nowhere"),
+        ("--typo", checkpoint, "--typo"),
+    ):
+        refused(words, *flags)
 
 
 # ---- Log-likelihoods -----------------------------------------------------------------------------
 
 
-def test_log_likelihoods_are_those_of_next_logits_however_rows_are_batched(random_run):
-    trained, rng = open_checkpoint(random_run), np.random.default_rng(1)
-    rows, expected = [], []
+def test_log_likelihoods_are_those_of_next_logits_however_rows_are_batched(run, oracle):
+    trained, rng = open_checkpoint(run), np.random.default_rng(1)
+    rows = []
     for count, first in ((3, 1), (32, 20), (32, 32), (90, 1), (90, 88)):
-        ids = [256, *rng.integers(0, 256, count).tolist()]
-        rows.append((ids, first))
-        likelihoods, missed = oracle(trained, ids, first)
-        expected.append((likelihoods.sum(), missed.sum()))
+        rows.append(([256, *rng.integers(0, 256, count).tolist()], first))
+    expected = oracle(rows)
     mesh = train.make_mesh()
     places = train.state_shardings(GPT, mesh, trained.cfg).params
     params = jax.device_put(trained.params, places)
@@ -201,13 +199,15 @@ def test_log_likelihoods_are_those_of_next_logits_however_rows_are_batched(rando
     limits = evaluate.Limits(100, 1, mesh.size)
     sums, missed = evaluate.log_likelihoods(rows * 3, scored, limits)
     assert shapes == [(8, 33), (8, 33), (8, 101)]
-    np.testing.assert_allclose(sums, [total for total, _ in expected * 3], atol=2e-4)
-    assert missed.tolist() == [wrong for _, wrong in expected * 3]
+    wanted = [likelihoods.sum() for likelihoods, _ in expected]
+    np.testing.assert_allclose(sums, wanted * 3, atol=2e-4)
+    assert missed.tolist() == [misses.sum() for _, misses in expected] * 3
     larger = evaluate.batches(rows, limits._replace(batch_tokens=200))
     assert [tokens.shape for _, tokens, _ in larger] == [(48, 33), (16, 101)]
 
 
-def test_weights_that_prefer_what_is_right_score_1_in_every_form_and_the_others_less(run, tmp_path):
+def test_weights_that_prefer_what_is_right_score_1_and_others_chance_in_every_form(run, tmp_path):
+    few = ["--val_tokens=0", "--batch_tokens=32", f"--out={tmp_path / 'out'}"]
     tasks = lines_of(
         tmp_path / "sets",
         choice=[{"query": "see:", "choices": ["bbb", "aaa", "b"], "gold": 1}] * 2,
@@ -217,27 +217,28 @@ def test_weights_that_prefer_what_is_right_score_1_in_every_form_and_the_others_
             {"context": "say:", "continuation": "aba"},
         ],
     )
-    rigged = changed(run, tmp_path / "run", rig)
-    found = evaluate.main([f"--checkpoint={rigged}", tasks, "--val_tokens=0"])
+    rigged = byte_run.changed(run, tmp_path / "rigged", rig)
+    found = evaluate.main([f"--checkpoint={rigged}", tasks, *few[:2]])
     assert found["sets"] == {"choice": 1.0, "schema": 1.0, "words": 0.5}
     assert found["mean_centered"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert (rigged / "evaluate.jsonl").exists()
 
-
-def test_random_weights_score_chance_and_equals_share(random_run, run, tmp_path):
     rng = np.random.default_rng(3)
     rows = []
-    for _ in range(400):
+    for _ in range(200):
         query, *choices = ("".join(rng.choice([*"abcdefgh"], rng.integers(2, 9))) for _ in range(5))
         rows.append({"query": query, "choices": choices, "gold": int(rng.integers(4))})
-    flags = [lines_of(tmp_path / "sets", guesses=rows), "--val_tokens=0"]
-    flags.append(f"--out={tmp_path / 'out'}")
-    found = evaluate.main([f"--checkpoint={random_run}", *flags])
+    guesses = lines_of(tmp_path / "guesses", guesses=rows)
+    found = evaluate.main([f"--checkpoint={run}", guesses, *few])
     accuracy = found["sets"]["guesses"]
-    assert abs(accuracy - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 400)
+    assert abs(accuracy - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 200)
     assert found["mean_centered"] == pytest.approx((accuracy - 0.25) / 0.75, abs=1e-5)
-    flat = changed(run, tmp_path / "run", lambda tensors: tensors.update(head=0 * tensors["head"]))
-    found = evaluate.main([f"--checkpoint={flat}", *flags, "--max_per_task=50"])
+
+    def flatten(tensors):
+        tensors["head"] *= 0
+
+    flat = byte_run.changed(run, tmp_path / "flat", flatten)  # all choices are best alike
+    found = evaluate.main([f"--checkpoint={flat}", guesses, *few, "--max_per_task=50"])
     assert found["sets"]["guesses"] == 0.25 and found["mean_centered"] == 0
 
 
@@ -286,15 +287,13 @@ def test_what_is_scored_begins_where_the_text_departs_from_its_contexts_encoding
         assert ids == [256, *kept] and rest == [first, True]
 
 
-def test_a_space_or_the_sets_own_delimiter_joins_and_belongs_to_what_is_scored():
+def test_a_space_or_the_sets_own_delimiter_joins_and_shots_are_other_questions_with_answers():
     context = "Question: why? \n"
     question = ([(context, "because "), (context, " not")], 0)
     wanted = [("Question: why?", " because"), ("Question: why?", " not")]
     assert evaluate.prompts(task("mine", question), 0, 0) == wanted
     assert evaluate.prompts(task("piqa", question), 0, 0)[1] == ("Question: why?\nAnswer:", " not")
 
-
-def test_shots_are_other_questions_with_their_right_answers():
     questions = [([(f"q{i}", f"right{i}"), (f"q{i}", f"wrong{i}")], 0) for i in range(9)]
     mine = task("mine", *questions)
     for i in range(9):
@@ -330,17 +329,21 @@ def test_a_damaged_set_is_one_sentence_with_its_line_and_exit_code_2(tmp_path, c
         assert words in said
 
 
-def test_a_second_invocation_scores_only_what_is_not_there(random_run, run, tmp_path, monkeypatch):
+def test_a_second_invocation_scores_only_what_is_not_there(run, tmp_path, monkeypatch):
     rows = [{"query": f"{i}", "choices": ["yes", "no"], "gold": i % 2} for i in range(30)]
     tasks, out = lines_of(tmp_path / "sets", one=rows, two=rows[:7]), tmp_path / "out"
-    argv = [f"--checkpoint={random_run}", tasks, f"--out={out}", "--max_per_task=20"]
+    argv = [f"--checkpoint={run}", tasks, f"--out={out}", "--max_per_task=20"]
     judged, real = [], evaluate.judge
 
     def judge(task, chosen, *rest):
         judged.append((task.name, len(chosen)))
         return real(task, chosen, *rest)
 
+    def scorer(params, tokens, first):
+        return -1.0 * first, first
+
     monkeypatch.setattr(evaluate, "judge", judge)
+    monkeypatch.setattr(evaluate, "make_scorer", lambda mesh, cfg: scorer)
     first = evaluate.main(argv)
     assert judged == [("one", 20), ("two", 7)] and first["val_loss"] > 0
     monkeypatch.setattr(evaluate, "validate", None)
@@ -348,7 +351,8 @@ def test_a_second_invocation_scores_only_what_is_not_there(random_run, run, tmp_
     assert evaluate.main(argv) == first and not judged
     evaluate.main([*argv, "--max_per_task=25"])
     assert judged.pop() == ("one", 25) and not judged
-    for flag in ("--shots=1", f"--checkpoint={run}"):
+    other = byte_run.changed(run, tmp_path / "run", lambda tensors: tensors["head"].fill(0))
+    for flag in ("--shots=1", f"--checkpoint={other}"):
         evaluate.main([*argv, "--val_tokens=0", "--only=two", flag])
         assert judged.pop() == ("two", 7) and not judged
     lines_of(tmp_path / "sets", two=rows[1:8])
@@ -363,68 +367,44 @@ def test_a_second_invocation_scores_only_what_is_not_there(random_run, run, tmp_
 
 MC = {"text": ["red", "blue"], "label": ["A", "B"]}
 # a row as each dataset's card shows it, and the line that it becomes
+# fmt: off
 HUB = {
     "hellaswag": (
         {"ctx": "He", "endings": ["a", "b"], "label": "1"},
-        {"query": "He", "choices": ["a", "b"], "gold": 1},
-    ),
+        {"query": "He", "choices": ["a", "b"], "gold": 1}),
     "lambada_openai": (
         {"text": "so he said no"},
-        {"context": "so he said", "continuation": "no"},
-    ),
+        {"context": "so he said", "continuation": "no"}),
     "arc_easy": (
         {"question": "Which?", "choices": MC, "answerKey": "B"},
-        {"query": "Question: Which?", "choices": ["red", "blue"], "gold": 1},
-    ),
+        {"query": "Question: Which?", "choices": ["red", "blue"], "gold": 1}),
     "piqa": (
         {"goal": "Sit", "sol1": "a", "sol2": "b", "label": 1},
-        {"query": "Question: Sit\n", "choices": ["a", "b"], "gold": 1},
-    ),
+        {"query": "Question: Sit\n", "choices": ["a", "b"], "gold": 1}),
     "winogrande": (
         {"sentence": "As _ was late.", "option1": "Al", "option2": "Bo", "answer": "2"},
-        {"context_options": ["As Al", "As Bo"], "continuation": "was late.", "gold": 1},
-    ),
+        {"context_options": ["As Al", "As Bo"], "continuation": "was late.", "gold": 1}),
     "winograd_wsc": (
-        {
-            "text": "Joe saw Tom as he left.",
-            "pronoun": "he",
-            "pronoun_loc": 15,
-            "options": ["Joe", "Tom"],
-            "label": 0,
-        },
-        {
-            "context_options": ["Joe saw Tom as Joe", "Joe saw Tom as Tom"],
-            "continuation": "left.",
-            "gold": 0,
-        },
-    ),
+        {"text": "Joe saw Tom as he left.", "pronoun": "he", "pronoun_loc": 15,
+         "options": ["Joe", "Tom"], "label": 0},
+        {"context_options": ["Joe saw Tom as Joe", "Joe saw Tom as Tom"],
+         "continuation": "left.", "gold": 0}),
     "copa": (
-        {
-            "premise": "It rained.",
-            "choice1": "I got wet.",
-            "choice2": "I sang.",
-            "question": "effect",
-            "label": 0,
-        },
-        {"query": "It rained, therefore", "choices": ["i got wet.", "i sang."], "gold": 0},
-    ),
+        {"premise": "It rained.", "choice1": "I got wet.", "choice2": "I sang.",
+         "question": "effect", "label": 0},
+        {"query": "It rained, therefore", "choices": ["i got wet.", "i sang."], "gold": 0}),
     "commonsense_qa": (
         {"question": "Where?", "choices": MC, "answerKey": "A"},
-        {
-            "query": "Question: Where?\nChoices:\nA. red\nB. blue\nAnswer:",
-            "choices": ["A", "B"],
-            "gold": 0,
-        },
-    ),
+        {"query": "Question: Where?\nChoices:\nA. red\nB. blue\nAnswer:", "choices": ["A", "B"],
+         "gold": 0}),
     "openbook_qa": (
         {"question_stem": "It is", "choices": MC, "answerKey": "B"},
-        {"query": "It is", "choices": ["red", "blue"], "gold": 1},
-    ),
+        {"query": "It is", "choices": ["red", "blue"], "gold": 1}),
     "boolq": (
         {"passage": "Text.", "question": "is it", "answer": True},
-        {"query": "Passage: Text.\nQuestion: is it?", "choices": ["no", "yes"], "gold": 1},
-    ),
+        {"query": "Passage: Text.\nQuestion: is it?", "choices": ["no", "yes"], "gold": 1}),
 }
+# fmt: on
 
 
 def test_fetching_writes_what_is_missing_in_a_documented_form_and_says_what_failed(
