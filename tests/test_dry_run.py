@@ -283,20 +283,17 @@ def test_kernels_whose_bundles_could_not_be_counted_are_told():
 
 # ---- Errors ----
 @needs_compiler
-@pytest.mark.parametrize(
-    "argv, words",
-    [
+def test_a_wrong_flag_is_an_error_before_anything_compiles():
+    for argv, words in (
         (["v6e:3x5"], "v6e:3x5: no such topology.*v6e:1x1, .*v6e:2x4"),
         (["tpu9:2x2"], "v5p:2x2x1"),
         ([], "TOPOLOGY"),
         (["v6e:1x1", "--num_layer=2"], "--num_layers"),
         (["v6e:1x1", "--piece=tail"], "--piece"),
         (["v6e:1x1", "--stage=7"], "--stage=7: wanted 0 to 3"),
-    ],
-)
-def test_a_wrong_flag_is_an_error_before_anything_compiles(argv, words):
-    with pytest.raises(UsageError, match=words):
-        dry_run.main(argv)
+    ):
+        with pytest.raises(UsageError, match=words):
+            dry_run.main(argv)
 
 
 def test_without_the_compiler_the_error_names_the_package(monkeypatch):

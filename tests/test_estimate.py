@@ -86,32 +86,33 @@ def test_a_program_costs_what_a_count_by_hand_says():
     assert estimate(Module(PROGRAM), "v5e").est_s > cost.est_s  # a chip with less of everything
 
 
-@pytest.mark.parametrize(
-    "axis, inputs, outputs",
-    [
+CONVOLUTION = """HloModule m
+ENTRY %main (x: f32[2,INPUTS,3], w: f32[SIZE,3,5]) -> f32[2,OUTPUTS,5] {
+  %x = f32[2,INPUTS,3]{2,1,0} parameter(0)
+  %w = f32[SIZE,3,5]{2,1,0} parameter(1)
+  ROOT %y = f32[2,OUTPUTS,5]{2,1,0} convolution(%x, %w), window={WINDOW}, dim_labels=b0f_0io->b0f
+}
+"""
+
+
+def test_a_convolution_counts_the_products_with_elements_that_exist():
+    for axis, inputs, outputs in (
         ((4, 1, 1, 1, 0), 16, 13),
         ((4, 1, 1, 1, 3), 16, 16),
         ((8, 7, 1, 8, 0), 8, 8),  # how a batch is written as an axis of a convolution
         ((3, 2, 2, 3, -1), 9, 10),
         ((5, 3, 2, 3, 4), 7, 6),
-    ],
-)
-def test_a_convolution_counts_the_products_with_elements_that_exist(axis, inputs, outputs):
-    size, stride, dilation, in_dilation, pad = axis
-    real = {place * in_dilation for place in range(inputs)}
-    places = [o * stride + k * dilation - pad for o in range(outputs) for k in range(size)]
-    wanted = sum(place in real for place in places)
-    assert valid_positions(axis, inputs, outputs) == wanted
-    window = f"size={size} stride={stride} pad={pad}_0 rhs_dilate={dilation}"
-    window = f"window={{{window} lhs_dilate={in_dilation}}}"
-    text = f"""HloModule m
-ENTRY %main (x: f32[2,{inputs},3], w: f32[{size},3,5]) -> f32[2,{outputs},5] {{
-  %x = f32[2,{inputs},3]{{2,1,0}} parameter(0)
-  %w = f32[{size},3,5]{{2,1,0}} parameter(1)
-  ROOT %y = f32[2,{outputs},5]{{2,1,0}} convolution(%x, %w), {window}, dim_labels=b0f_0io->b0f
-}}
-"""
-    assert estimate(Module(text)).flops == 2 * 2 * 3 * 5 * wanted
+    ):
+        size, stride, dilation, in_dilation, pad = axis
+        real = {place * in_dilation for place in range(inputs)}
+        places = [o * stride + k * dilation - pad for o in range(outputs) for k in range(size)]
+        wanted = sum(place in real for place in places)
+        assert valid_positions(axis, inputs, outputs) == wanted
+        window = f"size={size} stride={stride} pad={pad}_0 rhs_dilate={dilation}"
+        text = CONVOLUTION.replace("WINDOW", f"{window} lhs_dilate={in_dilation}")
+        for name, value in (("INPUTS", inputs), ("OUTPUTS", outputs), ("SIZE", size)):
+            text = text.replace(name, str(value))
+        assert estimate(Module(text)).flops == 2 * 2 * 3 * 5 * wanted
 
 
 KERNEL = """HloModule m

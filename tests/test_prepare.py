@@ -77,13 +77,13 @@ def made_up_gpt2(folder, names=text.GPT2_FILES[0]):
     Returns ({byte: letter}, {piece: id}), 265 ids.
     """
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    order = shown + [i for i in range(256) if i not in shown]
     letters = [chr(i) for i in shown] + [chr(256 + i) for i in range(256 - len(shown))]
     merged = [merge.replace(" ", "") for merge in MERGES]
     ids = {piece: i for i, piece in enumerate([*letters, *merged, "<|endoftext|>"])}
     folder.mkdir(exist_ok=True)
     (folder / names[0]).write_text(json.dumps(ids))
     (folder / names[1]).write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
-    order = shown + [i for i in range(256) if i not in shown]
     return dict(zip(order, letters, strict=True)), ids
 
 
@@ -271,7 +271,7 @@ def test_a_tokenizer_of_shards_serves_other_text(tmp_path):
 # ---- Stopped and continued -----------------------------------------------------------------------
 
 
-def test_missing_and_damaged_shards_are_made_again_and_no_others(tmp_path, capsys):
+def test_missing_and_damaged_shards_are_made_again_and_another_recipe_is_refused(tmp_path, capsys):
     source, out = write_jsonl(tmp_path / "a.jsonl", documents(7, 600)), tmp_path / "out"
     flags = ["--tokenizer=chars", "--val=0.2", "--shard_tokens=8000"]
     files = run([source], out, *flags)
@@ -287,6 +287,18 @@ def test_missing_and_damaged_shards_are_made_again_and_no_others(tmp_path, capsy
     made = re.findall(r"^(\S+\.bin): \d+ tokens", printed, re.M)
     assert sorted(made) == ["train_000001.bin", "val_000000.bin"]
     assert f"({len(kept) - 1} were there)" in printed
+
+    def refused(words, *other):
+        with pytest.raises(UsageError, match=words):
+            run([source], out, *flags, *other)
+
+    refused("another tokenizer: chars, not bytes", "--tokenizer=bytes")
+    refused("another val: 0.2, not 0.5", "--val=0.5")
+    write_jsonl(tmp_path / "a.jsonl", documents(7, 601))
+    refused("another sources")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    (out / "meta.json").unlink()
+    refused("shards without a meta.json")
 
 
 def alive(group):
@@ -327,23 +339,6 @@ def test_killed_it_continues_and_several_processes_write_what_one_writes(tmp_pat
         time.sleep(0.05)
     assert not alive(process.pid)
     assert run([], out, *flags, "--jobs=1") == whole
-
-
-def test_another_recipe_is_refused(tmp_path):
-    source, out = write_jsonl(tmp_path / "a.jsonl", documents(9, 30)), tmp_path / "out"
-    files = run([source], out, "--tokenizer=bytes")
-
-    def refused(words, *flags):
-        with pytest.raises(UsageError, match=words):
-            run([source], out, "--tokenizer=bytes", *flags)
-
-    refused("another tokenizer: bytes, not chars", "--tokenizer=chars")
-    refused("another val: 0.01, not 0.5", "--val=0.5")
-    write_jsonl(tmp_path / "a.jsonl", documents(9, 31))
-    refused("another sources")
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
-    (out / "meta.json").unlink()
-    refused("shards without a meta.json")
 
 
 # ---- The network, a fake of it -------------------------------------------------------------------

@@ -85,6 +85,13 @@ def page(logs, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without pictures, where tables or errors are looked at."""
+    monkeypatch.setattr(report, "chart", lambda *_: "")
+    monkeypatch.setattr(report, "losses_figure", lambda curves: report.Figure((1, 1)))
+
+
 def test_a_log_alone_tells_what_the_metrics_beside_it_tell(logs):
     folder = logs / "20260101T000001Z-000001"
     (from_log,) = find_runs(folder / "log.txt")
@@ -160,23 +167,22 @@ def test_pictures_follow_the_readers_theme_and_share_no_ids(page):
 def test_the_tables_tell_means_what_differs_and_what_is_unfinished(page):
     text = Page(page).text
     mean = 3.75 - 1.5 + 0.05 / 3
-    assert (
-        f"3 of 4 3.0 {mean:.4f} ± 0.0208 12.0 ± 2.0 s 18.0 ± 3.0 s" in text
-    )  # sd of 0, 0.01, 0.04
+    spread = 0.0208  # the standard deviation of 0, 0.01, 0.04
+    assert f"3 of 4 3.0 {mean:.4f} ± {spread} 12.0 ± 2.0 s 18.0 ± 3.0 s" in text
     assert "20/30 unfinished" in text and "demo, muon_lr=0.023, unfinished 2.7500" in text
     assert "What differs" in text and "muon_lr 0.023 0.5" in text and "num_layers" not in text
     assert "Leaderboard" in text and "94.6 s" in text
 
 
-def test_a_line_that_is_being_written_is_not_yet_there(logs, tmp_path):
-    folder = shutil.copytree(logs / "20260101T000009Z-000009", tmp_path / "run")
+def test_unfinished_lines_are_not_yet_there_and_of_steps_written_again_the_last_row_counts(
+    logs, tmp_path
+):
+    folder = shutil.copytree(logs / "20260101T000009Z-000009", tmp_path / "unfinished")
     for name in ("metrics.jsonl", "log.txt"):
         (folder / name).write_text((folder / name).read_text()[:-20])
     for path in (folder, folder / "log.txt"):
         assert [run.rows[-1]["step"] for run in find_runs(path)] == [15]
 
-
-def test_of_a_step_that_a_resumed_run_wrote_again_the_last_row_counts(tmp_path):
     folder = make_run(tmp_path / "run", upto=25)
     make_run(folder, first=15, upto=20, offset=1)
     for run in (*find_runs(folder), *find_runs(folder / "log.txt")):
@@ -188,52 +194,45 @@ def test_of_a_step_that_a_resumed_run_wrote_again_the_last_row_counts(tmp_path):
     assert run.done and [row["step"] for row in run.rows][-2:] == [25, 30]
 
 
-@pytest.mark.parametrize(
-    "name, old, new",
-    [
-        ("metrics.jsonl", '{"step": 15', '"step": 15'),
-        ("metrics.jsonl", "3.25,", "NaN,"),
-        ("metrics.jsonl", '"tokens"', '"tokns"'),
-        ("metrics.jsonl", '{"step": 5,', "[]\n"),
-        ("log.txt", "step:15/30 train_loss:3", "step:15/30 train_los:3"),
-        ("log.txt", "config: {", "confg: {"),
-        ("log.txt", "=" * 120, "=" * 119),
-    ],
-)
-def test_damage_is_one_sentence_and_exit_2(name, old, new, logs, tmp_path, capsys):
-    folder = shutil.copytree(logs / "20260101T000000Z-000000", tmp_path / "run")
-    text = (folder / name).read_text()
-    assert old in text
-    (folder / name).write_text(text.replace(old, new))
-    assert command(lambda: main([str(folder), f"--out={tmp_path}/a.html"])) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith(f"error: {folder / name}: ")
-    assert not (tmp_path / "a.html").exists()
+DAMAGE = [
+    ("metrics.jsonl", '{"step": 15', '"step": 15'),
+    ("metrics.jsonl", "3.25,", "NaN,"),
+    ("metrics.jsonl", '"tokens"', '"tokns"'),
+    ("metrics.jsonl", '{"step": 5,', "[]\n"),
+    ("log.txt", "step:15/30 train_loss:3", "step:15/30 train_los:3"),
+    ("log.txt", "config: {", "confg: {"),
+    ("log.txt", "=" * 120, "=" * 119),
+]
 
 
-def test_no_run_no_step_no_folder_to_write_in_or_no_matplotlib_is_exit_2(
-    logs, tmp_path, capsys, monkeypatch
+def test_damage_and_what_is_no_run_are_one_sentence_and_exit_2(
+    logs, undrawn, tmp_path, capsys, monkeypatch
 ):
-    out = f"--out={tmp_path}/a.html"
-    fresh = str(make_run(tmp_path / "run", upto=0))
-    good = str(logs / "20260101T000000Z-000000")
+    good = logs / "20260101T000000Z-000000"
+    page = tmp_path / "a.html"
 
-    def refused(*argv):
-        assert command(lambda: main(argv)) == 2
+    def refused(words, path, out=page):
+        assert command(lambda: main([str(path), f"--out={out}"])) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        return error
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+        assert not page.exists()
 
-    assert "no run there" in refused(str(tmp_path), out)
-    assert "no run there" in refused(str(tmp_path / "none"), out)
-    assert "no log of train.py" in refused(str(ROOT / "README.md"), out)
-    assert "no step is written yet" in refused(fresh, out)
-    assert "none/a.html" in refused(good, f"--out={tmp_path}/none/a.html")
+    for i, (name, old, new) in enumerate(DAMAGE):
+        folder = shutil.copytree(good, tmp_path / str(i))
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+        refused(f"error: {folder / name}: ", folder)
+    refused("no run there", tmp_path)
+    refused("no run there", tmp_path / "none")
+    refused("no log of train.py", ROOT / "README.md")
+    refused("no step is written yet", make_run(tmp_path / "run", upto=0))
+    refused("none/a.html", good, tmp_path / "none/a.html")
     monkeypatch.setattr(report, "matplotlib", None)
-    assert "pip install -r scripts/requirements.txt" in refused(good, out)
+    refused("pip install -r scripts/requirements.txt", good)
 
 
-def test_records_of_this_repository_show_the_numbers_of_their_readmes(tmp_path):
+def test_records_of_this_repository_show_the_numbers_of_their_readmes(undrawn, tmp_path):
     folders = sorted((ROOT / "records/cpu").glob("2026-11-21_*"))
     main([*map(str, folders), f"--out={tmp_path}/a.html", "--title=Records"])
     text = Page(tmp_path / "a.html").text

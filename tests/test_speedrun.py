@@ -11,7 +11,7 @@ import pytest
 
 from train import ROOT
 
-FAKE = """#!{python}
+FAKE = """#!{python} -S
 import json, os, pathlib, sys
 argv, here = sys.argv[1:], pathlib.Path({here!r})
 if argv[0] == "-c":
@@ -19,7 +19,7 @@ if argv[0] == "-c":
         sys.exit(0)
     if argv[1].startswith("import sys"):  # and packages of companions
         sys.exit(int(os.environ.get("LACKING", "0")))
-    os.execv({python!r}, [{python!r}, *argv])
+    os.execv({python!r}, [{python!r}, "-S", *argv])
 with open(here / "calls.txt", "a") as file:
     file.write(" ".join(argv) + "\\n")
 name = argv[1] if argv[0] == "-m" else argv[0]
@@ -61,15 +61,13 @@ def chain(tmp_path):
             timeout=200,
             env=os.environ | {"PYTHON": str(fake)} | environment,
         )
-        return (
-            done.returncode,
-            done.stdout + done.stderr,
-            (tmp_path / "calls.txt").read_text().splitlines(),
-        )
+        calls = (tmp_path / "calls.txt").read_text().splitlines()
+        return done.returncode, done.stdout + done.stderr, calls
 
-    run.codes = lambda name, *codes: (tmp_path / f"{name}.codes").write_text(
-        " ".join(map(str, codes))
-    )
+    def set_codes(name, *codes):
+        (tmp_path / f"{name}.codes").write_text(" ".join(map(str, codes)))
+
+    run.codes = set_codes
     run.folder = tmp_path
     return run
 
@@ -82,19 +80,10 @@ def test_every_step_is_taken_once_in_order_and_a_second_invocation_trains_nothin
     flags = "--seeds=2 --name=Idea --tasks=evals --skip=dry_run -- --steps=7 --softcap=1,2".split()
     code, said, calls = chain(*flags)
     assert code == 0, said
-    assert names(calls) == [
-        "cached_fineweb10B.py",
-        "train.py",
-        "train.py",
-        "scripts.evaluate",
-        "scripts.evaluate",
-        "scripts.verify_record",
-        "scripts.report",
-    ]
-    assert (
-        calls[2].startswith("train.py --steps=7 --softcap=1,2 --seed=1 --log_dir=logs/speedrun/")
-        and "--resume=auto" in calls[2]
-    )
+    order = "cached_fineweb10B.py train.py train.py scripts.evaluate scripts.evaluate".split()
+    assert names(calls) == [*order, "scripts.verify_record", "scripts.report"]
+    own = "train.py --steps=7 --softcap=1,2 --seed=1 --log_dir=logs/speedrun/"
+    assert calls[2].startswith(own) and "--resume=auto" in calls[2]
     assert calls[3].endswith("--tasks=evals --fetch") and "/seed0/2026" in calls[3]
     record = chain.folder / calls[5].split()[2]
     assert record.parent == chain.folder / "records/v6e-8" and record.name.endswith("_Idea")
@@ -104,18 +93,10 @@ def test_every_step_is_taken_once_in_order_and_a_second_invocation_trains_nothin
     code, said, again = chain(*flags)
     assert code == 0 and names(again) == [name for name in names(calls) if name != "train.py"]
     assert (record / "README.md").read_text() == "mine"
-    _, _, more = chain(
-        "--seeds=3",
-        "--name=Idea",
-        "--skip=dry_run,evaluate,report",
-        "--",
-        "--steps=7",
-        "--softcap=1,2",
-    )
-    assert (
-        names(more) == ["cached_fineweb10B.py", "train.py", "scripts.verify_record"]
-        and "--seed=2" in more[1]
-    )
+    flags[0], flags[3] = "--seeds=3", "--skip=dry_run,evaluate,report"
+    _, _, more = chain(*flags)
+    assert names(more) == ["cached_fineweb10B.py", "train.py", "scripts.verify_record"]
+    assert "--seed=2" in more[1]
     _, _, other = chain("--skip=dry_run,shards", "--", "--steps=8")
     assert names(other) == ["train.py", "scripts.evaluate", "scripts.report"]
     (chain.folder / "train.py").write_text("another program")
@@ -132,11 +113,8 @@ def test_a_stopped_run_is_started_again_and_a_failed_one_ends_the_chain_with_its
     assert code == 5 and "seed 0 ended with exit code 5" in said and names(calls)[-1] == "train.py"
     chain.codes("scripts.evaluate", 2)
     assert chain("--skip=dry_run", "--", "--steps=3")[0] == 2
-    assert names(chain("--skip=dry_run", "--", "--steps=3")[2]) == [
-        "cached_fineweb10B.py",
-        "scripts.evaluate",
-        "scripts.report",
-    ]
+    _, _, calls = chain("--skip=dry_run", "--", "--steps=3")
+    assert names(calls) == ["cached_fineweb10B.py", "scripts.evaluate", "scripts.report"]
 
 
 def test_a_rejected_record_is_reported_and_ends_with_1(chain):
@@ -159,29 +137,18 @@ def test_the_dry_run_is_made_where_there_is_a_tpu_compiler_and_once(chain):
     assert "scripts.dry_run" in names(chain("--", "--steps=2", PYTHONPATH=str(chain.folder))[2])
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--seed=3"], "--seed=3: there is no such flag; flags of train.py come after --"),
-        (["--seeds=0"], "a whole number"),
-        (["--name=a/b"], "as a folder is named"),
-        (["--skip=report,train"], "no step train"),
-    ],
-)
-def test_wrong_flags_are_one_sentence_with_exit_code_2(chain, flags, words):
-    code, said, calls = chain(*flags)
-    assert (
-        code == 2
-        and said.startswith("error: ")
-        and words in said
-        and said.count("\n") == 1
-        and not calls
-    )
-
-
-def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(chain):
-    code, said, calls = chain("--seeds=2", LACKING="1")
-    assert code == 2 and "pip install -r scripts/requirements.txt" in said and not calls
+def test_wrong_flags_and_missing_packages_are_one_sentence_with_exit_code_2_at_the_start(chain):
+    unknown = "--seed=3: there is no such flag; flags of train.py come after --"
+    for flags, words, environment in (
+        (["--seed=3"], unknown, {}),
+        (["--seeds=0"], "a whole number", {}),
+        (["--name=a/b"], "as a folder is named", {}),
+        (["--skip=report,train"], "no step train", {}),
+        (["--seeds=2"], "pip install -r scripts/requirements.txt", {"LACKING": "1"}),
+    ):
+        code, said, calls = chain(*flags, **environment)
+        assert code == 2 and said.startswith("error: ") and words in said
+        assert said.count("\n") == 1 and not calls
     assert "the whole speedrun" in chain("--help")[1].lower()
 
 
