@@ -11,30 +11,35 @@ import pytest
 
 from train import ROOT
 
-FAKE = """#!{python} -S
-import json, os, pathlib, sys
-argv, here = sys.argv[1:], pathlib.Path({here!r})
-if argv[0] == "-c":
-    if argv[1].startswith("import jax,"):
-        sys.exit(0)
-    if argv[1].startswith("import sys"):  # and packages of companions
-        sys.exit(int(os.environ.get("LACKING", "0")))
-    os.execv({python!r}, [{python!r}, "-S", *argv])
-with open(here / "calls.txt", "a") as file:
-    file.write(" ".join(argv) + "\\n")
-name = argv[1] if argv[0] == "-m" else argv[0]
-codes = here / (name + ".codes")  # of the next calls, one each
-code, *rest = codes.read_text().split() if codes.exists() and codes.read_text().strip() else ["0"]
-codes.write_text(" ".join(rest))
-flags = dict(flag[2:].split("=", 1) for flag in argv if "=" in flag)
-if name == "train.py":
-    run = pathlib.Path(flags["log_dir"]) / "20260101T000000Z-abc"
-    run.mkdir(parents=True, exist_ok=True)
-    final = "final: step:3 val_loss:3.2 of seed " + flags["seed"]
-    (run / "log.txt").write_text("final: 1\\n====\\ndevices: 8 x fake\\n" + final + "\\n")
-if name == "scripts.dry_run":
-    pathlib.Path(flags["json"]).write_text("{{}}")
-sys.exit(int(code))
+FAKE = """#!/usr/bin/env bash
+here=HERE
+if [ "$1" = -c ]; then
+    case $2 in
+        "import jax,"*) exit 0 ;;
+        "import sys"*) exit "${LACKING:-0}" ;;  # and packages of companions
+    esac
+    exec PYTHON -S "$@"
+fi
+printf '%s\\n' "$*" >> "$here/calls.txt"
+name=$1
+[ "$1" != -m ] || name=$2
+code=0
+if [ -f "$here/$name.codes" ]; then  # of the next calls, one each
+    read -r code rest < "$here/$name.codes"
+    echo "$rest" > "$here/$name.codes"
+fi
+for word in "$@"; do
+    case $word in
+        --log_dir=*) run=${word#*=}/20260101T000000Z-abc ;;
+        --seed=*) final="final: step:3 val_loss:3.2 of seed ${word#*=}" ;;
+        --json=*) echo "{}" > "${word#*=}" ;;
+    esac
+done
+if [ "$name" = train.py ]; then
+    mkdir -p "$run"
+    printf '%s\\n' "final: 1" ==== "devices: 8 x fake" "$final" > "$run/log.txt"
+fi
+exit "${code:-0}"
 """
 
 
@@ -48,7 +53,7 @@ def chain(tmp_path):
     for name in ("train.py", "scripts/speedrun.sh"):
         shutil.copy(ROOT / name, tmp_path / name)
     fake = tmp_path / "fake"
-    fake.write_text(FAKE.format(python=sys.executable, here=str(tmp_path)))
+    fake.write_text(FAKE.replace("HERE", str(tmp_path)).replace("PYTHON", sys.executable))
     fake.chmod(0o755)
 
     def run(*flags, **environment):
