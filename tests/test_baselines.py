@@ -52,8 +52,8 @@ def random_weights(name, cfg, seed=0):
     return jax.tree.map_with_path(draw, MODELS[name].specs(cfg))
 
 
-def random_tokens(seed, rows=ROWS, length=LENGTH):
-    return np.random.default_rng(seed).integers(0, 131, (rows, length))
+def random_tokens(seed):
+    return np.random.default_rng(seed).integers(0, 131, (ROWS, LENGTH))
 
 
 def named(tree):
@@ -335,58 +335,16 @@ def test_momentum_warms_up_over_500_steps_where_these_are_less_than_30_percent()
 # ---- Through the loop ----------------------------------------------------------------------------
 
 
-def random_rows(seed, count=24):
-    """Rows for to_devices: tokens that mostly follow from the one before."""
-    tokens = random_tokens(seed, count, LENGTH + 1)
-    rng = np.random.default_rng(seed)
-    for t in range(1, LENGTH + 1):
-        follows = (tokens[:, t - 1] * 5 + 3) % 131
-        tokens[:, t] = np.where(rng.random(count) < 0.7, follows, tokens[:, t])
-    return [[row] for row in tokens.astype(np.uint16)]
-
-
-def trained(name, num_devices, cfg):
-    """(losses, weights) of eight steps from random weights."""
-    model = MODELS[name]
-    mesh = make_mesh(jax.devices()[:num_devices])
-    places = train.state_shardings(model, mesh, cfg)
-    params = jax.device_put(random_weights(name, cfg), places.params)
-    state = train.make_init(model, mesh, cfg)()._replace(params=params)
-    stage = cfg.stages[0]
-    batches = [train.to_devices(random_rows(i), stage, mesh, cfg) for i in range(8)]
-    step = train.make_train_step(stage, model, mesh, cfg)
-    step = step.lower(state, batches[0]).compile(compiler_options=SOON)
-    losses = []
-    for batch in batches:
-        state, loss = step(state, batch)
-        losses.append(float(loss))
-    return losses, named(state.params)
-
-
 @each
 @pytest.mark.system
-def test_eight_devices_learn_as_one(name):
-    # with a small eps Adam makes a whole step of the noise in a gradient that is almost zero
-    rates = ["--adam_eps=1e-3", "--adamw_lr=0.02", "--muon_lr=0.01", "--adam_lr=0.001"]
-    cfg = config(name, "--num_layers=3", "--warmup_steps=0", *rates)
-    one, eight = (trained(name, num_devices, cfg) for num_devices in (1, 8))
-    assert one[0][-1] < one[0][0] - 0.3
-    np.testing.assert_allclose(eight[0], one[0], rtol=2e-5)
-    for key, weight in one[1].items():
-        largest = np.abs(weight).max()
-        np.testing.assert_allclose(eight[1][key], weight, atol=1e-3 * largest, err_msg=key)
-
-
-@each
-@pytest.mark.system
-def test_the_command_trains_a_small_model_from_end_to_end(name, tmp_path):
+def test_the_command_trains_a_small_model_on_eight_devices_from_end_to_end(name, tmp_path):
     small = (
         "--preset=demo --steps=12 --num_layers=2 --model_dim=32 --num_heads=2 --head_dim=16 "
         "--mlp_dim=64 --stages.end=1 --val.seq_len=64 --stages.batch_tokens=1024 "
         "--stages.seq_len=64 --val_context=32 --val_tokens=2048 --warmup_steps=5"
     ).split()
     argv = [sys.executable, "-m", "scripts.baselines", name, f"--log_dir={tmp_path}", *small]
-    fast = {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    fast = {"JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run(argv, cwd=ROOT, env=os.environ | fast, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()

@@ -27,7 +27,7 @@ import json, pathlib, sys, time
 flags = dict(flag[2:].split("=", 1) for flag in sys.argv[1:] if "=" in flag)
 seed, steps = int(flags["seed"]), int(flags.get("steps", 15))
 is_plain = not flags.get("softcap", "on").strip("()")
-time.sleep(60 * (steps == 99))
+time.sleep(20 * (steps == 99))
 folder = pathlib.Path(flags["log_dir"]) / "run"
 folder.mkdir()
 loss = 5 + seed + 0.1 * (seed + 1) * is_plain
