@@ -99,6 +99,7 @@ def test_a_convolution_counts_the_products_with_elements_that_exist():
     for axis, inputs, outputs in (
         ((4, 1, 1, 1, 0), 16, 13),
         ((4, 1, 1, 1, 3), 16, 16),
+        ((4, 1, 1, 1, 1), 8, 8),  # padded on both sides
         ((8, 7, 1, 8, 0), 8, 8),  # how a batch is written as an axis of a convolution
         ((3, 2, 2, 3, -1), 9, 10),
         ((5, 3, 2, 3, 4), 7, 6),

@@ -209,7 +209,7 @@ def texts(model, num_samples=1, seed=0, num_tokens=12, temperature=1.0, prompt=(
 
 
 def test_temperature_0_is_the_argmax_of_the_full_forward_pass_each_time(model):
-    ids = [256, 3, 99, *texts(model, num_tokens=29, temperature=0.0)[0].tolist()]
+    ids = [256, 3, 99, *texts(model, num_tokens=40, temperature=0.0)[0].tolist()]
     logits = jax.jit(next_logits, static_argnums=2)(model[0], np.array([ids], np.int32), model[1])
     assert ids[3:] == logits[0, 2:-1].argmax(axis=1).tolist()
 

@@ -122,10 +122,12 @@ def test_a_stopped_run_is_started_again_and_a_failed_one_ends_the_chain_with_its
     assert names(calls) == ["cached_fineweb10B.py", "scripts.evaluate", "scripts.report"]
 
 
-def test_a_rejected_record_is_reported_and_ends_with_1(chain):
-    chain.codes("scripts.verify_record", 1)
+def test_a_rejected_record_is_reported_and_one_that_cannot_be_verified_ends_the_chain(chain):
+    chain.codes("scripts.verify_record", 1, 2)
     code, said, calls = chain("--seeds=2", "--skip=dry_run")
     assert code == 1 and names(calls)[-1] == "scripts.report"
+    code, said, calls = chain("--seeds=2", "--skip=dry_run", "--name=Other", "--", "--steps=5")
+    assert code == 2 and names(calls)[-1] == "scripts.verify_record"
     code, said, _ = chain("--seeds=2", "--skip=dry_run", "--", "--steps=4")
     assert code == 2 and "_Speedrun is there already: give another --name" in said
 
