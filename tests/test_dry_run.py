@@ -1,4 +1,4 @@
-"""scripts/dry_run.py: what the TPU programs of train.py must and must not hold, read off the
+"""scripts/dry_run: what the TPU programs of train.py must and must not hold, read off the
 compiler's output. No TPU is used."""
 
 import contextlib
@@ -15,10 +15,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 import train
-from scripts import dry_run
-from scripts.estimate import CHIPS, Row, Walk, estimate
-from scripts.hlo import Module
-from scripts.programs import Job
+from scripts.dry_run import __main__ as dry_run
+from scripts.dry_run.estimate import CHIPS, Row, Walk, estimate
+from scripts.dry_run.hlo import Module
+from scripts.dry_run.programs import Job
 from train import GPT, ROOT, UsageError
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None

@@ -1,11 +1,11 @@
-"""scripts/estimate.py, hlo.py and bundles.py: against costs counted by hand."""
+"""scripts/dry_run: estimate.py, hlo.py and bundles.py: against costs counted by hand."""
 
 import pytest
 
-from scripts import bundles
-from scripts.bundles import count, one_of_chain, one_of_chain_then_last
-from scripts.estimate import CHIPS, Row, UncostedKernel, estimate, main, waits
-from scripts.hlo import Module, valid_positions
+from scripts.dry_run import bundles
+from scripts.dry_run.bundles import count, one_of_chain, one_of_chain_then_last
+from scripts.dry_run.estimate import CHIPS, Row, UncostedKernel, estimate, main, waits
+from scripts.dry_run.hlo import Module, valid_positions
 from train import command
 
 CHIP = CHIPS["v6e"]

@@ -16,7 +16,7 @@ from jaxprs import FAST, equations, jit
 from shards import make_folder
 
 import train
-from scripts.hlo import COLLECTIVES, parse
+from scripts.dry_run.hlo import COLLECTIVES, parse
 from train import GPT, NO_TOKEN, Spec, Stage, batch_shape, make_mesh, named, param_specs, replace
 
 BOS, LENGTH = 7, 16

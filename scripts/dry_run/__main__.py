@@ -6,8 +6,8 @@
     python -m scripts.dry_run v6e:2x4 --num_layers=16 --json=FILE             any flag of train.py
 
 The TPU compiler runs on any Linux machine. Of each program this prints what is certain, its memory
-and collectives, and a prediction of its time: scripts/estimate.py says how, and how wrong it has
-been. Train.py's kernels count by their instruction bundles (scripts/bundles.py). The train time
+and collectives, and a prediction of its time: estimate.py says how, and how wrong it has
+been. Train.py's kernels count by their instruction bundles (bundles.py). The train time
 that follows is a projection, not a measurement. Compiling the preset's programs takes about ten
 minutes on two cores.
 """
@@ -38,10 +38,10 @@ import jax
 from jax.experimental import topologies
 
 import train
-from scripts import bundles
-from scripts.estimate import BUNDLE_RANGE, CHIPS, estimate
-from scripts.hlo import Module
-from scripts.programs import PIECES, list_jobs
+from scripts.dry_run import bundles
+from scripts.dry_run.estimate import BUNDLE_RANGE, CHIPS, estimate
+from scripts.dry_run.hlo import Module
+from scripts.dry_run.programs import PIECES, list_jobs
 from train import GPT, UsageError
 
 TOPOLOGIES = {  # chips per host, where it is not the compiler's default

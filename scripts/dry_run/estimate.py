@@ -1,6 +1,6 @@
 """How long does a compiled TPU program take? Predicted from its text, without a TPU.
 
-    python -m scripts.estimate step.hlo [v6e|v5e|v5p]        on a text that dry_run --dump wrote
+    python -m scripts.dry_run.estimate step.hlo [v6e|v5e|v5p]   on a text that dry_run --dump wrote
 
 Two sums over the instructions that run, loop bodies times their trip count:
 
@@ -10,7 +10,7 @@ Two sums over the instructions that run, loop bodies times their trip count:
 
 The estimate is their mean. Synchronous collectives are added to both, asynchronous ones as far as
 the order of instructions exposes them (`waits`). The compiler says nothing of a Pallas kernel; it
-counts by its instruction bundles (scripts/bundles.py), or else by its cost_estimate.
+counts by its instruction bundles (bundles.py), or else by its cost_estimate.
 
 Calibration, all on v6e: three phases of a public 8-chip speedrun log (training at two lengths,
 evaluation) and one public single-chip step: estimate / measured = 0.93, 1.00, 1.06, 0.94. Low alone
@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.hlo import COLLECTIVES, Module, total_bytes
+from scripts.dry_run.hlo import COLLECTIVES, Module, total_bytes
 from train import UsageError, command
 
 
@@ -357,7 +357,7 @@ def report(cost, num_rows=25):
 
 def main(argv=None):
     def fail(message):
-        raise UsageError(f"{message}; see python -m scripts.estimate --help")
+        raise UsageError(f"{message}; see python -m scripts.dry_run.estimate --help")
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,4 +1,4 @@
-"""What scripts/dry_run.py compiles: the programs of a run, or a piece of one training step."""
+"""What this compiles: the programs of a run, or a piece of one training step."""
 
 from dataclasses import replace
 from typing import NamedTuple

@@ -13,7 +13,7 @@ Unless its weight is known it counts as never taken.
 
 Stalls are not in it (a DMA that is not done, a result that is not ready): against splash attention
 kernels that were timed, bundles give 0.82, 0.79 and 0.93 at blocks of 256, 512 and 1024. So
-scripts/estimate.py multiplies by 1.15.
+estimate.py multiplies by 1.15.
 """
 
 import math
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from scripts.hlo import Module
+from scripts.dry_run.hlo import Module
 
 DELAY = 4  # bundles after a branch that run whether it is taken or not
 SHORT = 60  # spans of fewer bundles belong to the pipeline rather than to the kernel
