@@ -431,7 +431,7 @@ def rules(cfg):
     The tracer finds other mistakes.
     """
     for flag, choices in CHOICES.items():
-        yield flag, getattr(cfg, flag) in choices, f"one of {choices}"
+        yield flag, getattr(cfg, flag) in choices, " or ".join(map(str, choices)).lower()
     for table, row in (("", cfg), ("val.", cfg.val), *(("stages.", row) for row in cfg.stages)):
         for name, value in vars(row).items():
             if isinstance(value, (int, float)):

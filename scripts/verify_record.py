@@ -474,6 +474,8 @@ def parse(argv):
     flag("--tolerance", type=float, default=0.003, help=tolerance)
     args = parser.parse_args(argv)
     args.folder = args.folder.resolve()
+    if not args.folder.is_dir():
+        raise UsageError(f"{args.folder}: wanted a record's folder, <track>/<date>_<Name>")
     if args.rerun is not None and not (args.folder / f"seed{args.rerun}.txt").is_file():
         raise UsageError(f"--rerun={args.rerun}: wanted K of a seed<K>.txt in {args.folder}")
     return args
