@@ -46,7 +46,7 @@ FINAL = re.compile(
 )
 LINES = re.compile(  # of a log, from the source to the result
     r"preset: (?P<preset>\S+) \(.+\)\n"
-    r"argv: (?!'?@|.* '?@)(?P<argv>.*)\n"  # what an @FILE holds is not in the log
+    r"argv: (?P<argv>.*)\n"
     r"config: (?P<config>.+)\n"
     r"versions: (?P<versions>python=(?P<python>\S+).*)\n"
     r"devices: (?P<devices>\d+ x [^,\n]+, \d+ processes, (?P<cores>\d+) host cores)\n"
@@ -306,6 +306,8 @@ def read_run(path):
     parts = "preset, argv, config, versions, devices, data, parameters, compiled, step, final"
     need(match, f"the lines below its source are not those of a whole run: {parts}")
     said = match.groupdict()
+    has_file = any(word.startswith("@") for word in shlex.split(said["argv"]))
+    need(not has_file, "argv reads flags from a file, and what that held is not in the log")
     config = read_config(said["config"])
     schedule = read_schedule(config)
     check_data(said, schedule, int(config["max_epochs"]))

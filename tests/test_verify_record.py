@@ -210,7 +210,7 @@ TAMPERED = {  # what is done: (the tampering, what the reason says)
     "cut off": (edits((r".{50}\n\Z", ""), seal=False), "its last line is not its digest"),
     "no final line": (edits((r"^final: .*\n", "")), "not those of a whole run"),
     "resumed": (edits(RESUMED), "not those of a whole run"),
-    "flags in a file": (edits(("--seed", "@my.args --seed")), "not those of a whole run"),
+    "flags in a file": (edits(("--seed", "@my.args --seed")), "argv reads flags from a file"),
     "line removed": (edits((r"^step:15/.*\n", "")), "its 5 step lines are not the 6"),
     "evaluation removed": (edits((r"^(step:10/.*) val_loss:\S+", r"\1")), "its 6 .* not the 6"),
     "loss of nan": (edits((r"^(step:15/.*train_loss:)\S+", r"\1nan")), "nan .* is not a step line"),
