@@ -167,7 +167,7 @@ def smoke(folder, *flags):
         cwd=ROOT,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"PYTHON": sys.executable, "JAX_NUM_CPU_DEVICES": "1"},
     )
 
