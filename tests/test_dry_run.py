@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 import train
-from scripts.dry_run import __main__ as dry_run
+from scripts.dry_run import command as dry_run
 from scripts.dry_run.estimate import CHIPS, Row, Walk, estimate
 from scripts.dry_run.hlo import Module
 from scripts.dry_run.programs import Job
