@@ -333,16 +333,16 @@ def flag_names(config):
 def read_flags(argv):
     """{flag: text} of a command line. @FILE stands for the flags in it, # begins a comment there.
 
-    Of a flag that is given twice the last one counts. Raises OSError for a file that is not there,
-    UsageError for what is no --FLAG=VALUE.
+    Of a flag that is given twice the last one counts. Raises UsageError for a file that cannot be
+    read and for what is no --FLAG=VALUE.
     """
     texts = {}
     for word in argv:
         if word.startswith("@"):
             try:
                 words = shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
-            except ValueError as error:
-                raise UsageError(f"{word}: {error}") from error
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{word}: wanted a file of flags ({error})") from error
             texts |= read_flags(words)
             continue
         match = re.fullmatch("--([^=]+)=(.*)", word)

@@ -208,7 +208,7 @@ def test_files_that_are_not_there_end_with_2_the_ways_out_and_nothing_left(
 ):
     monkeypatch.chdir(tmp_path)
     ways = ["none/*.bin", "python cached_fineweb10B.py", "scripts.prepare", "--preset=demo"]
-    for word, said in (("@none.args", ["none.args"]), ("--train_files=none/*.bin", ways)):
+    for word, said in (("@none.args", ["@none.args"]), ("--train_files=none/*.bin", ways)):
         run = functools.partial(train.main, ["--preset=demo", "--val_files=none/*.bin", word])
         assert train.command(run) == 2
         (line,) = capsys.readouterr().err.splitlines()
