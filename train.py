@@ -37,6 +37,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
 import glob
 import hashlib
@@ -1348,23 +1349,49 @@ def open_shard(path):
 
 
 def find_shards(pattern):
-    """The paths that match a glob, sorted by name."""
-    return [Path(path) for path in sorted(glob.glob(pattern))]
+    """The paths that match, sorted by name. Only the last part of a path is a pattern."""
+    folder, name = os.path.split(pattern)
+    return [Path(folder, found) for found in sorted(glob.glob(name, root_dir=folder or None))]
+
+
+GPT2_META = {
+    "tokenizer": "gpt2",
+    "vocab_size": 50257,
+    "bos_id": 50256,
+    "tokenizer_sha256": "00f404d36600411e497efb3df08d3b4e094f0820e2595afcb7cbd0c4353d4fcb",
+}
+BYTES_META = {
+    "tokenizer": "bytes",
+    "vocab_size": 257,
+    "bos_id": 256,
+    "tokenizer_sha256": hashlib.sha256().hexdigest(),
+}
 
 
 def read_meta(file):
-    """{tokenizer, vocab_size, bos_id} that a meta.json says; without one GPT-2's.
+    """What a meta.json says of the tokenizer, as GPT2_META; without a file that.
 
-    Raises UsageError.
+    tokenizer_sha256 is of the tokenizer's files, one after the other: `cat encoder.json vocab.bpe |
+    sha256sum`. It is "" in an older file. Raises UsageError.
     """
     if not file.exists():
-        return {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
+        return GPT2_META
     try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-        kinds = {"tokenizer": str, "vocab_size": int, "bos_id": int}
-        return {name: kind(meta[name]) for name, kind in kinds.items()}
+        meta = {"tokenizer_sha256": ""} | json.loads(file.read_text(encoding="utf-8"))
+        return {name: type(value)(meta[name]) for name, value in GPT2_META.items()}
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise UsageError(f"{file}: wanted tokenizer, vocab_size and bos_id ({error!r})") from error
+
+
+def check_same_tokenizer(what, meta, other):
+    """Raises UsageError where two metas are of different tokenizers.
+
+    Where one has no hash, names and sizes are compared, with a warning.
+    """
+    if not (meta["tokenizer_sha256"] and other["tokenizer_sha256"]):
+        print(f"warning: {what}: no tokenizer_sha256 to compare, so the names are compared")
+        meta, other = ({**one, "tokenizer_sha256": ""} for one in (meta, other))
+    require(meta == other, f"{what}: of another tokenizer: {meta}, wanted {other}")
 
 
 def open_shards(pattern):
@@ -1526,10 +1553,16 @@ def train_batches(shards, first_step, mesh, cfg, depth=2):
 
 
 def cache_dir():
-    """This user's own cache folder. What lies there is trusted, compiled programs among it."""
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "speedrun-jax"
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path
+    """This user's own cache folder. What lies there is trusted, compiled programs among it.
+
+    Raises UsageError.
+    """
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speedrun-jax"
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return path
+    except (OSError, RuntimeError) as error:  # a user may have no home
+        raise UsageError(f"no folder for the cache: {error}. Set XDG_CACHE_HOME to one") from error
 
 
 NOT_CORPUS = (
@@ -1556,8 +1589,7 @@ def embedded_corpus():
     require(count >= 300, f"{root}: {count} Python files, the demo wants 300 of a whole Python")
     folder = cache_dir() / f"stdlib-{platform.python_version()}"
     folder.mkdir(exist_ok=True)
-    meta = {"tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}
-    write_file(folder / "meta.json", json.dumps(meta).encode())
+    write_file(folder / "meta.json", json.dumps(BYTES_META).encode())
     for split, arrays in parts.items():
         write_shard(folder / f"{split}_000000.bin", np.concatenate(arrays))
     return str(folder / "train_*.bin"), str(folder / "val_*.bin")
@@ -1575,7 +1607,11 @@ def complete_config(train, cfg):
 def check_tokens(train, val, cfg):
     """Raises UsageError where the shards do not fit each other or the Config."""
     file = val.paths[0]
-    require(val.meta == train.meta, f"{file}: made with {val.meta}, training with {train.meta}")
+    check_same_tokenizer(file, val.meta, train.meta)
+    seen = {digest: path for path, _, digest in val.rows()}
+    for path, _, digest in train.rows():
+        same = seen.setdefault(digest, path)
+        require(same is path, f"{path}: the same tokens as {same}. Take one of them out")
     missing = cfg.val_tokens + 1 - len(val.tokens[0])
     require(missing <= 0, f"{file}: {missing} too short for --val_tokens={cfg.val_tokens}")
     for path, tokens, _ in train.rows() + val.rows():
@@ -1948,6 +1984,7 @@ def peak_flops():
 # SHA-256, the config, the data's hash and the clock.
 
 CHECKPOINT_FORMAT = 2  # commit e79511b reads those without a number
+CHECKPOINT_FILES = {"params.safetensors", "opt.safetensors", "manifest.json"}
 
 
 def named(tree):
@@ -1960,12 +1997,26 @@ def as_json(cfg):
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
-def save_checkpoint(run_folder, state, progress, data, cfg):
+def checkpoints_in(run_folder):
+    """The checkpoints of a run, by step."""
+    folders = (run_folder / "ckpt").glob("step-*")
+    ours = [path for path in folders if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(ours, key=lambda path: int(path.name[5:]))
+
+
+def remove_checkpoint(folder):
+    """Delete a checkpoint, but none that holds what save_checkpoint does not write."""
+    is_ours = folder.is_dir() and not folder.is_symlink()
+    if is_ours and {path.name for path in folder.iterdir()} <= CHECKPOINT_FILES:
+        shutil.rmtree(folder)
+
+
+def save_checkpoint(run_folder, state, progress, about, cfg):
     """Write aside, flush, rename: it is there whole or not at all. The last two are kept.
 
-    progress: JSON that the resumed run gets back. data: hash of the shards. Returns the folder,
-    which process 0 writes. Raises OSError where the disk refuses and NonFiniteLoss for weights that
-    are not finite; what was there before stands.
+    progress: JSON that the resumed run gets back. about: {"data": hash of the shards, "meta": their
+    tokenizer}. Returns the folder, which process 0 writes. Raises OSError where the disk refuses
+    and NonFiniteLoss for weights that are not finite; what was there before stands.
     """
     files = {"params.safetensors": named(state.params), "opt.safetensors": named(state.opt_state)}
     arrays = multihost_utils.process_allgather(files, tiled=True)  # whole, on every host
@@ -1987,14 +2038,15 @@ def save_checkpoint(run_folder, state, progress, data, cfg):
         "sha256": hashes,
         "progress": progress,
         "config": as_json(cfg),
-        "data": data,
+        **about,
     }
     (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
     os.sync()  # all of it is on the disk before it bears its name
-    shutil.rmtree(final, ignore_errors=True)
+    remove_checkpoint(final)
     staging.rename(final)
-    for old in sorted(path for path in final.parent.glob("step-*") if path <= final)[:-2]:
-        shutil.rmtree(old)
+    saved = checkpoints_in(run_folder)
+    for old in saved[: saved.index(final) + 1][:-2]:
+        remove_checkpoint(old)
     return final
 
 
@@ -2045,11 +2097,12 @@ def find_checkpoint(cfg, data, like=None):
         return None, {}
     is_auto = cfg.resume == "auto"
     root = Path(cfg.log_dir if is_auto else cfg.resume)
-    folders = sorted(root.glob("*/ckpt/step-*" if is_auto else "ckpt/step-*"), reverse=True)
+    runs = sorted(root.glob("*")) if is_auto else [root]
+    folders = [folder for run in runs for folder in checkpoints_in(run)]
     if not is_auto and root.parent.name == "ckpt":
         folders = [root]
     problem = "nothing is there"
-    for folder in folders:  # the newest first
+    for folder in reversed(folders):  # the newest first
         try:
             manifest = read_manifest(folder, cfg, data)
             if like:
@@ -2171,7 +2224,6 @@ class Log:
 
     def append(self, name, text):
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(text)
 
@@ -2201,7 +2253,7 @@ class Log:
         for fact in facts + notes:
             self.line(fact)
         if self.writes:
-            text = json.dumps({"config": config, "meta": val.meta}, indent=1)
+            text = json.dumps({"config": config, "meta": train.meta}, indent=1)
             (self.folder / "config.json").write_text(text)
 
     def metrics(self, row):
@@ -2290,6 +2342,22 @@ def new_folder(cfg):
     return Path(cfg.log_dir) / f"{started}-{os.urandom(3).hex()}"
 
 
+@contextlib.contextmanager
+def owning(folder):
+    """Hold the lock of a run's folder, which dies with the process. Raises UsageError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{folder}: another process is training this run") from error
+        except OSError:
+            pass  # a disk that hosts share may know no locks
+        yield
+
+
 def is_sealed(folder):
     """Whether a run came to its end."""
     return (folder / "log.txt").read_bytes()[-73:].startswith(b"\nsha256:")
@@ -2332,16 +2400,25 @@ EARLY = ("cpu_devices", "multihost")  # flags that are read before JAX starts
 
 
 def start_devices(cfg):
-    """What must be settled before the first device is asked for: simulated CPUs, other hosts."""
+    """What must be settled before the first device is asked for: simulated CPUs, other hosts.
+
+    Raises UsageError where there is no such host or device.
+    """
     if cfg.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", cfg.cpu_devices)
-    if cfg.multihost == "auto":
-        jax.distributed.initialize()
-    elif cfg.multihost:
-        match = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", cfg.multihost)
-        require(match, f"--multihost={cfg.multihost}: wanted auto, or HOST:PORT,COUNT,INDEX")
-        address, count, index = match.groups()
-        jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=30)
+    host = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", cfg.multihost)
+    wanted = f"--multihost={cfg.multihost}: wanted auto, or HOST:PORT,COUNT,INDEX"
+    require(host or cfg.multihost in ("", "auto"), wanted)
+    try:
+        if host:
+            counts = int(host[2]), int(host[3])
+            jax.distributed.initialize(host[1], *counts, heartbeat_timeout_seconds=30)
+        elif cfg.multihost:
+            jax.distributed.initialize()
+        jax.devices()
+    except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UsageError(f"JAX cannot start: {said}") from error
 
 
 def choose_preset(train_files):
@@ -2362,11 +2439,11 @@ def choose_preset(train_files):
 
 
 def set_up_jax(cfg):
-    """A cache of compiled programs of this user's own, and the precision of float32 matmuls."""
+    """A cache of compiled programs of this user's own, and what numbers are."""
+    jax.config.update("jax_enable_x64", False)
     several_cpu_hosts = jax.process_count() > 1 and jax.default_backend() == "cpu"
     if not several_cpu_hosts and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
-        jax.config.update("jax_compilation_cache_max_size", 4 << 30)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if cfg.compute_dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")  # else operands are rounded
@@ -2435,10 +2512,10 @@ def evaluate(program, params, val_rows, cfg):
     return require_finite(float(nats) / cfg.val_tokens, "the validation loss")
 
 
-def train_loop(state, programs, batches, val_rows, data_hash, log, hook):
+def train_loop(state, programs, batches, val_rows, about, log, hook):
     """Dispatch a step, then wait for the loss of the one before. Returns the last State.
 
-    hook(step) must answer alike on all hosts.
+    about: as of save_checkpoint. hook(step) must answer alike on all hosts.
 
     Raises NonFiniteLoss, and SystemExit of 75 when the hook asks to leave.
     """
@@ -2471,7 +2548,7 @@ def train_loop(state, programs, batches, val_rows, data_hash, log, hook):
         pending = None
         if saves:
             start = time.perf_counter()
-            folder = save_checkpoint(log.folder, state, log.progress(), data_hash, cfg)
+            folder = save_checkpoint(log.folder, state, log.progress(), about, cfg)
             log.line(f"saved: {folder.name} in {time.perf_counter() - start:.1f}s")
         if stopping:
             if log.writes:
@@ -2518,11 +2595,11 @@ def main(argv=None, model=GPT, hook=lambda step: False):
     cfg, why = configure(argv, model.presets)
     print(f"speedrun-jax, preset {cfg.preset}: {why}", flush=True)
     train, val, cfg, data_note = open_data(cfg)
-    data_hash = hash_of(train.sha256, val.sha256)
+    about = {"data": hash_of(train.sha256, val.sha256), "meta": train.meta}
     mesh = make_mesh()
     like = jax.eval_shape(make_init(model, mesh, cfg))
-    checkpoint, manifest = find_checkpoint(cfg, data_hash, like)
-    check_hosts_agree(source, cfg, data_hash, manifest)
+    checkpoint, manifest = find_checkpoint(cfg, about["data"], like)
+    check_hosts_agree(source, cfg, about["data"], manifest)
     folder = checkpoint.parent.parent if checkpoint else new_folder(cfg)
     if manifest.get("step") == cfg.steps and is_sealed(folder):
         print(f"{checkpoint} is that run's last step, nothing is left to train")
@@ -2530,7 +2607,7 @@ def main(argv=None, model=GPT, hook=lambda step: False):
 
     specs = model.specs(cfg)
     log = Log(folder, specs, cfg, manifest)
-    with memory_errors(cfg):
+    with owning(folder) if log.writes else contextlib.nullcontext(), memory_errors(cfg):
         print("compiling, or taking programs from the cache ...", flush=True)
         programs, notes = compile_all(model, mesh, cfg)
         notes = [data_note, f"parameters: {count_params(specs)}", *notes]
@@ -2544,7 +2621,7 @@ def main(argv=None, model=GPT, hook=lambda step: False):
             state = model.first_state(state, cfg)
         val_rows = to_devices(plan_val(val, cfg), cfg.val, mesh, cfg)
         batches = train_batches(train, int(state.step), mesh, cfg)
-        state = train_loop(state, programs, batches, val_rows, data_hash, log, hook)
+        state = train_loop(state, programs, batches, val_rows, about, log, hook)
         log.result()
         if val.meta["tokenizer"] == "bytes" and jax.process_count() == 1:
             show_samples(state.params, model, log)
@@ -2555,6 +2632,8 @@ def main(argv=None, model=GPT, hook=lambda step: False):
 def command(run):
     """Call run() for the shell: for what a user can mend, one sentence and an exit code."""
     code = 0
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a console may not know all characters
     try:
         run()
     except (UsageError, OSError, NonFiniteLoss) as error:
@@ -2567,6 +2646,11 @@ def command(run):
             raise
         code = 134  # as where JAX itself ends a process that lost a host
         print(f"error: a host is gone, or the runtime failed: {error}", file=sys.stderr, flush=True)
+    try:
+        print(end="", flush=True)
+    except OSError:  # nobody reads it any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 2
     if code and jax.distributed.is_initialized():
         os._exit(code)  # the usual way out waits for hosts that wait for this one
     return code

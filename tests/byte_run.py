@@ -25,7 +25,7 @@ def make_run(folder):
     cfg = train.parse_flags([*FLAGS, *make_folder(folder / "data", "bytes")])
     shapes = jax.tree.map(lambda spec: spec.shape, train.param_specs(cfg))
     params = jax.tree.map(jnp.asarray, numpy_gpt.random_weights(cfg, shapes))
-    train.save_checkpoint(folder, train.State(jnp.int32(STEP), params, {}), {}, "", cfg)
+    train.save_checkpoint(folder, train.State(jnp.int32(STEP), params, {}), {}, {"data": ""}, cfg)
     about = {"config": train.as_json(cfg), "meta": BYTES}
     (folder / "config.json").write_text(json.dumps(about))
     return folder
