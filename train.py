@@ -14,6 +14,7 @@
     python cached_fineweb10B.py 8          on a TPU or GPU: fetch FineWeb as GPT-2 tokens, then
     python train.py                        train a GPT-2-class model towards a loss of 3.28
     python train.py --steps=500 @my.args   every number below is a flag; @FILE holds flags
+    --seed=1 --smear=false --bos_id=none --skips=((1,3),) --softcap=      how values are written
 
 The order is: Config and flags; mesh, weights, model; schedules, optimizers; data; the compiled
 steps; checkpoint, clock and log; the run. The TPU kernels stand last: skip them at first.
@@ -159,9 +160,7 @@ class Config:
     softcap: tuple = (11.5, 15.0, 5.0)  # (A, B, C): A * tanh((logit + C) / B); empty: no cap
     attn_scale: float = 0.0707  # multiplies q.k, both of unit rms, in the first stage
     attention: str = "auto"  # band: the TPU kernels; xla: plain; auto: band on a TPU if it can
-    head_block: int = (
-        4096  # tokens whose logits exist at a time; all, where it does not divide them
-    )
+    head_block: int = 4096  # tokens whose logits exist at a time; all, where it is no divisor
     compute_dtype: str = "bfloat16"  # of matmul operands and of gradients between devices
     residual_dtype: str | None = None  # of activations between matmuls; None: compute_dtype
     # Schedule
@@ -285,29 +284,29 @@ MAY_DIFFER = {  # between a run and its resumption; a hash guards the data
 RETIRED = {  # flags of earlier versions or other programs, and what they are here
     "attn_block": "it is chosen by the row's length",
     "batch_size": "it is --stages.batch_tokens",
-    "batch_tokens": "now --stages.batch_tokens",
-    "embed_lr": "now --adam_lr, for embedding, head and gates",
-    "embed_std": "now a constant in param_specs",
+    "batch_tokens": "it is now --stages.batch_tokens",
+    "embed_lr": "it is now --adam_lr, for embedding, head and gates",
+    "embed_std": "it is now a constant in param_specs",
     "fsdp": "it is gone: weights and optimizer state are always split over the devices",
-    "gate_lr": "now --adam_lr, for embedding, head and gates",
-    "head_lr": "now --adam_lr, for embedding, head and gates",
+    "gate_lr": "it is now --adam_lr, for embedding, head and gates",
+    "head_lr": "it is now --adam_lr, for embedding, head and gates",
     "learning_rate": "they are --muon_lr, --adam_lr and --scalar_lr; --stages.lr multiplies all",
     "lr": "they are --muon_lr, --adam_lr and --scalar_lr; --stages.lr multiplies all",
-    "max_doc_len": "now --stages.doc_len",
-    "mtp": "now --stages.ahead",
-    "muon_beta2": "now a constant in equalize_units",
-    "ns_steps": "now the rows of POLAR_EXPRESS",
-    "profile": "now python -m scripts.trace_run",
-    "rope_base": "now a constant in rotary",
-    "seq_len": "now --stages.seq_len",
-    "stage_ends": "now --stages.end",
-    "stage_lr": "now --stages.lr",
-    "tied_stages": "now --stages.tied",
-    "val_seq_len": "now --val.seq_len",
-    "val_window_long": "now --val.long",
-    "val_window_short": "now --val.short",
-    "window_long": "now --stages.long",
-    "window_short": "now --stages.short",
+    "max_doc_len": "it is now --stages.doc_len",
+    "mtp": "it is now --stages.ahead",
+    "muon_beta2": "it is now a constant in equalize_units",
+    "ns_steps": "it is now the rows of POLAR_EXPRESS",
+    "profile": "it is now python -m scripts.trace_run",
+    "rope_base": "it is now a constant in rotary",
+    "seq_len": "it is now --stages.seq_len",
+    "stage_ends": "it is now --stages.end",
+    "stage_lr": "it is now --stages.lr",
+    "tied_stages": "it is now --stages.tied",
+    "val_seq_len": "it is now --val.seq_len",
+    "val_window_long": "it is now --val.long",
+    "val_window_short": "it is now --val.short",
+    "window_long": "it is now --stages.long",
+    "window_short": "it is now --stages.short",
 }
 
 
@@ -331,7 +330,7 @@ def flag_names(config):
     return names + ["val.seq_len", "val.short", "val.long"]
 
 
-def read_flags(argv):
+def read_flags(argv, files=()):
     """{flag: text} of a command line. @FILE stands for the flags in it, # begins a comment there.
 
     Of a flag that is given twice the last one counts. Raises UsageError for a file that cannot be
@@ -340,11 +339,12 @@ def read_flags(argv):
     texts = {}
     for word in argv:
         if word.startswith("@"):
+            require(word not in files, f"{word}: wanted a file of flags that does not name itself")
             try:
                 words = shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
             except (OSError, ValueError) as error:
                 raise UsageError(f"{word}: wanted a file of flags ({error})") from error
-            texts |= read_flags(words)
+            texts |= read_flags(words, (*files, word))
             continue
         match = re.fullmatch("--([^=]+)=(.*)", word)
         require(match, f"{word}: wanted --FLAG=VALUE, see --help")
@@ -381,6 +381,8 @@ def set_flag(row, flag, text):
     if name == "stages":
         texts = re.split(r",(?![^(]*\))", text)  # at commas outside of parentheses
         count = len(texts) if column == "end" else len(value)
+        wanted = f"wanted one value or {count}, as many as --stages.end has"
+        require(len(texts) in (1, count), f"--{flag}={text}: {wanted}")
         rows = (value + value[-1:] * count)[:count]
         texts = texts * count if len(texts) == 1 else texts
         value = tuple(set_flag(*cell) for cell in zip(rows, [column] * count, texts, strict=True))
@@ -437,13 +439,17 @@ def rules(cfg):
         for name, value in vars(row).items():
             if isinstance(value, (int, float)):
                 least = int(name in AT_LEAST_1)
-                yield table + name, least <= value < 1 << 31, f"{least} or more"
+                yield table + name, least <= value < 1 << 31, f"{least} or more, below 2^31"
     yield "head_dim", cfg.head_dim % 4 == 0, "a multiple of 4, for half-RoPE"
-    yield "num_kv_heads", cfg.num_heads % cfg.kv_heads == 0, "a divisor of num_heads"
+    yield "num_kv_heads", cfg.num_heads % cfg.kv_heads == 0, f"a divisor of {cfg.num_heads}"
+    yield "gate_dims", cfg.gate_dims <= cfg.model_dim, f"at most {cfg.model_dim}, the model's width"
+    bounded = cfg.attn_scale * cfg.head_dim < 60  # softmax_average takes no maximum
+    yield "attn_scale", bounded, f"less than 60 / head_dim, here {60 / cfg.head_dim:.3g}"
     for flag, sizes in (("softcap", (0, 3)), ("muon_momentum", (4,))):
         values = getattr(cfg, flag)
         numbers = len(values) in sizes and {type(x) for x in values} <= {int, float}
         yield flag, numbers, f"{' or '.join(map(str, sizes))} numbers"
+    yield "softcap", min(cfg.softcap[:2], default=1) > 0, "A and B above 0"
     yield from layer_rules(cfg)
     yield from schedule_rules(cfg)
 
@@ -455,7 +461,8 @@ def layer_rules(cfg):
         yield flag, set(getattr(cfg, flag)) <= set(blocks), f"blocks below {cfg.num_layers}"
     for flag in ("skips", "late_inputs"):
         ordered = set(getattr(cfg, flag)) <= set(itertools.combinations(blocks, 2))
-        yield flag, ordered, "pairs of an earlier and a later block, such as ((3, 6),)"
+        wanted = f"pairs of an earlier and a later block below {cfg.num_layers}, such as ((0, 1),)"
+        yield flag, ordered, wanted
     readers = {reader for _, reader in cfg.late_inputs} - set(cfg.mlp_only)
     yield "late_inputs", len(readers) == len(cfg.late_inputs), "each reader once, with attention"
     yield "mlp_only", len(cfg.mlp_only) < cfg.num_layers, "a block with attention left"
@@ -471,6 +478,8 @@ def schedule_rules(cfg):
         yield "stages.seq_len", longest % stage.seq_len == 0, "divisors of the longest"
         whole = stage.batch_tokens > 0 and stage.batch_tokens % stage.seq_len == 0
         yield "stages.batch_tokens", whole, "whole rows of stages.seq_len"
+        numbers = {type(share) for share in stage.ahead} <= {int, float}
+        yield "stages.ahead", numbers, "numbers, such as (0.5,),()"
     is_packed = {stage.doc_len > 0 for stage in cfg.stages}
     yield "stages.doc_len", len(is_packed) == 1, "0 in all stages or in none"
     yield "val_context", cfg.val_context < cfg.val.seq_len, "less than val.seq_len"
@@ -542,7 +551,7 @@ class Spec:
     axes: str  # a word per array axis, "L D F"; HK is two axes merged
     split: str  # the axis divided over the devices, and Muon's units; "": each has a copy
     init: Callable  # (key, shape) -> float32 array
-    group: str  # its row in optimizer_rules
+    group: str  # its row in optimizer_rules; those of SCALAR_GROUPS stay float32
     shape: tuple[int, ...] = ()  # with_shapes fills it in
 
 
@@ -569,7 +578,7 @@ def axis_sizes(cfg):
     """{axis: size} of the words in Spec.axes."""
     return {
         "L": cfg.num_layers,
-        "I": cfg.num_layers - len(cfg.mlp_only),
+        "I": cfg.num_layers - len(set(cfg.mlp_only)),
         "J": len(cfg.skips),
         "D": cfg.model_dim,
         "F": cfg.mlp_dim,
@@ -720,9 +729,9 @@ def rotary(num_positions, stage, cfg):
     """
     rate_K4 = 1024.0 ** -np.linspace(0, 1, cfg.head_dim // 4)
     scale = cfg.attn_scale
-    rows = cfg.stages[: cfg.stages.index(stage) + 1] if stage in cfg.stages else cfg.stages
+    stages = cfg.stages[: cfg.stages.index(stage) + 1] if stage in cfg.stages else cfg.stages
     layers = range(cfg.num_layers)
-    longest = [max(window_of(i, row, cfg) for i in layers) for row in rows]
+    longest = [max(window_of(i, each, cfg) for i in layers) for each in stages]
     for old, new in itertools.pairwise(itertools.accumulate(longest, max)):
         keep = np.clip((old * rate_K4 / (2 * np.pi) - 1) / 31, 0, 1)
         rate_K4 = rate_K4 * (keep + (1 - keep) * old / new)
@@ -742,8 +751,8 @@ def rotate(x_BTHK, cos_TK, sin_TK):
 def softmax_average(q_BGRTK, k_BGSK, v_BGSK, visible_BTS):
     """softmax(q k) v over the visible keys, [B, G, R, T, K]. R query heads share a key head.
 
-    The scores of normed queries and keys are bounded, so exp needs no maximum. (The gradient of
-    jax.nn.dot_product_attention would multiply float32.)
+    Scores are at most attn_scale * head_dim, which is small, so exp needs no maximum. (The gradient
+    of jax.nn.dot_product_attention would multiply float32.)
     """
     score_BGRTS = matmul("BGRTK,BGSK->BGRTS", q_BGRTK, k_BGSK, f32)
     exp_BGRTS = jnp.where(visible_BTS[:, None, None], jnp.exp(score_BGRTS), 0)
@@ -763,11 +772,11 @@ def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     q [B, T, HK], k and v [B, T, GK] are raw projections; table is rotary's. Rows go by blocks of at
     most 512 queries, each against the keys that its window can reach.
     """
-    *table, scale = table
+    cos_TK, sin_TK, scale = table
     heads = "B T (H K) -> B T H K"
     q_BTHK, k_BTGK, v_BTGK = (rearrange(z, heads, K=cfg.head_dim) for z in (q_BTN, k_BTN, v_BTN))
-    q_BTHK = rotate(rms_norm(q_BTHK), *table) * scale
-    k_BTGK = rotate(rms_norm(k_BTGK), *table)
+    q_BTHK = rotate(rms_norm(q_BTHK), cos_TK, sin_TK) * scale
+    k_BTGK = rotate(rms_norm(k_BTGK), cos_TK, sin_TK)
     q_BTHK, k_BTGK, v_BTGK = (z.astype(cfg.compute_dtype) for z in (q_BTHK, k_BTGK, v_BTGK))
     q_BGRTK = rearrange(q_BTHK, "B T (G R) K -> B G R T K", G=cfg.kv_heads)
     k_BGSK, v_BGSK = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
@@ -792,10 +801,10 @@ def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
 
     For rows of a multiple of 256 tokens.
     """
-    *table, scale = table
+    cos_TK, sin_TK, scale = table
     length = q_BTN.shape[1]
     band = Band(length, window, math.gcd(length, 1024), scale, cfg.num_heads)
-    inputs = (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, *table))
+    inputs = (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, cos_TK, sin_TK))
     return banded((first_BT[:, None, None], gate_BTH.mT[:, :, None], *inputs), band)
 
 
@@ -1014,7 +1023,7 @@ def gpt_loss(weights, batch, key, stage, cfg):
     x_BTD = x_BTD.astype(weights["head"].dtype)
     shares = [1.0, *ahead_weights(batch["step"], stage, cfg)]
     nats = total_BT = 0.0
-    for k, share in enumerate(shares):  # the (k + 1)-th next token is k places further left
+    for k, share in enumerate(shares):  # rolled left by k, position t holds the token at t + 1 + k
         weight_BT = jnp.pad(batch["weights"][:, k:], ((0, 0), (0, k))) * (share / sum(shares))
         label_BTD = jnp.roll(batch["labels"], -k, axis=1)
         logit_BT = jnp.sum(x_BTD.astype(f32) * label_BTD.astype(f32), axis=-1)
@@ -1092,10 +1101,10 @@ def ahead_weights(step, stage, cfg):
 
 # ---- Optimizers ----------------------------------------------------------------------------------
 # A rule says how a group of weights is updated. Its `slots` names the optimizer state of a weight,
-# its `direction` turns a gradient into a step of about unit size. Another optimizer is another
-# class with lr, wd, cautious and these two, and a row in optimizer_rules. Cautious decay
-# (arXiv:2510.12402, records 43 and 50; gain of decay 0.004, of caution -0.004) shrinks a weight
-# only where the step does so too.
+# its `direction` turns a gradient into a step, without the learning rate. Another optimizer is
+# another class with lr, wd, cautious and these two, and a row in optimizer_rules. In a tied stage
+# the embedding is the head, and the head's rule moves it. Cautious decay (arXiv:2510.12402, records
+# 43 and 50; gain of decay 0.004, of caution -0.004) shrinks a weight only where the step does too.
 
 
 def average(decay, mean, new):
@@ -1271,8 +1280,10 @@ def move(p, direction, rule, spec, scale):
     if isinstance(rule, Muon):
         shorter, longer = sorted(spec.shape[-2:])
         stretch = (longer / shorter) ** 0.5
-    decay_scale = lr * (direction * p > 0) if rule.cautious else 1.0
-    return p - lr * stretch * (direction + rule.wd * p * decay_scale)
+    decay = rule.wd * p
+    if rule.cautious:
+        decay *= lr * (direction * p > 0)
+    return p - lr * stretch * (direction + decay)
 
 
 def update(state, grads, stage, specs, rules, num_devices, cfg):
@@ -1600,7 +1611,8 @@ def complete_config(train, cfg):
     missing = [name for name in ("vocab_size", "bos_id") if getattr(cfg, name) is None]
     cfg = replace(cfg, **{name: train.meta[name] for name in missing})
     fits = 0 <= cfg.bos_id < cfg.vocab_size <= 65536
-    require(fits, f"wanted --bos_id={cfg.bos_id} < --vocab_size={cfg.vocab_size} <= 65536")
+    wanted = f"wanted at most 65536, and more than --bos_id={cfg.bos_id}"
+    require(fits, f"--vocab_size={cfg.vocab_size}: {wanted}")
     return cfg
 
 
@@ -1635,12 +1647,13 @@ def open_data(cfg):
     cfg = complete_config(train, cfg)
     check_tokens(train, val, cfg)
     reads = [read for _, read in plan(train, cfg)]
+    trained = tokens_before(cfg.steps, cfg)
+    epochs = math.ceil(cfg.max_epochs * trained / max(1, tokens_before(len(reads), cfg)))
     require(
         len(reads) == cfg.steps,
         f"--steps={cfg.steps}: the shards yield {len(reads)} steps. Fetch more shards, or read "
-        f"them again with --max_epochs={cfg.max_epochs + 1}",
+        f"them more often with --max_epochs={max(epochs, cfg.max_epochs + 1)}",
     )
-    trained = tokens_before(cfg.steps, cfg)
     cut = f"{1 - trained / reads[-1]:.1%} cut off"
     return train, val, cfg, f"data: {reads[-1]} tokens read for {trained} trained on, {cut}"
 
@@ -1771,7 +1784,7 @@ def sum_rows(ids_N, g_ND, num_rows):
     earlier_MN = jnp.tril(jnp.ones((size, size), g_ND.dtype), -1)
     inside_CND = product("MN,CND->CMD", earlier_MN, rows_CND)  # of the block so far
     block_CD = jnp.sum(rows_CND.astype(f32), axis=1)
-    before_CD = jnp.cumsum(block_CD, axis=0) - block_CD  # of all earlier blocks
+    sums_CD = jnp.cumsum(block_CD, axis=0) - block_CD  # of all earlier blocks
     ends_V = jnp.searchsorted(ids_N[order_N], jnp.arange(num_rows), side="right", method="sort")
 
     def added(at_VD):
@@ -1779,7 +1792,7 @@ def sum_rows(ids_N, g_ND, num_rows):
 
     inside_ND = rearrange(inside_CND, "C N D -> (C N) D")
     # in two parts: one long running sum would lose digits
-    return added(inside_ND[ends_V]) + added(before_CD[ends_V // size])
+    return added(inside_ND[ends_V]) + added(sums_CD[ends_V // size])
 
 
 def tie(tree, stage):
@@ -1835,6 +1848,7 @@ def make_train_step(stage, model, mesh, cfg):
         nats, weight, grads = accumulate(weights, batch, key, state.step, stage, model, cfg)
         nats, weight = lax.psum((nats, weight), "data")
         grads = reduce_grads(restack(grads), specs, mesh.size, cfg)
+        weight = jnp.maximum(weight, 1e-9)  # the warm-up has no targets
         grads = tree_map(lambda g: g / weight, grads)
         new = model.update(state, grads, stage, specs, rules, mesh.size, cfg)
         params, opt_state = (tie(tree, stage) for tree in new)
@@ -2105,14 +2119,15 @@ def find_checkpoint(cfg, data, like=None):
     for folder in reversed(folders):  # the newest first
         try:
             manifest = read_manifest(folder, cfg, data)
-            if like:
+            if like is not None:
                 check_tensors(folder / "params.safetensors", like.params)
                 check_tensors(folder / "opt.safetensors", like.opt_state)
             return folder.resolve(), manifest
         except UsageError as error:
             problem = error
-            print(f"--resume={cfg.resume}: passing over {error}")
-    require(is_auto, f"--resume={cfg.resume}: no checkpoint to go on from: {problem}")
+            if is_auto:
+                print(f"--resume=auto: passing over {error}")
+    require(is_auto, f"--resume={cfg.resume}: {problem}")
     print(f"--resume=auto: nothing of this config in {cfg.log_dir}/, so it starts at step 0")
     return None, {}
 
@@ -2360,7 +2375,7 @@ def owning(folder):
 
 def is_sealed(folder):
     """Whether a run came to its end."""
-    return (folder / "log.txt").read_bytes()[-73:].startswith(b"\nsha256:")
+    return (folder / "log.txt").read_bytes().splitlines()[-1].startswith(b"sha256:")
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -2435,12 +2450,21 @@ def choose_preset(train_files):
     kind = f"JAX sees {jax.device_count()} x {jax.devices()[0].device_kind}"
     required = f"{kind}, but no shards match {train_files}: {real}; or --preset=demo"
     require(not train_files or find_shards(train_files), required)
-    return "speedrun", f"{kind}, and there are shards"
+    return "speedrun", kind
+
+
+JAX_SETTINGS = {  # which the environment may have set otherwise
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_transfer_guard": "allow",
+}
 
 
 def set_up_jax(cfg):
-    """A cache of compiled programs of this user's own, and what numbers are."""
-    jax.config.update("jax_enable_x64", False)
+    """A cache of compiled programs of this user's own, and what numbers are. Raises UsageError."""
+    require(not jax.config.jax_disable_jit, "JAX_DISABLE_JIT is set, but every step is compiled")
+    for name, value in JAX_SETTINGS.items():
+        jax.config.update(name, value)
     several_cpu_hosts = jax.process_count() > 1 and jax.default_backend() == "cpu"
     if not several_cpu_hosts and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
@@ -2479,9 +2503,9 @@ def check_hosts_agree(source, cfg, data_hash, manifest):
 
 
 def warm_up(programs, mesh, cfg):
-    """Run each training program once, so that the first step finds it loaded.
+    """Run each training program once, on empty rows, so that the first step finds it loaded.
 
-    The state is thrown away: on empty rows its loss is 0 / 0.
+    The state is thrown away.
     """
     state = programs["init"]()
     for i, stage in enumerate(cfg.stages):
@@ -2632,8 +2656,9 @@ def main(argv=None, model=GPT, hook=lambda step: False):
 def command(run):
     """Call run() for the shell: for what a user can mend, one sentence and an exit code."""
     code = 0
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a console may not know all characters
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console may not know all characters
+            stream.reconfigure(errors="backslashreplace")
     try:
         run()
     except (UsageError, OSError, NonFiniteLoss) as error:
@@ -2686,7 +2711,7 @@ class Band(NamedTuple):
     """The shape of the work. Hashable: it picks the compiled kernel."""
 
     length: int  # tokens of a row
-    window: int  # tokens a query looks back, at most length
+    window: int  # tokens a query looks back
     block: int  # queries of a grid step
     scale: float  # of q.k
     num_heads: int

@@ -10,7 +10,6 @@ import safetensors.numpy
 from shards import make_folder
 
 import train
-from scripts.text import BYTES
 
 STEP = 7
 FLAGS = """--preset=demo --num_layers=1 --model_dim=32 --num_heads=2 --head_dim=16 --mlp_dim=64
@@ -26,7 +25,7 @@ def make_run(folder):
     shapes = jax.tree.map(lambda spec: spec.shape, train.param_specs(cfg))
     params = jax.tree.map(jnp.asarray, numpy_gpt.random_weights(cfg, shapes))
     train.save_checkpoint(folder, train.State(jnp.int32(STEP), params, {}), {}, {"data": ""}, cfg)
-    about = {"config": train.as_json(cfg), "meta": BYTES}
+    about = {"config": train.as_json(cfg), "meta": train.BYTES_META}
     (folder / "config.json").write_text(json.dumps(about))
     return folder
 

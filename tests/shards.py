@@ -29,8 +29,8 @@ def documents(seed, num_docs, shortest=20, longest=120):
     return np.concatenate(docs)
 
 
-def meta_json(tokenizer="test", vocab_size=257, bos_id=BOS):
-    return json.dumps({"tokenizer": tokenizer, "vocab_size": vocab_size, "bos_id": bos_id})
+def meta_json(tokenizer="test", vocab_size=257, bos_id=BOS, **more):
+    return json.dumps({"tokenizer": tokenizer, "vocab_size": vocab_size, "bos_id": bos_id} | more)
 
 
 TRAIN, VAL = (documents(1, 90), documents(2, 70)), documents(3, 40)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 from packaging.requirements import Requirement
-from shards import TINY
+from shards import TINY, make_folder
 
 import cached_fineweb10B
 import train
@@ -259,6 +260,63 @@ runpy.run_path(train.__file__, run_name="__main__")  # as python train.py --stpe
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "--stpes" in line and list(home.iterdir()) == []
+
+
+SMALL = """--preset=demo --steps=3 --num_layers=1 --model_dim=16 --num_heads=1 --head_dim=16
+ --mlp_dim=16 --skips= --backout= --offset_layers=0 --stages.end=1 --stages.batch_tokens=64
+ --stages.seq_len=32 --stages.lr=1 --val.seq_len=32 --val_context=0 --val_tokens=64
+ --micro_tokens=64 --log_every=1""".split()
+
+
+def python_train(folder, *flags, **env):
+    """(exit code, lines of stderr, the metrics' losses) of python train.py with a small model."""
+    logs = folder / "lögs [1]"
+    env = {"XDG_CACHE_HOME": str(folder), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | env
+    command = [sys.executable, "train.py", *SMALL, *make_folder(folder / "data"), *flags]
+    done = subprocess.run(
+        [*command, f"--log_dir={logs}"], cwd=REPO, env=os.environ | env, capture_output=True
+    )
+    rows = [path.read_text().splitlines() for path in logs.glob("*/metrics.jsonl")]
+    losses = [json.loads(row).get("train_loss") for row in (rows or [[]])[-1]]
+    return done.returncode, done.stderr.decode().splitlines(), losses
+
+
+@pytest.mark.system
+def test_whatever_the_environment_says_the_losses_are_the_same(tmp_path):
+    code, said, losses = python_train(tmp_path / "plain")
+    assert (code, said, len(losses)) == (0, [], 4)
+    odd = {"JAX_ENABLE_X64": "1", "JAX_DEBUG_NANS": "1", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    odd |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_TRANSFER_GUARD": "disallow"}
+    odd |= {"PYTHONIOENCODING": "ascii", "JAX_CHECK_TRACER_LEAKS": "1"}
+    assert python_train(tmp_path / "odd", **odd) == (0, [], losses)
+
+
+def test_an_environment_that_cannot_train_is_one_sentence(tmp_path, monkeypatch):
+    for env, part in ({"JAX_PLATFORMS": "abacus"}, "abacus"), ({"JAX_DISABLE_JIT": "1"}, "JIT"):
+        code, (line,), losses = python_train(tmp_path / part, **env)
+        assert code == 2 and line.startswith("error: ") and part in line and losses == []
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    for known in (OSError("read-only"), RuntimeError("no home")):
+        monkeypatch.setattr(Path, "mkdir" if type(known) is OSError else "home", raises(known))
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with pytest.raises(UsageError, match="XDG_CACHE_HOME"):
+            train.cache_dir()
+
+
+def raises(error):
+    def function(*_, **__):
+        raise error
+
+    return function
+
+
+def test_a_pipe_that_nobody_reads_ends_it_with_one_sentence(tmp_path):
+    command = [sys.executable, "train.py", "--help"]
+    with subprocess.Popen(command, cwd=REPO, stdout=-1, stderr=-1, text=True) as process:
+        process.stdout.close()
+        assert len(process.stderr.read().splitlines()) <= 1
+    assert process.returncode == 2
 
 
 # ---- The file itself ----

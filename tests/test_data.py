@@ -63,7 +63,9 @@ def test_shards_are_read_in_the_order_of_their_names_and_without_a_meta_json_are
     assert [int(tokens[0]) for tokens in shards.tokens] == [0, 1, 2, 10]
     assert [path.name for path in shards.paths] == [f"train_{i:06d}.bin" for i in (0, 1, 2, 10)]
     assert list(shards.sha256) == [hashlib.sha256(blobs[i]).hexdigest() for i in (0, 1, 2, 10)]
-    assert shards.meta == {"tokenizer": "gpt2", "vocab_size": 50257, "bos_id": 50256}
+    *meta, digest = shards.meta.values()
+    # of encoder.json and vocab.bpe, one after the other, as OpenAI published them
+    assert meta == ["gpt2", 50257, 50256] and digest.startswith("00f404d36600411e497efb3df08d3b4e")
 
 
 GOOD = documents(2, 70)
@@ -143,6 +145,43 @@ def test_validation_shards_must_be_of_the_same_tokenizer_and_hold_all_targets_an
         assert part in message
 
 
+def test_tokenizers_are_told_apart_by_their_hash_and_without_one_by_their_sizes(
+    tmp_path, error_of, capsys
+):
+    train_flag, val_flag = make_folder(tmp_path / "train")[0], make_folder(tmp_path / "val")[1]
+    flags = [TINY, "--steps=2", train_flag, val_flag]
+    metas = [tmp_path / "train/meta.json", tmp_path / "val/meta.json"]
+    for ours, theirs in (("a" * 64, "a" * 64), ("a" * 64, ""), ("", "")):
+        for meta, digest in zip(metas, (ours, theirs), strict=True):
+            meta.write_text(meta_json(tokenizer_sha256=digest) if digest else meta_json())
+        train.open_data(train.parse_flags(flags))
+        assert ("warning" in capsys.readouterr().out) == (theirs == ""), theirs
+    metas[0].write_text(meta_json(tokenizer_sha256="a" * 64))
+    metas[1].write_text(meta_json(tokenizer_sha256="b" * 64))
+    message = error_of(*flags)
+    assert all(part in message for part in ("val_000000.bin", "a" * 64, "b" * 64))
+    metas[1].write_text(meta_json(vocab_size=258))  # no hash, but another size
+    assert "258" in error_of(*flags)
+
+
+def test_no_shard_is_trained_on_twice_or_scored_too_whatever_it_is_called(tmp_path, error_of):
+    flags = make_folder(tmp_path)
+    message = error_of(f"--train_files={tmp_path}/*.bin", flags[1])
+    assert "val_000000.bin" in message
+    (tmp_path / "train_000009.bin").symlink_to(tmp_path / "train_000001.bin")
+    message = error_of(*flags)
+    assert "train_000009.bin" in message and "train_000001.bin" in message
+
+
+def test_a_folder_may_be_called_anything(tmp_path):
+    for i, name in enumerate(("a[1]", "a1", "*", "b ?'\"", "ü/[x]")):
+        make_folder(tmp_path / name, val=documents(i, 40))
+    for i, name in enumerate(("a[1]", "a1", "*", "b ?'\"", "ü/[x]")):
+        shards = train.open_shards(f"{tmp_path / name}/val_*.bin")
+        assert shards.paths == [tmp_path / name / "val_000000.bin"]
+        np.testing.assert_array_equal(shards.tokens[0], documents(i, 40))
+
+
 def test_vocabulary_and_bos_come_from_meta_json_unless_a_flag_gives_them(tmp_path, error_of):
     flags = [TINY, "--steps=2", *make_folder(tmp_path / "data")]
     (tmp_path / "data" / "meta.json").write_text(meta_json(vocab_size=300, bos_id=7))
@@ -150,6 +189,10 @@ def test_vocabulary_and_bos_come_from_meta_json_unless_a_flag_gives_them(tmp_pat
         cfg = train.open_data(train.parse_flags([*flags, *more]))[2]
         assert (cfg.vocab_size, cfg.bos_id) == wanted
     assert "--bos_id=300" in error_of(*flags, "--bos_id=300")
+    few = error_of(*flags, "--steps=9999")  # the epochs that it names are enough
+    assert len(
+        train.open_data(train.parse_flags([*flags, "--steps=9999", f"--{few.split('--')[-1]}"]))
+    )
 
 
 # ---- The plain stream ----
@@ -443,7 +486,8 @@ def test_the_embedded_corpus_follows_its_written_rule_and_is_written_again_where
         for tokens, pattern in zip(wanted.values(), train.embedded_corpus(), strict=True):
             shards = train.open_shards(pattern)
             assert len(shards.tokens) == 1 and shards.tokens[0].tolist() == tokens
-            assert shards.meta == {"tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}
+            nothing = hashlib.sha256(b"").hexdigest()
+            assert list(shards.meta.values()) == ["bytes", 257, 256, nothing]
             blob = shards.paths[0].read_bytes()
             shards.paths[0].write_bytes(blob[:2000] + b"\x01" + blob[2001:])
     assert stat.S_IMODE(train.cache_dir().stat().st_mode) == 0o700  # the user's alone

@@ -10,6 +10,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -82,6 +84,11 @@ def run(whole, tmp_path):
     return run, cfg, manifest["data"]
 
 
+def state_like(cfg):
+    """The shapes of the run's State, placed on a device."""
+    return jax.eval_shape(train.make_init(MODEL, train.make_mesh(jax.devices()[:1]), cfg))
+
+
 def steps_of(run):
     """Of the checkpoints; fails for what is half written."""
     return sorted(int(path.name[5:]) for path in (run / "ckpt").iterdir())
@@ -151,6 +158,76 @@ def test_where_none_is_whole_or_all_are_older_auto_starts_at_0_and_a_named_run_e
     assert auto.code == 0 and len(auto.runs) == 2 and "step 0" in auto.out
 
 
+# ---- What is not ours, and who owns a run ----
+
+
+def everything_in(folder):
+    """{path: bytes, or where a link leads}, hidden files too."""
+    found = {}
+    for root, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = Path(root, name)
+            if path.is_symlink():
+                found[path] = os.readlink(path)
+            elif path.is_file():
+                found[path] = path.read_bytes()
+    return found
+
+
+def test_what_a_user_puts_beside_or_into_checkpoints_stays(run, tmp_path, data):
+    folder, cfg, _ = run
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/params.safetensors").write_text("mine")
+    before = folder / BEFORE
+    shutil.copytree(before, folder / "ckpt/step-000001")
+    for name in ("step-00001", "step-000001.bak", "step-000002 copy", "step-best", ".writing.old"):
+        shutil.copytree(before, folder / "ckpt" / name)
+    (folder / "ckpt/step-000003").symlink_to(tmp_path / "mine")
+    (folder / "ckpt/step-000002").write_text("a file")
+    (before / "notes.2026.txt").write_text("the best one")
+    (folder.parent / "step-000001").mkdir()
+    (folder.parent / "step-000001/manifest.json").write_text("{}")
+    mine = everything_in(tmp_path)
+    for path in list(mine):
+        if path.parent == folder / "ckpt/step-000001" or path.parent == folder:
+            del mine[path]  # a checkpoint of ours that is too old, and the log
+    state = train.load_checkpoint(folder / LAST, STEPS, state_like(cfg))
+    train.save_checkpoint(folder, state._replace(step=np.int32(STEPS + 1)), {}, {"data": ""}, cfg)
+    found = everything_in(tmp_path)
+    assert {path: found.get(path) for path in mine} == mine
+    assert not (folder / "ckpt/step-000001").exists()
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(run):
+    folder, cfg, data = run
+    for name in ("step-999999", "step-1000000", "step-0000001.bak"):
+        shutil.copytree(folder / LAST, folder / "ckpt" / name)
+    assert train.find_checkpoint(cfg, data)[0] == folder / "ckpt/step-1000000"
+
+
+def test_a_run_has_one_owner_and_is_free_again_when_that_is_gone(run, data):
+    folder, *_ = run
+    shutil.rmtree(folder / LAST)
+    before = everything_in(folder)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, folder], stdout=subprocess.PIPE, cwd=train.ROOT, text=True
+    )
+    assert owner.stdout.readline() == "has it\n"
+    end = end_of(folder.parent, *data, "--resume=auto")
+    assert end.code == 2 and str(folder) in end.error and everything_in(folder) == before
+    owner.kill()
+    owner.wait()
+    assert end_of(folder.parent, *data, "--resume=auto").code == 0
+
+
+OWNER = """
+import sys, time, pathlib, train
+with train.owning(pathlib.Path(sys.argv[1])):
+    print("has it", flush=True)
+    time.sleep(600)
+"""
+
+
 # ---- Which checkpoint ----
 
 
@@ -177,7 +254,7 @@ def test_a_run_on_other_shards_is_not_gone_on_with(run, tmp_path):
     assert end_of(folder.parent, *flags).code == 0
     make_folder(tmp_path / "moved", train=(documents(1, 90), documents(4, 70)))
     end = end_of(folder.parent, *flags)
-    assert (end.code, end.runs) == (2, [folder]) and "other shards" in end.out
+    assert (end.code, end.runs) == (2, [folder]) and "other shards" in end.error
 
 
 def test_resume_takes_a_run_or_one_of_its_checkpoints_and_auto_the_newest_run_of_the_config(

@@ -151,7 +151,12 @@ def test_the_log_starts_with_the_source_and_all_that_repeating_the_run_takes(fin
     assert config == json.loads(json.dumps(dataclasses.asdict(finished.cfg)))
     assert json.loads((finished.folder / "config.json").read_text()) == {
         "config": config,
-        "meta": {"tokenizer": "bytes", "vocab_size": 257, "bos_id": BOS},
+        "meta": {
+            "tokenizer": "bytes",
+            "vocab_size": 257,
+            "bos_id": BOS,
+            "tokenizer_sha256": "",
+        },
     }
     assert (config["vocab_size"], config["bos_id"], config["preset"]) == (257, BOS, "demo")
     assert shlex.split(lines["argv"]) == FLAGS + finished.data
