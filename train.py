@@ -2457,6 +2457,8 @@ JAX_SETTINGS = {  # which the environment may have set otherwise
     "jax_enable_x64": False,
     "jax_numpy_dtype_promotion": "standard",
     "jax_transfer_guard": "allow",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
 }
 
 

@@ -288,6 +288,7 @@ def test_whatever_the_environment_says_the_losses_are_the_same(tmp_path):
     odd = {"JAX_ENABLE_X64": "1", "JAX_DEBUG_NANS": "1", "JAX_NUMPY_RANK_PROMOTION": "raise"}
     odd |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_TRANSFER_GUARD": "disallow"}
     odd |= {"PYTHONIOENCODING": "ascii", "JAX_CHECK_TRACER_LEAKS": "1"}
+    odd |= {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0"}
     assert python_train(tmp_path / "odd", **odd) == (0, [], losses)
 
 
