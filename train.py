@@ -1328,7 +1328,7 @@ class Shards(NamedTuple):
 
 def write_file(path, blob):
     """Write bytes under another name, then rename: the file is there whole or not at all."""
-    staging = path.with_suffix(f".{os.getpid()}")
+    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
     staging.write_bytes(blob)
     staging.replace(path)
 
