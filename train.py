@@ -2239,6 +2239,7 @@ class Log:
 
     def append(self, name, text):
         if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(text)
 

@@ -312,9 +312,12 @@ def raises(error):
     return function
 
 
-def test_a_pipe_that_nobody_reads_ends_it_with_one_sentence(tmp_path):
-    command = [sys.executable, "train.py", "--help"]
-    with subprocess.Popen(command, cwd=REPO, stdout=-1, stderr=-1, text=True) as process:
+@pytest.mark.parametrize("words", [1, 99_999])  # they stay in a buffer, or they do not
+def test_a_pipe_that_nobody_reads_ends_it_with_one_sentence(words):
+    program = f"import sys, train; sys.exit(train.command(lambda: print('word ' * {words})))"
+    command = [sys.executable, "-c", program]
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, cwd=REPO, env=env, stdout=-1, stderr=-1, text=True) as process:
         process.stdout.close()
         assert len(process.stderr.read().splitlines()) <= 1
     assert process.returncode == 2
