@@ -3,8 +3,9 @@
     python -m scripts.prepare SOURCE ... --out=DIR
     python -m scripts.prepare SOURCE ... --report=gpt2,bpe:4096,bytes    what is a token worth?
 
-A SOURCE is a file, a folder, a glob in quotes, a URL, or OWNER/NAME of a dataset of the Hugging
-Face Hub, for instance tiny Shakespeare as nanoGPT cuts it, and OpenWebText:
+A SOURCE is a file, a folder, a pattern in quotes (the last part of a path only), a URL, or
+OWNER/NAME of a dataset of the Hugging Face Hub, for instance tiny Shakespeare as nanoGPT cuts it,
+and OpenWebText:
 
     T=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
     python -m scripts.prepare $T --out=shakespeare_char --tokenizer=chars --val_tail=0.1
@@ -12,67 +13,73 @@ Face Hub, for instance tiny Shakespeare as nanoGPT cuts it, and OpenWebText:
 
 .txt is one document, or several with --separator between them; .jsonl and .parquet hold one in the
 field --field of each line or row; .txt.gz and .jsonl.gz are read as they are. Of a dataset all
-Parquet files are read whose path has --files.
+Parquet files are read whose path has --files. Each file is read once, by whatever names and links
+it is reached; what of a folder is passed over is said.
+
+All text is UTF-8; a byte order mark at a file's beginning is no text. \\n in --separator is a line
+end, LF or CR LF; those inside of a document stay as they are. A null or empty text is no document,
+whatever the file: it is passed over and counted.
 
 Each document begins with BOS. It goes to training or, by a hash of its text (of its first MiB), to
 validation: equal texts to the same side. A shard is about --shard_tokens tokens: as many documents
 as have the bytes that so many tokens are by the first MiB of text. So a shard depends on its own
 text only: stop this whenever you like, the same command writes what is missing, and the same bytes
 as ever. meta.json says by names and sizes what the shards were made of, and another recipe is
-refused. A text longer than a MiB is encoded in pieces, cut where a byte-level BPE cuts it too.
+refused, as are another tokenizer and a second process in the same folder. A text longer than a MiB
+is encoded in pieces, cut where a byte-level BPE cuts it too.
 """
 
 import collections
-import functools
-import glob
-import gzip
+import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import re
-import shutil
+import shlex
 import signal
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from scripts import reading
+from scripts.reading import documents, find_sources
 from scripts.text import (
-    BYTES,
-    GPT2,
     GPT2_FILES,
     fetch_gpt2,
     gpt2_files,
+    open_bpe,
     open_tokenizer,
     package,
     read_args,
+    read_tokenizer,
+    remove_staging,
+    sha256_of,
     train_bpe,
     usage_errors,
 )
 from train import (
+    BYTES_META,
+    GPT2_META,
     UsageError,
-    cache_dir,
     command,
     open_shard,
+    owning,
     read_meta,
     require,
     write_file,
     write_shard,
 )
 
-PIECE = 1 << 20  # characters of a piece of text, and of a batch that a worker encodes at a time
 KINDS = ("bytes", "chars", "gpt2", "bpe")
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SHARD = re.compile(r"(train|val)_\d{6,}\.bin")
 FLAGS = {
     "out": ("", "folder for train_*.bin, val_*.bin, meta.json and the tokenizer"),
     "tokenizer": (
@@ -84,7 +91,7 @@ FLAGS = {
     "bpe_mib": (100, "MiB of training text that bpe is made from", 1, 1 << 20),
     "gpt2": ("", "folder of GPT-2's encoder.json and vocab.bpe; without one, the Hub"),
     "field": ("text", "the text of a line or row"),
-    "separator": ("", "stands between the documents of a .txt; \\n is a newline"),
+    "separator": ("", "stands between the documents of a .txt; \\n is a line end"),
     "files": ("train", "regular expression: of a dataset the files whose path has it"),
     "revision": ("", "commit or branch of a dataset; without one, the newest"),
     "val": (0.01, "share of the documents for validation, by their hash", 0, 1),
@@ -94,196 +101,7 @@ FLAGS = {
     "report": ("", "KIND,...: print bytes per token of these and GPT-2's; bpe:N is one of N"),
 }
 
-# ---- Sources -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    name: str  # as in meta.json
-    size: int  # of the file, bytes
-    fetch: Callable  # () -> its local Path
-
-
-def kind_of(name):
-    """The suffix that says how to read a file, or ""."""
-    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
-
-
-def download(url):
-    """The Source of a URL, in the cache. Raises UsageError."""
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rsplit('/', 1)[-1]}"
-    path = cache_dir() / "text" / name
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        staging = path.with_suffix(f".{os.getpid()}")
-        with (
-            usage_errors(f"{url}: cannot be fetched"),
-            urllib.request.urlopen(url, timeout=60) as answer,
-            open(staging, "wb") as file,
-        ):
-            shutil.copyfileobj(answer, file)
-            if answer.length:
-                raise OSError(f"it ended {answer.length} bytes early")
-        staging.replace(path)
-    return Source(url, path.stat().st_size, lambda: path)
-
-
-def list_parquet(repo, revision, args):
-    """(commit, [(name, size)] of the Parquet files) of a dataset of the Hub. Raises UsageError."""
-    from huggingface_hub import HfApi
-
-    with usage_errors(f"{repo}: neither a file here nor to be had from the Hub", Exception):
-        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
-    found = []
-    for file in info.siblings:
-        if file.rfilename.endswith(".parquet") and re.search(args.files, file.rfilename):
-            found.append((file.rfilename, file.size))
-    return info.sha, sorted(found)
-
-
-def fetch_parquet(repo, name, sha):
-    from huggingface_hub import hf_hub_download
-
-    with usage_errors(f"{repo}: {name} cannot be fetched", Exception):
-        return Path(hf_hub_download(repo, name, repo_type="dataset", revision=sha))
-
-
-def hub_files(repo, args):
-    """The Sources of a dataset: its Parquet files, else those that the Hub has made of it.
-
-    Raises UsageError.
-    """
-    sha, files = list_parquet(repo, args.revision or None, args)
-    if not files and not args.revision:
-        sha, files = list_parquet(repo, "refs/convert/parquet", args)
-    if any("partial-" in name for name, _ in files):
-        print(f"note: of {repo} the Hub has made Parquet files of the first part only", flush=True)
-    require(files, f"{repo}: no Parquet file there has a path that matches --files={args.files}")
-    sources = []
-    for name, size in files:
-        fetch = functools.partial(fetch_parquet, repo, name, sha)
-        sources.append(Source(f"{repo}@{sha}/{name}", size, fetch))
-    return sources
-
-
-def local_files(given):
-    """The Sources of a file, or of what text a folder or a glob holds, by name."""
-    if os.path.isfile(given):
-        names = [given]
-    else:
-        pattern = os.path.join(glob.escape(given), "**") if os.path.isdir(given) else given
-        found = sorted(glob.glob(pattern, recursive=True))
-        names = [name for name in found if os.path.isfile(name) and kind_of(name)]
-    sources = []
-    for name in names:
-        fetch = functools.partial(Path, name)
-        sources.append(Source(os.path.basename(name), os.path.getsize(name), fetch))
-    return sources
-
-
-def find_sources(args):
-    """[Source] of what was named, in the order given. Raises UsageError."""
-    found = []
-    for given in args.sources:
-        if re.match("https?://", given):
-            found.append(download(given))
-        elif sources := local_files(given):
-            found += sources
-        else:
-            is_dataset = re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not os.path.exists(given)
-            wanted = f"no file, and no {', '.join(SUFFIXES)} in it; nor is it OWNER/NAME of the Hub"
-            require(is_dataset, f"{given}: {wanted}")
-            found += hub_files(given, args)
-    for source in found:
-        require(kind_of(source.name), f"{source.name}: wanted {', '.join(SUFFIXES)}")
-    return found
-
-
-# ---- Documents -----------------------------------------------------------------------------------
-
-
-def cut(file):
-    """Yield a text file's text in pieces of about PIECE characters.
-
-    A piece ends with a newline that stands alone between two letters: what a byte-level BPE makes
-    of the pieces is what it makes of the whole. Where there is none in 16 pieces, anywhere.
-    """
-    rest = ""
-    while block := file.read(PIECE):
-        rest += block
-        end = 0
-        if match := re.match(r".*\S\n(?=\S)", rest, re.DOTALL):  # the last one
-            end = match.end()
-        elif len(rest) > 16 * PIECE:
-            end = len(rest)
-        if end:
-            yield rest[:end]
-            rest = rest[end:]
-    if rest:
-        yield rest
-
-
-def split_text(file, separator):
-    """Yield the texts between separators, one at a time in memory."""
-    rest = ""
-    while block := file.read(PIECE):
-        *whole, rest = (rest + block).split(separator)
-        yield from whole
-    yield rest
-
-
-def parquet_texts(source, path, name):
-    """Yield the texts in a column of a Parquet file. Raises UsageError where there is none."""
-    file = package("pyarrow.parquet", "a .parquet file").ParquetFile(path)
-    columns = file.schema_arrow.names
-    wanted = f"--field can be {', '.join(columns)}"
-    require(name in columns, f"{source.name}: no column {name!r}; {wanted}")
-    for batch in file.iter_batches(256, columns=[name]):
-        yield from batch.column(0).to_pylist()
-
-
-def json_texts(source, file, name):
-    """Yield the texts in a field of each line. Raises UsageError, naming the line without one."""
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            row = json.loads(line)
-            here = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            text = row.get(name) if isinstance(row, dict) else None
-            said = f"no text {name!r}; --field names it, here is {here}"
-            require(isinstance(text, str), f"{source.name}, line {number}: {said}")
-            yield text
-
-
-def as_file(text):
-    """A text as an open file. Half a surrogate pair, which JSON can hold, is a question mark."""
-    return io.StringIO((text or "").encode(errors="replace").decode(), newline="")
-
-
-def texts(source, args):
-    """Yield the texts of a Source, each as an open file. Raises UsageError."""
-    path = source.fetch()
-    kind = kind_of(source.name)
-    if kind == ".parquet":
-        yield from map(as_file, parquet_texts(source, path, args.field))
-        return
-    opened = gzip.open if kind.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8", newline="\n") as file:
-        if kind.startswith(".jsonl"):
-            yield from map(as_file, json_texts(source, file, args.field))
-        elif args.separator:
-            yield from map(as_file, split_text(file, args.separator.replace("\\n", "\n")))
-        else:
-            yield file
-
-
-def documents(source, args):
-    """Yield (whether a document begins, text) of a Source. Raises UsageError."""
-    with usage_errors(f"{source.name}: cannot be read"):
-        for file in texts(source, args):
-            begins = True
-            for piece in cut(file):
-                yield begins, piece
-                begins = False
+# ---- What goes where -----------------------------------------------------------------------------
 
 
 def split_by_hash(sources, args):
@@ -329,70 +147,76 @@ def first_texts(sources, args, split, most):
 
 
 # ---- Tokenizers ----------------------------------------------------------------------------------
+# Each gives what meta.json says, and {name: bytes} of the files. What a folder holds is taken.
 
 
-def put_gpt2(folder, args):
+def make_gpt2(folder, args):
     """GPT-2's files, of --gpt2, of the folder itself or from the Hub."""
     package("tokenizers", "GPT-2's tokenizer")
-    files = gpt2_files(args.gpt2 or folder)
+    paths = gpt2_files(args.gpt2 or folder)
     wanted = f"--gpt2={args.gpt2}: wanted a folder of encoder.json and vocab.bpe"
-    require(files or not args.gpt2, wanted)
-    for path, name in zip(files or fetch_gpt2(), GPT2_FILES[0], strict=True):
-        write_file(folder / name, path.read_bytes())
-    return GPT2
+    require(paths or not args.gpt2, wanted)
+    blobs = [path.read_bytes() for path in paths or fetch_gpt2()]
+    return GPT2_META, dict(zip(GPT2_FILES[0], blobs, strict=True))
 
 
-def put_alphabet(folder, sources, args):
+def make_alphabet(folder, sources, args):
     """All characters of the text, in order."""
     path = folder / "characters.json"
-    if not path.exists():
+    if path.exists():
+        blob = path.read_bytes()
+    else:
         found = set()
         for _, _, text in pieces(sources, args):
             found.update(text)
-        write_file(path, json.dumps("".join(sorted(found))).encode())
-    count = len(json.loads(path.read_text()))
+        blob = json.dumps("".join(sorted(found))).encode()
+    with usage_errors(f"{path}: wanted an alphabet"):
+        count = len(json.loads(blob))
     wanted = "wanted at most 65533; --tokenizer=bpe spells any text"
     require(count <= 65533, f"{count} different characters: {wanted}")
-    return {"tokenizer": path.name, "vocab_size": count + 1, "bos_id": count}
+    return {"tokenizer": path.name, "vocab_size": count + 1, "bos_id": count}, {path.name: blob}
 
 
-def put_bpe(folder, vocab_size, sources, args):
+def make_bpe(folder, vocab_size, sources, args):
     """A vocabulary made from the first MiB of training text."""
     path = folder / "tokenizer.json"
-    if not path.exists():
+    if path.exists():
+        blob = path.read_bytes()
+    else:
         print(f"a BPE of {vocab_size} from {args.bpe_mib} MiB of training text ...", flush=True)
         text = first_texts(sources, args, "train", args.bpe_mib << 20)
-        write_file(path, train_bpe(text, vocab_size).to_str().encode())
-    tokenizer = package("tokenizers", "a BPE").Tokenizer.from_file(str(path))
-    return {"tokenizer": path.name, "vocab_size": tokenizer.get_vocab_size(), "bos_id": 0}
+        blob = train_bpe(text, vocab_size).to_str().encode()
+    size = open_bpe(blob, path).get_vocab_size()
+    return {"tokenizer": path.name, "vocab_size": size, "bos_id": 0}, {path.name: blob}
 
 
-def put_copy(folder, other):
+def make_copy(other):
     """The tokenizer of another folder of shards."""
     wanted = f"--tokenizer={other}: wanted {', '.join(KINDS)}, or a folder with a meta.json"
     require((other / "meta.json").is_file(), wanted)
     meta = read_meta(other / "meta.json")
-    files = {"bytes": (), "gpt2": GPT2_FILES[0]}
-    with usage_errors(wanted):
-        for name in files.get(meta["tokenizer"], [Path(meta["tokenizer"]).name]):
-            write_file(folder / name, (other / name).read_bytes())
-    return meta
+    paths, blobs = read_tokenizer(meta, other)
+    is_gpt2 = meta["tokenizer"] == "gpt2"
+    names = GPT2_FILES[0] if is_gpt2 else [path.name for path in paths]
+    return meta, dict(zip(names, blobs, strict=True))
 
 
-def put_tokenizer(kind, vocab_size, folder, sources, args):
-    """Put the files of a tokenizer into a folder, where they are not there.
+def make_tokenizer(kind, vocab_size, folder, sources, args):
+    """(what meta.json says of a tokenizer, {name: bytes} of its files). Raises UsageError.
 
-    Returns what meta.json says of it. Raises UsageError.
+    folder: where its files may lie already.
     """
     if kind == "bytes":
-        return BYTES
+        return BYTES_META, {}
     if kind == "gpt2":
-        return put_gpt2(folder, args)
-    if kind == "chars":
-        return put_alphabet(folder, sources, args)
-    if kind == "bpe":
-        return put_bpe(folder, vocab_size, sources, args)
-    return put_copy(folder, Path(kind))
+        meta, files = make_gpt2(folder, args)
+    elif kind == "chars":
+        meta, files = make_alphabet(folder, sources, args)
+    elif kind == "bpe":
+        meta, files = make_bpe(folder, vocab_size, sources, args)
+    else:
+        meta, files = make_copy(Path(kind))
+    return meta | {"tokenizer_sha256": sha256_of(files.values())}, files
 
 
 # ---- Shards --------------------------------------------------------------------------------------
@@ -425,7 +249,7 @@ class Draft:
 
 
 def batches(pieces, shard_bytes):
-    """Yield the text of all shards as Batches, in order: a Batch has PIECE bytes or ends a shard.
+    """Yield the text of all shards as Batches, in order: it has a PIECE of bytes or ends a shard.
 
     A shard ends with the piece that fills it. pieces: (split, whether a document begins, text).
     """
@@ -437,7 +261,7 @@ def batches(pieces, shard_bytes):
             draft = drafts[split] = Draft(split, draft.number + 1)
         draft.waiting.append((begins, text))
         draft.size += len(text.encode())
-        if draft.size - draft.taken >= PIECE:
+        if draft.size - draft.taken >= reading.PIECE:
             yield draft.take(ends_shard=False)
     for draft in drafts.values():
         yield draft.take(ends_shard=True)
@@ -476,6 +300,11 @@ def start_pool(jobs, meta, folder):
     return ProcessPoolExecutor(jobs, spawn, start_worker, (meta, folder))
 
 
+def shards_in(folder):
+    """Paths of what has a shard's name."""
+    return sorted(path for path in folder.iterdir() if SHARD.fullmatch(path.name))
+
+
 def is_whole(path):
     try:
         return len(open_shard(path)) > 0
@@ -485,24 +314,31 @@ def is_whole(path):
 
 def find_shard_bytes(sources, meta, args, out):
     """Bytes of text for a shard, by the first MiB. Raises UsageError where there is no text."""
-    text = "".join(first_texts(sources, args, "train", PIECE))[:PIECE]
+    text = "".join(first_texts(sources, args, "train", reading.PIECE))[: reading.PIECE]
     require(text, f"{args.sources[0]}: holds no training text")
     count = len(open_tokenizer(meta, out).encode(text))
     return max(1, round(args.shard_tokens * len(text.encode()) / count))
 
 
-def write_shards(sources, meta, args, out):
-    """Write the shards that are missing. Returns (bytes of all text, shards that were there).
+@dataclass
+class Written:
+    """What write_shards has done."""
 
-    Raises UsageError.
-    """
-    there = {path.name for path in out.glob("*.bin") if is_whole(path)}
+    num_there: int  # shards that were there
+    size: int = 0  # of all text, bytes
+    num_documents: int = 0
+    names: set = field(default_factory=set)  # of the shards
+
+
+def write_shards(sources, meta, args, out):
+    """Write the shards that are missing. Returns a Written. Raises UsageError."""
+    there = {path.name for path in shards_in(out) if is_whole(path)}
     shard_bytes = find_shard_bytes(sources, meta, args, out)
-    small = sum(source.size for source in sources) <= 8 * PIECE
+    small = sum(source.size for source in sources) <= 8 * reading.PIECE
     jobs = 1 if small else args.jobs  # a process takes seconds to start
     parts = collections.defaultdict(list)  # shard -> tokens of its batches so far
     ahead = collections.deque()  # (batch, its tokens to come)
-    size = 0
+    written = Written(len(there))
     said = began = time.perf_counter()
 
     def finish(batch, future):
@@ -512,9 +348,12 @@ def write_shards(sources, meta, args, out):
             write_shard(out / batch.shard, tokens)
             print(f"{batch.shard}: {len(tokens)} tokens", flush=True)
 
-    with start_pool(jobs, meta, out) as pool:
+    pool = start_pool(jobs, meta, out)
+    try:
         for batch in batches(pieces(sources, args), shard_bytes):
-            size += batch.size
+            written.size += batch.size
+            written.num_documents += sum(begins for begins, _ in batch.pieces)
+            written.names.add(batch.shard)
             if batch.shard not in there:
                 ahead.append((batch, pool.submit(encode, batch.pieces)))
             while len(ahead) > 2 * jobs:
@@ -522,11 +361,16 @@ def write_shards(sources, meta, args, out):
             now = time.perf_counter()
             if now - said > 10:
                 said = now
-                speed = size / 1e6 / (now - began)
-                print(f"{size / 1e6:.0f} MB of text, {speed:.1f} MB/s", flush=True)
+                speed = written.size / 1e6 / (now - began)
+                print(f"{written.size / 1e6:.0f} MB of text, {speed:.1f} MB/s", flush=True)
         for batch, future in ahead:
             finish(batch, future)
-    return size, len(there)
+    except BrokenExecutor as error:
+        ended = f"a process that encodes was ended, by a lack of memory perhaps ({error})"
+        raise UsageError(f"{ended}; fewer --jobs take less") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return written
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -537,7 +381,7 @@ def report(sources, args):
 
     They are counted on the validation text; vocabularies are made from the training text.
     """
-    text = list(first_texts(sources, args, "val", 16 * PIECE))
+    text = list(first_texts(sources, args, "val", 16 * reading.PIECE))
     more = "a larger --val or --val_tail takes some"
     require(text, f"{args.sources[0]}: no validation text to count on; {more}")
     size = sum(len(piece.encode()) for piece in text)
@@ -545,8 +389,11 @@ def report(sources, args):
     for name in dict.fromkeys(["gpt2", *args.report.split(",")]):
         sized = re.fullmatch(r"bpe:(\d+)", name)
         kind, vocab_size = ("bpe", int(sized[1])) if sized else (name, args.vocab_size)
+        require(257 <= vocab_size <= 65534, f"--report={name}: wanted bpe:257 to bpe:65534")
         with tempfile.TemporaryDirectory() as folder:
-            meta = put_tokenizer(kind, vocab_size, Path(folder), sources, args)
+            meta, files = make_tokenizer(kind, vocab_size, Path(folder), sources, args)
+            for file, blob in files.items():
+                write_file(Path(folder) / file, blob)
             tokenizer = open_tokenizer(meta, folder)
         count = sum(len(tokenizer.encode(piece)) for piece in text)
         rows.append((name, meta["vocab_size"], count))
@@ -579,28 +426,57 @@ def recipe_of(sources, args):
 
 
 def check_recipe(out, recipe):
-    """Raises UsageError where a folder's shards are of another recipe."""
+    """The meta.json of a folder, {} where there is none.
+
+    Raises UsageError where the folder's shards are of another recipe, or its files not prepare's.
+    """
     file = out / "meta.json"
-    if not file.exists():
-        shards = list(out.glob("*.bin"))
-        require(not shards, f"{out}: holds shards without a meta.json; wanted a new folder")
-        return
-    with usage_errors(f"{file}: cannot be read"):
-        was = dict(json.loads(file.read_text())["recipe"])
+    if not os.path.lexists(file):
+        names = {path.name for path in shards_in(out)} | {"tokenizer.json", "characters.json"}
+        for name in sorted(names):
+            said = f"{out}: holds {name} without a meta.json; wanted a new folder"
+            require(not os.path.lexists(out / name), said)
+        return {}
+    wanted = f"{file}: wanted a file that prepare has made, or a new folder"
+    require(file.is_file() and not file.is_symlink(), wanted)
+    with usage_errors(wanted):
+        meta = dict(json.loads(file.read_bytes()))
+        was = dict(meta["recipe"])
     for name, value in recipe.items():
         before, now = str(was.get(name))[:100], str(value)[:100]
         other = f"{out}: its shards have another {name}: {before}, not {now}; wanted a new folder"
         require(was.get(name) == value, other)
+    return meta
 
 
-def tell(out, size, num_there, seconds):
-    """Say what the folder holds, and the line that trains on it."""
-    counts = {path.name: len(open_shard(path)) for path in sorted(out.glob("*.bin"))}
+def check_tokenizer(out, before, meta, files):
+    """Raises UsageError where a folder holds another tokenizer than the one to be put there.
+
+    before: what its meta.json says.
+    """
+    was, now = before.get("tokenizer_sha256", ""), meta["tokenizer_sha256"]
+    said = f"{out}: its shards were made with another tokenizer, of the SHA-256 {was}, not {now}"
+    require(was in ("", now), f"{said}; wanted that one, or a new folder")
+    for name, blob in files.items():
+        path = out / name
+        there = path.read_bytes() if os.path.lexists(path) else blob
+        require(there == blob, f"{path}: there already, and another's; wanted a new folder")
+
+
+def tell(out, sources, written, seconds):
+    """Say what the folder holds, and the line that trains on it. Raises UsageError."""
+    counts = {}
+    for path in shards_in(out):
+        require(path.name in written.names, f"{path}: of another text; wanted a folder without it")
+        counts[path.name] = len(open_shard(path))
     val = sum(count for name, count in counts.items() if name.startswith("val"))
     train = sum(counts.values()) - val
+    num_empty = sum(source.num_empty for source in sources)
+    print(f"documents: {written.num_documents}, and {num_empty} null or empty ones passed over")
     print(
         f"wrote: {out}, {train} training tokens and {val} for validation in {len(counts)} shards "
-        f"({num_there} were there), {size / (train + val):.3f} bytes per token, in {seconds:.0f} s"
+        f"({written.num_there} were there), {written.size / (train + val):.3f} bytes per token, "
+        f"in {seconds:.0f} s"
     )
     if not val:
         print(
@@ -608,7 +484,8 @@ def tell(out, size, num_there, seconds):
             "a new folder and --val=0.1, or, of one .txt, --val_tail=0.1"
         )
         return
-    line = f"python train.py --train_files='{out}/train_*.bin' --val_files='{out}/val_*.bin'"
+    train_files, val_files = (shlex.quote(f"{out}/{split}_*.bin") for split in ("train", "val"))
+    line = f"python train.py --train_files={train_files} --val_files={val_files}"
     targets = counts["val_000000.bin"] - 1
     if targets < 10_485_760:  # what a run scores by default
         line += f" --val_tokens={min(targets, 262_144)}"
@@ -617,35 +494,68 @@ def tell(out, size, num_there, seconds):
     print(f"next: {line}")
 
 
+@contextlib.contextmanager
+def output(out):
+    """Hold the lock of a folder. Yields put(name, bytes), which writes a file there.
+
+    After an error without a shard its files go again: the next try may be of another recipe.
+    """
+    is_new, mine = not out.exists(), []
+
+    def put(name, blob):
+        if not os.path.lexists(out / name):
+            mine.append(name)
+        write_file(out / name, blob)
+
+    with owning(out):
+        try:
+            yield put
+        except (UsageError, OSError):
+            for name in [] if shards_in(out) else mine:
+                (out / name).unlink(missing_ok=True)
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
+            raise
+
+
+def write_folder(sources, args, out, put):
+    """Write shards, tokenizer and meta.json. Raises UsageError."""
+    began = time.perf_counter()
+    recipe = recipe_of(sources, args)
+    before = check_recipe(out, recipe)
+
+    def describe(meta):
+        put("meta.json", json.dumps(meta | {"recipe": recipe}, indent=1).encode())
+
+    if not before:
+        describe({})  # first: another recipe might take the tokenizer to come for its own
+    mb = sum(source.size for source in sources) / 1e6
+    print(f"{len(sources)} files, {mb:.1f} MB", flush=True)
+    meta, files = make_tokenizer(args.tokenizer, args.vocab_size, out, sources, args)
+    check_tokenizer(out, before, meta, files)
+    remove_staging(out, lambda name: name in files or name == "meta.json" or SHARD.fullmatch(name))
+    for name, blob in files.items():
+        put(name, blob)
+    describe(meta)
+    written = write_shards(sources, meta, args, out)
+    tell(out, sources, written, time.perf_counter() - began)
+
+
 def main(argv=None):
     """Writes shards, tokenizer and meta.json, or prints a report. Raises UsageError."""
     args = parse(sys.argv[1:] if argv is None else argv)
     sources = find_sources(args)
     if args.val_tail:
-        kinds = [kind_of(source.name) for source in sources]
+        kinds = [source.kind for source in sources]
         is_one = kinds in ([".txt"], [".txt.gz"]) and not args.separator
         require(is_one, f"--val_tail={args.val_tail}: wanted one .txt that is one document")
     if args.report:
         return report(sources, args)
     out = Path(args.out)
-    recipe = recipe_of(sources, args)
-    check_recipe(out, recipe)
-    out.mkdir(parents=True, exist_ok=True)
-
-    def describe(meta):
-        write_file(out / "meta.json", json.dumps(meta | {"recipe": recipe}, indent=1).encode())
-
-    if not (out / "meta.json").exists():
-        describe({})  # first: another recipe might take the tokenizer to come for its own
-    mb = sum(source.size for source in sources) / 1e6
-    print(f"{len(sources)} files, {mb:.1f} MB", flush=True)
-    began = time.perf_counter()
-    meta = put_tokenizer(args.tokenizer, args.vocab_size, out, sources, args)
-    describe(meta)
-    size, num_there = write_shards(sources, meta, args, out)
-    for staging in out.glob("*.[0-9]*"):  # of runs that were killed
-        staging.unlink()
-    tell(out, size, num_there, time.perf_counter() - began)
+    is_free = out.is_dir() or not os.path.lexists(out)
+    require(is_free, f"--out={out}: wanted a folder, it is something else")
+    with output(out) as put:
+        write_folder(sources, args, out, put)
     return 0
 
 
