@@ -10,15 +10,21 @@ time is made from cached keys and values. Text goes to stdout, all else to stder
 are made at once, in one batch: the first is shown while it is made, the others after it. A sample
 ends with its document (the model says BOS) or after --max_new_tokens. A seed gives the same texts
 again, and its first text however many there are.
+
+Prompts are UTF-8, whatever the console says. A prompt that is none, or that has a character which
+the model lacks, ends the command with one sentence and exit code 2; --interactive says so and goes
+on to the next one, and has that exit code in the end.
 """
 
 import codecs
+import contextlib
 import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +33,8 @@ from einops import rearrange
 from jax import lax
 
 import train
-from scripts.text import open_tokenizer, read_args, usage_errors
-from train import GPT, Config, Stage, UsageError, replace, require, window_of
+from scripts.text import READING, open_tokenizer, read_args, usage_errors
+from train import GPT, Config, NonFiniteLoss, Stage, UsageError, replace, require, window_of
 
 FLAGS = {
     "checkpoint": ("", "a run's folder, of which the newest; or its ckpt/step-NNNNNN"),
@@ -52,34 +58,52 @@ FLAGS = {
 
 # ---- A trained model -----------------------------------------------------------------------------
 # Files are read as train.py reads them: hashes of the manifest first, safetensors only, names and
-# shapes held against the weight table of the config. The optimizer's state is not read.
+# shapes held against the weight table of the config. The optimizer's state is only hashed.
+
+MALFORMED = (*READING, AttributeError, OverflowError)  # JSON of another shape than ours
 
 
 class Trained(NamedTuple):
     folder: Path  # .../RUN/ckpt/step-NNNNNN
     step: int
     cfg: Config  # the run's, its attention chosen for this machine
-    meta: dict  # tokenizer, vocab_size, bos_id of its shards
+    meta: dict  # of its training shards, as train.GPT2_META
     params: dict  # float32 by the weight table, on the first device
 
     def weights(self):
         """Compute copies, layers unstacked, as forward takes them."""
         return train.unstack(train.gather(self.params, GPT.specs(self.cfg), 1, self.cfg))
 
-    def tokenizer(self, folder=""):
-        """The Tokenizer in a folder, by default in that of the run's training shards.
+    def tokenizer_folder(self, folder=""):
+        """Where the tokenizer's files are sought, by default beside the run's training shards.
 
-        Raises UsageError.
+        Raises UsageError for one that is not there.
         """
-        found = train.find_shards(self.cfg.train_files) or [Path(self.cfg.train_files)]
-        return open_tokenizer(self.meta, folder or found[0].parent)
+        require(not folder or Path(folder).is_dir(), f"--tokenizer={folder}: no such folder")
+        shards = train.find_shards(self.cfg.train_files) or [Path(self.cfg.train_files)]
+        return Path(folder or shards[0].parent)
+
+    def tokenizer(self, folder=""):
+        """The Tokenizer in tokenizer_folder.
+
+        Raises UsageError where it is missing or another one than the model was trained with.
+        """
+        meta = self.meta
+        place = self.tokenizer_folder(folder)
+        file = place / "meta.json"
+        is_bytes = meta["tokenizer"] == "bytes"  # which has no files
+        if folder if is_bytes else file.exists():
+            found = train.read_meta(file)
+            train.check_same_tokenizer(file, found, meta)
+            meta = meta if meta["tokenizer_sha256"] else found
+        return open_tokenizer(meta, place)
 
 
 def checkpoint_folder(path):
     """A checkpoint's folder: path, or the newest of the run at path. Raises UsageError."""
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
     is_one = (path / "manifest.json").is_file()
-    folders = [path] if is_one else sorted(path.glob("ckpt/step-*"))
+    folders = [path] if is_one else train.checkpoints_in(path)
     wanted = "a run's folder, as logs/20260101T000000Z-abcdef, or its ckpt/step-NNNNNN"
     require(folders, f"--checkpoint={path}: no checkpoint there; wanted {wanted}")
     return folders[-1]
@@ -89,14 +113,38 @@ def as_tuples(x):
     return tuple(map(as_tuples, x)) if isinstance(x, list) else x
 
 
+def as_row(kind, values):
+    """A Config or a Stage of its fields' values. Raises TypeError where one is of another type."""
+    row = kind(**{name: as_tuples(value) for name, value in values.items()})
+    for name, wanted in get_type_hints(kind).items():
+        kinds = get_args(wanted) or (wanted,)
+        if float in kinds:
+            kinds += (int,)
+        value = getattr(row, name)
+        if type(value) not in kinds:
+            raise TypeError(f"{name} is {value!r}")
+    return row
+
+
 def as_config(saved):
-    """The Config that train.as_json wrote."""
+    """The Config that train.as_json wrote. Raises MALFORMED for what no run can have."""
+    stages = [as_row(Stage, stage) for stage in saved["stages"]]
+    rows = {"stages": stages, "val": as_row(Stage, saved["val"])}
+    cfg = as_row(Config, saved | rows)
+    for flag, holds, wanted in train.rules(cfg):
+        if not holds:
+            raise ValueError(f"{flag}: wanted {wanted}")
+    hash(cfg)  # else no compiled program can be found by it
+    return cfg
 
-    def row(kind, values):
-        return kind(**{name: as_tuples(value) for name, value in values.items()})
 
-    stages = tuple(row(Stage, stage) for stage in saved["stages"])
-    return replace(row(Config, saved), stages=stages, val=row(Stage, saved["val"]))
+def as_meta(found):
+    """What is said of the tokenizer, as train.GPT2_META. Raises MALFORMED."""
+    found = {"tokenizer_sha256": ""} | found  # which older runs lack
+    meta = {name: type(value)(found[name]) for name, value in train.GPT2_META.items()}
+    if Path(meta["tokenizer"]).name != meta["tokenizer"]:
+        raise ValueError(f"{meta['tokenizer']!r} is no bare name")
+    return meta
 
 
 def open_checkpoint(path):
@@ -105,18 +153,19 @@ def open_checkpoint(path):
     Raises UsageError where there is none, where it is damaged or not of train.py's own model.
     """
     folder = checkpoint_folder(path)
-    with usage_errors(f"{folder}: its config cannot be read"):
-        manifest = json.loads((folder / "manifest.json").read_text())
+    about = folder / "manifest.json"
+    with usage_errors(f"{about}: its config cannot be read", MALFORMED):
+        manifest = json.loads(about.read_text(encoding="utf-8"))
         is_ours = manifest.get("format") == train.CHECKPOINT_FORMAT
         require(is_ours, f"{folder}: it is of an older train.py, which commit e79511b reads")
         cfg = as_config(manifest["config"])
-    step = train.read_manifest(folder, cfg)["step"]
-    about = folder.parent.parent / "config.json"
-    with usage_errors(f"{about}: wanted config and meta of the run"):
-        meta = json.loads(about.read_text())["meta"]
-        meta = {name: meta[name] for name in ("tokenizer", "vocab_size", "bos_id")}
-    cfg = train.choose_attention(replace(cfg, attention="auto"), jax.default_backend())
-    train.set_up_jax(cfg)
+        step = int(manifest["step"])
+    train.read_manifest(folder, cfg)
+    if "meta" not in manifest:  # of an older train.py
+        about = folder.parent.parent / "config.json"
+    with usage_errors(f"{about}: wanted the tokenizer of the run's shards, as meta", MALFORMED):
+        meta = as_meta(json.loads(about.read_text(encoding="utf-8"))["meta"])
+    cfg = start_jax(cfg)
     mesh = train.make_mesh(jax.devices()[:1])
     places = train.state_shardings(GPT, mesh, cfg).params
 
@@ -126,6 +175,25 @@ def open_checkpoint(path):
     like = jax.tree.map(wanted, GPT.specs(cfg), places)
     params = train.load_tensors(folder / "params.safetensors", like)
     return Trained(folder, step, cfg, meta, params)
+
+
+def start_jax(cfg):
+    """The Config with this machine's attention, once JAX is set up for it. Raises UsageError."""
+    train.start_devices(replace(cfg, cpu_devices=1, multihost=""))
+    cfg = train.choose_attention(replace(cfg, attention="auto"), jax.default_backend())
+    train.set_up_jax(cfg)
+    return cfg
+
+
+@contextlib.contextmanager
+def memory_errors(way_out):
+    """Out of memory, on the device or for numpy, becomes a UsageError."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UsageError(f"out of memory; {way_out}") from error
 
 
 # ---- Cache ---------------------------------------------------------------------------------------
@@ -276,10 +344,11 @@ def choose(logits_BV, key, position, choice):
 
     Of its top_k likeliest, scaled to sum to 1, stay the likeliest few that reach top_p together,
     the one that reaches it included. Of equally likely tokens the lower id goes first. The draw of
-    row b hangs on key, b and position.
+    row b hangs on key, b and position. Where a logit is no number, or infinite, the token is -1.
     """
+    fits_B = jnp.isfinite(jnp.max(logits_BV, axis=1))
     if choice.temperature < 1e-6:
-        return jnp.argmax(logits_BV, axis=1)
+        return jnp.where(fits_B, jnp.argmax(logits_BV, axis=1), -1)
     z_BV = logits_BV / choice.temperature
     is_cut = choice.top_k or choice.top_p < 1
     if is_cut:
@@ -296,7 +365,7 @@ def choose(logits_BV, key, position, choice):
     chosen_B = jax.vmap(draw)(jnp.arange(len(z_BV)), z_BV)
     if is_cut:
         chosen_B = jnp.take_along_axis(ids_BV, chosen_B[:, None], axis=1)[:, 0]
-    return chosen_B
+    return jnp.where(fits_B, chosen_B, -1)
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -311,6 +380,14 @@ def random_weights(cfg):
 def round_up(count):
     """To a power of two, so that few programs serve all lengths."""
     return max(32, 1 << (count - 1).bit_length())
+
+
+def on_host(token_B):
+    """Tokens of choose, waited for. Raises NonFiniteLoss."""
+    token_B = np.asarray(token_B)
+    if token_B.min() < 0:
+        raise NonFiniteLoss("a logit is not finite, so the weights are damaged or far too large")
+    return token_B
 
 
 @functools.cache
@@ -344,7 +421,7 @@ def compile_programs(length, capacity, num_samples, choice, cfg):
 def generate(weights, ids, num_tokens, num_samples, choice, seed, cfg):
     """Compile, then return an iterator of num_tokens arrays [B]: the next token of each sample.
 
-    ids: of the prompt, at least one.
+    ids: of the prompt, at least one. The iterator raises NonFiniteLoss.
     """
     length, capacity = round_up(len(ids)), round_up(len(ids) + num_tokens)
     first, following = compile_programs(length, capacity, num_samples, choice, cfg)
@@ -356,9 +433,9 @@ def generate(weights, ids, num_tokens, num_samples, choice, seed, cfg):
         token_B, cache = first(weights, tokens_1T, np.int32(len(ids)), key)
         for _ in range(num_tokens - 1):
             next_B, cache = following(weights, cache, token_B, key)
-            yield np.asarray(token_B)  # while the next one is made
+            yield on_host(token_B)  # while the next one is made
             token_B = next_B
-        yield np.asarray(token_B)
+        yield on_host(token_B)
 
     return steps()
 
@@ -405,7 +482,7 @@ def bench(weights, cfg, num_tokens, choice, seed):
     """What a token of a row costs, with the cache and by a forward pass over the whole row."""
     size = train.count_params(GPT.specs(cfg))
     said = f"{size} parameters, {cfg.compute_dtype}, a row of {num_tokens} tokens; compiling ..."
-    print(said, file=sys.stderr)
+    tell(said)
     steps = generate(weights, [cfg.bos_id], num_tokens - 1, 1, choice, seed, cfg)
     began = time.perf_counter()
     made = [int(token_B[0]) for token_B in steps]
@@ -442,26 +519,39 @@ def parse(argv):
     return args
 
 
-def prompts(args):
-    """Yield the prompts. Raises UsageError for a file that cannot be read."""
-    if not args.interactive:
-        text = args.prompt
-        if text.startswith("FILE:"):
-            with usage_errors(f"--prompt={text}: wanted a file of UTF-8 text"):
-                text = Path(text.removeprefix("FILE:")).read_text(encoding="utf-8")
-        yield text
-        return
+def as_text(blob, where, first_line=1):
+    """UTF-8 as text, without a byte order mark. Raises UsageError."""
+    try:
+        return blob.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + error.object.count(b"\n", 0, error.start)
+        raise UsageError(f"{where}, line {line}: wanted UTF-8 text ({error.reason})") from error
+
+
+def read_prompt(text):
+    """What --prompt says; the lines of a file end in \\n. Raises UsageError."""
+    if not text.startswith("FILE:"):
+        return as_text(text.encode(errors="surrogatepass"), "--prompt")
+    file = text.removeprefix("FILE:")
+    with usage_errors(f"--prompt={text}: wanted a file of UTF-8 text", (OSError, ValueError)):
+        return as_text(Path(file).read_bytes(), file).replace("\r\n", "\n")
+
+
+def read_lines():
+    """Yield the lines of stdin, as bytes, up to an empty one. Raises UsageError."""
+    require(sys.stdin, "--interactive: stdin is closed, wanted a prompt a line")
     while True:
         if sys.stdin.isatty():
             tell("prompt> ", end="")
-        line = sys.stdin.readline().rstrip("\n")
+        line = sys.stdin.buffer.readline().rstrip(b"\r\n")
         if not line:
             return
         yield line
 
 
 def tell(text, end="\n"):
-    print(text, end=end, file=sys.stderr, flush=True)
+    if sys.stderr:  # it may be closed, and print would take stdout
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def write(text):
@@ -469,38 +559,59 @@ def write(text):
 
 
 def answer(prompt, seed, choice, weights, tokenizer, args, cfg):
-    """Write the continuations of a prompt. Raises UsageError for a character that is unknown."""
+    """Write the continuations of a prompt.
+
+    Raises UsageError for a character that is unknown and for want of memory, and NonFiniteLoss.
+    """
     ids = [cfg.bos_id, *tokenizer.encode(prompt)]
     samples = args.num_samples
-    steps = generate(weights, ids, args.max_new_tokens, samples, choice, seed, cfg)
-    count, prefill_s, decode_s = write_texts(steps, prompt, tokenizer, samples, write)
+    with memory_errors(f"--num_samples={samples} or --max_new_tokens={args.max_new_tokens}: fewer"):
+        steps = generate(weights, ids, args.max_new_tokens, samples, choice, seed, cfg)
+        count, prefill_s, decode_s = write_texts(steps, prompt, tokenizer, samples, write)
     made = samples * (count - 1)
     tell(f"prefill: {len(ids)} tokens in {prefill_s:.3f} s, {len(ids) / prefill_s:.0f} tokens/s")
     tell(f"decode: {made} tokens in {decode_s:.3f} s, {made / decode_s:.0f} tokens/s")
 
 
+def converse(answer_to, seed):
+    """Answer the prompts of stdin; one that cannot be is named. Raises UsageError in the end."""
+    number = failed = 0
+    for number, line in enumerate(read_lines(), 1):
+        try:
+            answer_to(as_text(line, "stdin", number), seed + number - 1)
+        except UsageError as error:
+            failed += 1
+            tell(f"error: {error}")
+    require(not failed, f"{failed} of {number} prompts had no answer")
+
+
 def main(argv=None):
-    """Raises UsageError."""
+    """Raises UsageError and NonFiniteLoss."""
     args = parse(sys.argv[1:] if argv is None else argv)
     choice = Choice(args.temperature, args.top_k, args.top_p)
+    too_long = f"--bench={args.bench}: fewer tokens"
     if not args.checkpoint:
-        cfg = replace(train.DEMO, vocab_size=257, bos_id=256)
-        cfg = train.choose_attention(cfg, jax.default_backend())
-        return bench(random_weights(cfg), cfg, args.bench, choice, args.seed)
+        cfg = start_jax(replace(train.DEMO, vocab_size=257, bos_id=256))
+        with memory_errors(too_long):
+            return bench(random_weights(cfg), cfg, args.bench, choice, args.seed)
+    prompt = "" if args.interactive or args.bench else read_prompt(args.prompt)
     trained = open_checkpoint(args.checkpoint)
-    weights = trained.weights()
+    cfg, weights = trained.cfg, trained.weights()
     if args.bench:
-        return bench(weights, trained.cfg, args.bench, choice, args.seed)
-    tokenizer = trained.tokenizer(args.tokenizer)
-    size = train.count_params(GPT.specs(trained.cfg))
+        with memory_errors(too_long):
+            return bench(weights, cfg, args.bench, choice, args.seed)
+    with contextlib.redirect_stdout(sys.stderr):  # warnings are no text
+        tokenizer = trained.tokenizer(args.tokenizer)
+    size = train.count_params(GPT.specs(cfg))
     tell(f"{trained.folder}, step {trained.step}: {size} parameters, tokenizer {tokenizer.name}")
-    for i, prompt in enumerate(prompts(args)):
-        try:
-            answer(prompt, args.seed + i, choice, weights, tokenizer, args, trained.cfg)
-        except UsageError as error:
-            if not args.interactive:
-                raise
-            tell(f"error: {error}")
+
+    def answer_to(prompt, seed):
+        answer(prompt, seed, choice, weights, tokenizer, args, cfg)
+
+    if args.interactive:
+        converse(answer_to, args.seed)
+    else:
+        answer_to(prompt, args.seed)
 
 
 if __name__ == "__main__":

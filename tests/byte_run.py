@@ -1,10 +1,12 @@
 """A run's folder as train.py leaves it: a byte-level model of random weights, nothing trained."""
 
+import functools
 import json
 import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpy_gpt
 import safetensors.numpy
 from shards import make_folder
@@ -24,14 +26,13 @@ def make_run(folder):
     cfg = train.parse_flags([*FLAGS, *make_folder(folder / "data", "bytes")])
     shapes = jax.tree.map(lambda spec: spec.shape, train.param_specs(cfg))
     params = jax.tree.map(jnp.asarray, numpy_gpt.random_weights(cfg, shapes))
-    train.save_checkpoint(folder, train.State(jnp.int32(STEP), params, {}), {}, {"data": ""}, cfg)
-    about = {"config": train.as_json(cfg), "meta": train.BYTES_META}
-    (folder / "config.json").write_text(json.dumps(about))
+    about = {"data": "", "meta": train.BYTES_META}
+    train.save_checkpoint(folder, train.State(jnp.int32(STEP), params, {}), {}, about, cfg)
     return folder
 
 
-def changed(run, folder, change):
-    """A copy of the run whose weights went through change(tensors)."""
+def changed(run, folder, change=lambda tensors: None, **about):
+    """A copy of the run whose weights went through change(tensors), its manifest with `about`."""
     shutil.copytree(run, folder)
     (checkpoint,) = folder.glob("ckpt/step-*")
     file = checkpoint / "params.safetensors"
@@ -40,5 +41,13 @@ def changed(run, folder, change):
     safetensors.numpy.save_file(tensors, file)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["sha256"]["params.safetensors"] = train.file_sha256(file)
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | about))
     return folder
+
+
+def flatten(tensors, value=0.0):
+    """All tokens are likely alike; of a value that is not finite, no number is."""
+    tensors["head"] = np.full_like(tensors["head"], value)
+
+
+spoil = functools.partial(flatten, value=np.nan)

@@ -5,6 +5,9 @@ And the texts, and the command line.
 
 import functools
 import io
+import json
+import math
+import shutil
 import sys
 
 import byte_run
@@ -13,11 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_gpt
 import pytest
+from shards import make_folder
 
 from scripts import sample
-from scripts.sample import Choice, decode, generate, open_checkpoint, prefill, write_texts
-from scripts.text import BYTES, Tokenizer, alphabet_encode, open_tokenizer
-from train import Config, Stage, UsageError, next_logits, param_specs, replace, unstack
+from scripts.sample import (
+    Choice,
+    checkpoint_folder,
+    decode,
+    generate,
+    open_checkpoint,
+    prefill,
+    write_texts,
+)
+from scripts.text import Tokenizer, alphabet_encode, open_tokenizer
+from train import (
+    BYTES_META,
+    Config,
+    NonFiniteLoss,
+    Stage,
+    UsageError,
+    next_logits,
+    param_specs,
+    replace,
+    unstack,
+)
 
 BOS, ROWS, LENGTH = 7, 2, 40
 STAGE = Stage(0.3, 64, seq_len=32, doc_len=32, short=5, long=7)
@@ -233,7 +255,7 @@ def written(rows, prompt=""):
     """(what write got each time, steps) of rows of ids or texts, one per sample."""
     rows = [[*row.encode()] if isinstance(row, str) else row for row in rows]
     steps = (np.array(step, np.int32) for step in zip(*rows, strict=True))
-    tokenizer, out = open_tokenizer(BYTES, None), []
+    tokenizer, out = open_tokenizer(BYTES_META, None), []
     count, *_ = write_texts(steps, prompt, tokenizer, len(rows), out.append)
     return out, count
 
@@ -254,7 +276,7 @@ def test_several_texts_end_with_their_documents_and_come_one_after_the_other():
         yield np.array([256], np.int32)
         raise AssertionError("asked for more when all had ended")
 
-    assert write_texts(steps(), "x", open_tokenizer(BYTES, None), 1, out.append)[0] == 1
+    assert write_texts(steps(), "x", open_tokenizer(BYTES_META, None), 1, out.append)[0] == 1
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -293,28 +315,37 @@ def test_flags_say_how_a_token_is_chosen(run_folder, monkeypatch):
 
 def test_interactive_reads_prompts_from_a_pipe_up_to_an_empty_line(run_folder, capsys, monkeypatch):
     flags = [f"--checkpoint={run_folder}", "--max_new_tokens=3", "--temperature=1"]
+
+    def ask(blob):
+        stdin = io.TextIOWrapper(io.BytesIO(blob), encoding="ascii")  # of a narrow console
+        monkeypatch.setattr(sys, "stdin", stdin)
+        sample.main([*flags, "--interactive"])
+
     sample.main([*flags, "--prompt=ab", "--seed=1"])
     alone = capsys.readouterr().out
-    for text in ("xyz\nab\n\nnot read\n", "xyz\nab"):  # the second prompt has the next seed
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-        sample.main([*flags, "--interactive"])
+    for blob in (b"xyz\nab\n\nnot read\n", b"\xef\xbb\xbfxyz\r\nab"):  # the second, the next seed
+        ask(blob)
         out, err = capsys.readouterr()
         assert out.startswith("xyz") and out.endswith(alone)
         assert err.count("decode: ") == 2 and "prompt>" not in err
 
-    # a character that the model lacks is named, and the next prompt is answered
+    # what is no text is named, and what the model lacks, and the next prompt is answered
+    with pytest.raises(UsageError, match="1 of 3 prompts"):
+        ask(b"\xc3\xa9\ncaf\xe9\na\n")
+    out, err = capsys.readouterr()
+    assert "error: stdin, line 2: wanted UTF-8" in err and out.startswith("é") and "\na" in out
     pieces = [bytes([i]) for i in range(256)] + [b""]
     letters = Tokenizer("letters.json", 257, 256, pieces, alphabet_encode("ab"))
     monkeypatch.setattr(sample, "open_tokenizer", lambda meta, folder: letters)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("z\na\n"))
-    sample.main([*flags, "--interactive"])
+    with pytest.raises(UsageError, match="1 of 2 prompts"):
+        ask(b"z\na\n")
     out, err = capsys.readouterr()
     assert "error: 'z' (U+007A)" in err and err.count("decode: ") == 1 and out.startswith("a")
     with pytest.raises(UsageError, match="'z'"):
         sample.main([*flags, "--prompt=z"])
 
 
-def test_wrong_flags_are_one_sentence_with_the_way_out(run_folder):
+def test_what_cannot_be_sampled_is_one_sentence_with_the_way_out(run_folder, tmp_path, monkeypatch):
     def refused(words, *flags):
         with pytest.raises(UsageError) as caught:
             sample.main([*flags])
@@ -325,9 +356,69 @@ def test_wrong_flags_are_one_sentence_with_the_way_out(run_folder):
     refused("no checkpoint there", "--checkpoint=nowhere")
     for flag in ("--temperature=-1", "--temperature=nan", "--top_p=0", "--num_samples=0"):
         refused(flag.split("=")[0], run, flag)
+    monkeypatch.setattr(sample, "generate", None)  # what follows is found out before
     refused("--interactive", run, "--prompt=a", "--interactive")
     refused("--sead=1", run, "--sead=1")
     refused("--prompt=FILE:nowhere.txt", run, "--prompt=FILE:nowhere.txt")
+    refused("--prompt, line 1: wanted UTF-8", run, "--prompt=caf\udce9")
+    (tmp_path / "latin.txt").write_bytes(b"one\r\ncaf\xe9\r\n")
+    refused("latin.txt, line 2: wanted UTF-8", run, f"--prompt=FILE:{tmp_path}/latin.txt")
+    refused("no such folder", run, f"--tokenizer={tmp_path}/nowhere")
+    make_folder(tmp_path / "shards", "test")
+    refused("meta.json: of another tokenizer", run, f"--tokenizer={tmp_path}/shards")
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    refused("stdin is closed", run, "--interactive")
+
+
+def test_a_damaged_manifest_is_one_sentence_and_a_spoilt_weight_no_text(run_folder, tmp_path):
+    (saved,) = run_folder.glob("ckpt/step-*/manifest.json")
+    whole = json.loads(saved.read_text())
+
+    def opened(about, words):
+        other = byte_run.changed(run_folder, tmp_path / "run")
+        next(other.glob("ckpt/*/manifest.json")).write_text(json.dumps(about))
+        with pytest.raises(UsageError, match=words) as caught:
+            open_checkpoint(other)
+        assert str(other) in str(caught.value) and "\n" not in str(caught.value)
+        shutil.rmtree(other)
+
+    config = whole["config"]
+    for name, value in (
+        ("num_layers", "1"),
+        ("vocab_size", 1.5),
+        ("attn_scale", math.nan),
+        ("skips", [{}]),
+        ("val", 7),
+        ("stages", [{"end": 1.0, "speed": 2}]),
+        ("mlp_only", [[0]]),
+    ):
+        opened(whole | {"config": config | {name: value}}, "manifest.json: its config cannot be")
+    opened(whole | {"config": []}, "manifest.json: its config cannot be read")
+    opened(whole | {"step": None}, "manifest.json: its config cannot be read")
+    opened([whole], "manifest.json: its config cannot be read")
+    for meta in (None, {"bos_id": "x"}, {"tokenizer": "../mine.json"}):
+        meta = meta and whole["meta"] | meta
+        opened(whole | {"meta": meta}, "manifest.json: wanted the tokenizer")
+    del whole["meta"]
+    opened(whole, "config.json: wanted the tokenizer")
+
+    spoilt = byte_run.changed(run_folder, tmp_path / "spoilt", byte_run.spoil)
+    for temperature in (0, 1):
+        with pytest.raises(NonFiniteLoss):
+            sample.main([f"--checkpoint={spoilt}", f"--temperature={temperature}"])
+
+
+def test_the_newest_checkpoint_is_that_of_the_greatest_number(tmp_path):
+    """What only looks like one is none. A path may hold characters of patterns."""
+    run = tmp_path / "r[1]*? 'é"
+    for name in ("step-000007", "step-999999", "step-1000000", "step-9", "step-999999.bak"):
+        (run / "ckpt" / name).mkdir(parents=True)
+    assert checkpoint_folder(run) == run / "ckpt/step-1000000"
+    (run / "ckpt/step-000007/manifest.json").touch()
+    assert checkpoint_folder(run / "ckpt/step-000007").name == "step-000007"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match="no checkpoint there"):
+        checkpoint_folder(tmp_path / "loop")
 
 
 def test_the_bench_prints_both_times_and_their_ratio(run_folder, capsys):
