@@ -5,6 +5,10 @@
     python -m scripts.evaluate --checkpoint=logs/RUN --tasks=evals --fetch    get and score 11 sets
     python -m scripts.evaluate --checkpoint=logs/RUN --tasks=evals --max_per_task=100 --val_tokens=0
 
+Validation loss is the mean over all targets. Bits per byte count text alone: the nats of the
+targets that stand for bytes, by these bytes. A BOS stands for none, so neither it nor its nats
+count (nanochat's way).
+
 A set is DIR/NAME.jsonl, one question per line, every line of a file in the same of three forms:
 
     multiple choice  {"query": "...", "choices": ["...", "..."], "gold": 0}
@@ -24,19 +28,22 @@ and counted.
 
 Centered accuracy is (accuracy - chance) / (1 - chance): chance is one by the number of choices, 0
 for a completion. The mean over the sets is in the manner of CORE, but of these sets and not of its
-22; CORE centers BoolQ at 0.62, the share of "yes". Results are lines of --out; what is there for
-these weights, data and flags is kept.
+22; CORE centers BoolQ at 0.62, the share of "yes". Results are lines added to --out; what is there
+for these weights, tokenizer, data and flags is not computed again.
 
 --fetch gets HellaSwag, LAMBADA, ARC (two), PIQA, WinoGrande, WSC, COPA, CommonsenseQA, OpenBookQA
 and BoolQ; it wants the package pyarrow.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import math
+import os
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -49,16 +56,12 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import train
-from scripts.sample import open_checkpoint
-from scripts.text import package, read_args, usage_errors
+from scripts.questions import fetch, read_tasks
+from scripts.sample import memory_errors, open_checkpoint
+from scripts.text import READING, read_args, usage_errors
 from train import GPT, UsageError, replace, require
 
-SCORING = 1  # to be raised when a change of this file moves a score: older lines count no more
-FORMS = {
-    "multiple choice": ("query", "choices", "gold"),
-    "schema": ("context_options", "continuation", "gold"),
-    "completion": ("context", "continuation"),
-}
+SCORING = 2  # to be raised when a change of this file moves a score: older lines count no more
 ANSWER = ("arc_easy", "arc_challenge", "piqa", "boolq")  # whose answers follow "\nAnswer: "
 CORE_SHOTS = dict.fromkeys((*ANSWER, "hellaswag", "commonsense_qa"), 10)  # 0 for the others
 FLAGS = {
@@ -66,7 +69,8 @@ FLAGS = {
     "val_files": ("", "glob of validation shards; without it, the run's own"),
     "val_tokens": (
         -1,
-        "targets to score, 0 for none; -1: as many as the run scores, of --val_files all",
+        "targets to score, 0: none; -1: as many as the run scores, of --val_files all; BOS among "
+        "them count for the loss, not for bits per byte",
         -1,
         1 << 40,
     ),
@@ -78,75 +82,15 @@ FLAGS = {
     "shots": ("0", "solved questions before each, a number or core"),
     "max_len": (0, "tokens of a row at most; 0: the run's val.seq_len", 0, 1 << 20),
     "batch_tokens": (0, "of a batch, on each device; 0: 4096 on a CPU, else 65536", 0, 1 << 31),
-    "out": ("", "where the lines are; without it, RUN/evaluate.jsonl"),
+    "out": ("", "file to which lines are added; without it, RUN/evaluate.jsonl"),
 }
 
-# ---- Sets of questions ---------------------------------------------------------------------------
+# ---- Prompts -------------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    name: str
-    form: str
-    questions: list  # of ([(context, continuation), ...], the right one's place)
-    sha256: str  # of the file
-
-
-def parse_row(row):
-    """(form, question) of a line. Raises ValueError."""
-    forms = [form for form, keys in FORMS.items() if set(keys) <= set(row)]
-    if not forms:
-        wanted = ", or ".join(", ".join(keys) for keys in FORMS.values())
-        raise ValueError(f"wanted the keys {wanted}")
-    form = forms[0]
-    if form == "completion":
-        return form, ([text_pair(row["context"], row["continuation"])], 0)
-    if form == "schema":
-        many = row["context_options"]
-        pairs = [text_pair(context, row["continuation"]) for context in many]
-    else:
-        many = row["choices"]
-        pairs = [text_pair(row["query"], choice) for choice in many]
-    gold = row["gold"]
-    are_many = isinstance(many, list) and len(many) > 1
-    if not are_many or type(gold) is not int or not 0 <= gold < len(many):
-        raise ValueError("wanted two to choose from, and as gold the right one's place, from 0")
-    return form, (pairs, gold)
-
-
-def text_pair(context, continuation):
-    are_texts = isinstance(context, str) and isinstance(continuation, str)
-    if not are_texts or not continuation.strip():
-        raise ValueError("wanted texts, and no empty continuation")
-    return context, continuation
-
-
-def read_task(path):
-    """The Task of a .jsonl file. Raises UsageError, naming the line."""
-    with usage_errors(f"{path}: cannot be read"):
-        lines = path.read_text(encoding="utf-8").split("\n")
-    questions = []
-    the_form = None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        here = f"{path}, line {number}"
-        with usage_errors(f"{here}: damaged"):
-            form, question = parse_row(json.loads(line))
-        the_form = the_form or form
-        require(form == the_form, f"{here}: a {form}, wanted one form in a file, here {the_form}")
-        questions.append(question)
-    require(questions, f"{path}: holds no questions; delete it, and --fetch gets the Hub's")
-    return Task(path.stem, the_form, questions, train.file_sha256(path))
-
-
-def read_tasks(folder, names):
-    """The named Tasks of a folder; without names, every one. Raises UsageError."""
-    found = {path.stem: path for path in sorted(Path(folder).glob("*.jsonl"))}
-    require(found, f"--tasks={folder}: no *.jsonl there; --fetch gets them from the Hub")
-    for name in names:
-        known = ", ".join(found)
-        require(name in found, f"--tasks={folder}: no {name}.jsonl there, only {known}")
-    return [read_task(found[name]) for name in names or found]
+def seeded(text):
+    """A file's name may be no UTF-8, of which random makes no seed."""
+    return random.Random(text.encode(errors="surrogateescape"))
 
 
 def prompts(task, place, shots):
@@ -156,7 +100,7 @@ def prompts(task, place, shots):
     """
     delimiter = "\nAnswer: " if task.name in ANSWER else " "
     count = len(task.questions)
-    draw = random.Random(f"{task.name} {place}").sample(range(count), min(shots + 1, count))
+    draw = seeded(f"{task.name} {place}").sample(range(count), min(shots + 1, count))
     shown = ""
     for other in [other for other in draw if other != place][:shots]:
         pairs, gold = task.questions[other]
@@ -273,12 +217,19 @@ def log_likelihoods(rows, score, limits):
 
 
 def judge(task, chosen, shots, tokenizer, score, limits):
-    """Score the questions of a task at the places `chosen`: a dict for --out."""
+    """Score the questions of a task at the places `chosen`: a dict for --out.
+
+    Raises UsageError for a character that the tokenizer lacks, and NonFiniteLoss.
+    """
     rows = []
     num_cut = 0
+    of_shots = " or one shown before it" if shots else ""
     for place in chosen:
         for before, after in prompts(task, place, shots):
-            ids, first, is_cut = encode_pair(before, after, tokenizer, limits.max_len)
+            try:
+                ids, first, is_cut = encode_pair(before, after, tokenizer, limits.max_len)
+            except UsageError as error:
+                raise UsageError(f"{task.places[place]}{of_shots}: {error}") from error
             rows.append((ids, first))
             num_cut += is_cut
     sums, missed = log_likelihoods(rows, score, limits)
@@ -323,12 +274,12 @@ def open_validation(trained, args):
     wanted = "give others with --val_files, or --val_tokens=0 with --tasks"
     require(train.find_shards(pattern), f"no shards match {pattern}; {wanted}")
     shards = train.open_shards(pattern)
-    theirs, ours = shards.meta, trained.meta
-    require(theirs == ours, f"{shards.paths[0]}: made with {theirs}, but the model with {ours}")
+    train.check_same_tokenizer(shards.paths[0], shards.meta, trained.meta)
     asked = args.val_tokens
     if asked < 0:
         there = sum(len(tokens) - 1 for tokens in shards.tokens)
         asked = there if args.val_files else cfg.val_tokens
+    require(asked, f"{shards.paths[0]}: holds no targets, wanted two tokens or more")
     left = asked
     parts = []
     digest = hashlib.sha256()
@@ -356,74 +307,111 @@ def validation_rows(parts, cfg):
 def validate(parts, params, mesh, cfg, token_bytes=None):
     """A dict for --out: nats per target by the trainer's evaluation step, bits per byte of text.
 
-    bits_per_byte is None without token_bytes. Raises NonFiniteLoss.
+    bits_per_byte is None without token_bytes, and where no target is text. Raises NonFiniteLoss.
     """
     cfg = replace(cfg, val_tokens=max(count for _, _, count in parts))  # of the largest, for its B
     step = train.make_eval_step(GPT, mesh, cfg)
     _, size, _ = train.batch_shape(cfg.val, mesh.size, cfg)
     micro_step = replace(cfg.val, batch_tokens=size * cfg.val.seq_len)
-    rows = validation_rows(parts, cfg)
-    nats, total = 0.0, 0
-    while some := list(itertools.islice(rows, size)):
-        more, scored = step(params, train.to_devices(some, micro_step, mesh, cfg))
-        nats += float(more)
-        total += int(scored)
+
+    def add_up(weight_V):
+        """(summed nats, number) of the targets of all rows, each by its id's weight, 0 or 1."""
+        rows = validation_rows(parts, cfg)
+        nats, total = 0.0, 0
+        while some := list(itertools.islice(rows, size)):
+            batch = train.to_devices(some, micro_step, mesh, cfg)
+            weights = weight_V[np.asarray(batch["tokens"])[..., 1:]]
+            batch["weights"] = jax.device_put(weights, batch["tokens"].sharding)
+            more, scored = step(params, batch)
+            nats += float(more)
+            total += int(scored)
+        return train.require_finite(nats, "the validation loss"), total
+
+    num_ids = 1 << 16
+    nats, total = add_up(np.ones(num_ids, np.float32))
     wanted = sum(count for _, _, count in parts)
     assert total == wanted, f"{total} targets scored, wanted {wanted}"
-    loss = train.require_finite(nats / total, "the validation loss")
     bits = None
     if token_bytes is not None:
-        num_bytes = sum(token_bytes[tokens[1 : count + 1]].sum() for _, tokens, count in parts)
-        bits = nats / math.log(2) / max(1, int(num_bytes))
-    return {"val_loss": loss, "val_tokens": total, "bits_per_byte": bits}
+        bytes_V = np.zeros(num_ids, int)
+        bytes_V[: len(token_bytes)] = token_bytes
+        num_bytes = sum(int(bytes_V[tokens[1 : count + 1]].sum()) for _, tokens, count in parts)
+        if num_bytes:
+            text_nats, _ = add_up(np.float32(bytes_V > 0))
+            bits = text_nats / math.log(2) / num_bytes
+    return {"val_loss": nats / total, "val_tokens": total, "bits_per_byte": bits}
 
 
 def loss_of_run(trained):
     """The validation loss that the run itself wrote at this step; None where it wrote none."""
     file = trained.folder.parent.parent / "metrics.jsonl"
-    with contextlib.suppress(OSError, ValueError):
-        for line in reversed(file.read_text().splitlines()):
+    with contextlib.suppress(*READING):
+        for line in reversed(file.read_text(encoding="utf-8").splitlines()):
             row = json.loads(line)
             if row["step"] == trained.step and "val_loss" in row:
-                return row["val_loss"]
+                return float(row["val_loss"])
     return None
 
 
 # ---- Results -------------------------------------------------------------------------------------
 
 
+BEGIN = b'{"key": ['  # of each line that evaluate writes
+LOSSES = {"val_loss": float, "val_tokens": int, "bits_per_byte": float | None}
+SCORES = {"form": str} | dict.fromkeys(("shots", "n", "rows", "cut"), int)
+SCORES |= dict.fromkeys(("accuracy", "chance", "stderr", "centered"), float)
+
+
 class Results:
-    """The lines of --out. One that a kill cut short is passed over."""
+    """The lines of --out. New ones are added behind what is there, of which nothing changes."""
 
     def __init__(self, path, weights, shared):
-        """weights: their SHA-256. shared: what every new line says."""
+        """weights: their SHA-256. shared: what every new line says. Raises UsageError."""
         self.path, self.weights, self.shared = path, weights, shared
         self.lines = []
-        if path.exists():
-            with usage_errors(f"--out={path}: cannot be read"):
-                written = path.read_text().splitlines()
-            for line in written:
-                with contextlib.suppress(ValueError, TypeError):
-                    self.lines.append(dict(json.loads(line)))
+        require(path.parent.is_dir(), f"--out={path}: {path.parent} is no folder")
+        if not path.exists():
+            return
+        require(path.is_file(), f"--out={path}: wanted a file")
+        with usage_errors(f"--out={path}: cannot be read", OSError):
+            blob = path.read_bytes()
+        is_ours = BEGIN.startswith(blob[: len(BEGIN)])
+        require(is_ours, f"--out={path}: begins with other lines than evaluate's, so it is left")
+        for line in blob.split(b"\n"):
+            with contextlib.suppress(*READING):  # a kill may have cut one
+                self.lines.append(dict(json.loads(line)))
 
-    def get(self, name, what, compute):
+    def get(self, name, what, kinds, compute):
         """(the line of these weights, this name and this, whether it was there).
 
-        Where it was not, compute() makes its numbers.
+        Where it was not, compute() makes its numbers, of these kinds.
         """
         key = [SCORING, self.weights, name, *what]
+        kinds = kinds | {"seconds": float}
         for line in self.lines:
-            if line.get("key") == key:
-                return line, True
+            are_ours = (isinstance(line.get(field), kind) for field, kind in kinds.items())
+            if line.get("key") == key and all(are_ours):
+                return line | {"name": name}, True
         began = time.perf_counter()
         numbers = compute()
         seconds = round(time.perf_counter() - began, 1)
         line = {"key": key, "name": name} | self.shared | numbers | {"seconds": seconds}
         self.lines.append(line)
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        with usage_errors(f"--out={self.path}: cannot be written"):
-            train.write_file(self.path, text.encode())
+        with usage_errors(f"--out={self.path}: cannot be written", OSError):
+            add_line(self.path, json.dumps(line))
         return line, False
+
+
+def add_line(path, text):
+    """Add a line to a file, whole or not at all. Raises OSError."""
+    with open(path, "a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        is_cut = file.read(1) not in (b"", b"\n")  # by a kill
+        blob = b"\n" * is_cut + text.encode() + b"\n"
+        if file.write(blob) < len(blob):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def print_table(lines):
@@ -437,126 +425,6 @@ def print_table(lines):
         print(f"| {what} | {accuracy} | {row['centered']:+.3f} | {cut} |")
 
 
-# ---- Sets of the Hub -----------------------------------------------------------------------------
-# Read are the Parquet files that the Hub itself makes of a dataset; a row becomes a line of one of
-# the three forms, its text put as CORE's sets have it. The datasets' own terms hold. Not yet run
-# against the Hub, only against a stand-in: names of datasets and columns are as their cards give
-# them.
-
-
-def choice_line(query, choices, gold):
-    return {"query": query, "choices": list(choices), "gold": int(gold)}
-
-
-def schema_line(contexts, continuation, gold):
-    return {"context_options": contexts, "continuation": continuation.strip(), "gold": int(gold)}
-
-
-def by_label(row):
-    """The place of the answer among the choices' labels."""
-    return row["choices"]["label"].index(row["answerKey"])
-
-
-def hellaswag(row):
-    return choice_line(row["ctx"], row["endings"], row["label"])
-
-
-def last_word(row):
-    context, word = row["text"].rstrip().rsplit(" ", 1)
-    return {"context": context, "continuation": word}
-
-
-def arc(row):
-    return choice_line(f"Question: {row['question']}", row["choices"]["text"], by_label(row))
-
-
-def piqa(row):
-    return choice_line(f"Question: {row['goal']}\n", [row["sol1"], row["sol2"]], row["label"])
-
-
-def winogrande(row):
-    before, after = row["sentence"].split("_")
-    contexts = [before + row["option1"], before + row["option2"]]
-    return schema_line(contexts, after, int(row["answer"]) - 1)
-
-
-def winograd(row):
-    begin = row["pronoun_loc"]
-    end = begin + len(row["pronoun"])
-    contexts = [row["text"][:begin] + option for option in row["options"]]
-    return schema_line(contexts, row["text"][end:], row["label"])
-
-
-def copa(row):
-    word = {"cause": "because", "effect": "therefore"}[row["question"]]
-    choices = [row[key][:1].lower() + row[key][1:] for key in ("choice1", "choice2")]
-    return choice_line(f"{row['premise'].strip().rstrip('.')}, {word}", choices, row["label"])
-
-
-def commonsense(row):
-    """As it is asked there: which letter?"""
-    labels = row["choices"]["label"]
-    query = f"Question: {row['question']}\nChoices:\n"
-    for label, words in zip(labels, row["choices"]["text"], strict=True):
-        query += f"{label}. {words}\n"
-    return choice_line(f"{query}Answer:", labels, by_label(row))
-
-
-def openbook(row):
-    return choice_line(row["question_stem"], row["choices"]["text"], by_label(row))
-
-
-def boolq(row):
-    query = f"Passage: {row['passage']}\nQuestion: {row['question']}?"
-    return choice_line(query, ["no", "yes"], row["answer"])
-
-
-SETS = {  # name: (dataset, its Parquet file, row of the dataset -> line of the set)
-    "hellaswag": ("Rowan/hellaswag", "default/validation", hellaswag),
-    "lambada_openai": ("EleutherAI/lambada_openai", "default/test", last_word),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy/test", arc),
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge/test", arc),
-    "piqa": ("ybisk/piqa", "plain_text/validation", piqa),
-    "winogrande": ("allenai/winogrande", "winogrande_xl/validation", winogrande),
-    "winograd_wsc": ("ErnestSDavis/winograd_wsc", "wsc273/test", winograd),
-    "copa": ("aps/super_glue", "copa/validation", copa),
-    "commonsense_qa": ("tau/commonsense_qa", "default/validation", commonsense),
-    "openbook_qa": ("allenai/openbookqa", "main/test", openbook),
-    "boolq": ("google/boolq", "default/validation", boolq),
-}
-
-
-def fetch_set(name, folder):
-    """Write folder/NAME.jsonl, whole or not at all. Raises UsageError."""
-    from huggingface_hub import hf_hub_download
-
-    parquet = package("pyarrow.parquet", "--fetch")
-    repo, part, convert = SETS[name]
-    file = f"{part}/0000.parquet"
-    with usage_errors(f"{name}: {file} of {repo}", Exception):
-        made = "refs/convert/parquet"
-        path = hf_hub_download(repo, file, repo_type="dataset", revision=made)
-        rows = parquet.read_table(path).to_pylist()
-        lines = [json.dumps(convert(row), ensure_ascii=False) + "\n" for row in rows]
-    train.write_file(folder / f"{name}.jsonl", "".join(lines).encode())
-    print(f"{name}: {len(lines)} questions of {repo}", flush=True)
-
-
-def fetch(folder, names=tuple(SETS)):
-    """Write the sets that a folder lacks. Raises UsageError where one failed, after all others."""
-    folder.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for name in names:
-        if not (folder / f"{name}.jsonl").exists():
-            try:
-                fetch_set(name, folder)
-            except UsageError as error:
-                print(error, flush=True)
-                failed.append(str(error))
-    said = f"{len(failed)} sets could not be had, the first: {''.join(failed[:1])}"
-    require(not failed, f"{said}; what is in {folder} scores without --fetch")
-
-
 # ---- Command line --------------------------------------------------------------------------------
 
 
@@ -564,8 +432,8 @@ def parse(argv):
     """Raises UsageError."""
     args = read_args(argv, __doc__, FLAGS)
     require(args.checkpoint, "--checkpoint: wanted a run's folder")
-    is_shots = args.shots == "core" or args.shots.isdecimal()
-    require(is_shots, f"--shots={args.shots}: wanted a number or core")
+    is_shots = re.fullmatch(r"core|\d{1,4}", args.shots)
+    require(is_shots, f"--shots={args.shots}: wanted a number below 10,000 or core")
     lacks_tasks = not args.tasks and (args.fetch or args.only)
     require(not lacks_tasks, "--fetch and --only want --tasks=DIR, the folder of the sets")
     something = args.tasks or args.val_tokens
@@ -576,21 +444,25 @@ def parse(argv):
 def report_validation(trained, params, mesh, results, args):
     """Print loss and bits per byte, computed or from --out. Returns them."""
     parts, digest = open_validation(trained, args)
-    token_bytes, lacking = None, ""
+    token_bytes, identity = None, None
+    lacking = "no target is text"
     try:
-        token_bytes = trained.tokenizer(args.tokenizer).token_bytes
+        tokenizer = trained.tokenizer(args.tokenizer)
+        token_bytes, identity = tokenizer.token_bytes, tokenizer.sha256
     except UsageError as error:
-        if args.tokenizer:
+        file = trained.tokenizer_folder(args.tokenizer) / trained.meta["tokenizer"]
+        is_missing = isinstance(error.__cause__, ImportError) or not os.path.lexists(file)
+        if args.tokenizer or not is_missing:
             raise
         lacking = str(error)
 
     def compute():
         return validate(parts, params, mesh, trained.cfg, token_bytes)
 
-    what = [digest, sum(count for _, _, count in parts), not lacking]
-    line, was_there = results.get("validation", what, compute)
+    what = [identity, digest, sum(count for _, _, count in parts)]
+    line, was_there = results.get("validation", what, LOSSES, compute)
     bits = f"no bits per byte ({lacking})"
-    if not lacking:
+    if line["bits_per_byte"] is not None:
         bits = f"{line['bits_per_byte']:.6f} bits per byte"
     of_what = f"of {line['val_tokens']} targets in {line['seconds']} s"
     said = " (was there)" if was_there else ""
@@ -616,14 +488,14 @@ def report_tasks(tasks, trained, params, mesh, results, args):
     for task in tasks:
         places = range(len(task.questions))
         count = min(args.max_per_task or len(places), len(places))
-        chosen = sorted(random.Random(task.name).sample(places, count))
+        chosen = sorted(seeded(task.name).sample(places, count))
         shots = CORE_SHOTS.get(task.name, 0) if args.shots == "core" else int(args.shots)
 
         def compute(task=task, chosen=chosen, shots=shots):
             return judge(task, chosen, shots, tokenizer, score, limits)
 
-        what = [task.sha256, count, shots, max_len]
-        line, was_there = results.get(task.name, what, compute)
+        what = [tokenizer.sha256, task.sha256, count, shots, max_len]
+        line, was_there = results.get(task.name, what, SCORES, compute)
         said = "was there" if was_there else f"{line['seconds']} s"
         print(f"{task.name}: accuracy {line['accuracy']:.3f} of {line['n']}, {said}", flush=True)
         lines.append(line)
@@ -645,14 +517,18 @@ def main(argv=None):
     params = jax.device_put(trained.params, train.state_shardings(GPT, mesh, trained.cfg).params)
     print(f"{trained.folder}, on {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
     run = trained.folder.parent.parent
+    is_in_run = trained.folder.parent.name == "ckpt"
+    require(args.out or is_in_run, f"{trained.folder}: in no run's folder; wanted --out=FILE")
     path = Path(args.out) if args.out else run / "evaluate.jsonl"
     weights = train.file_sha256(trained.folder / "params.safetensors")
     results = Results(path, weights, {"run": run.name, "step": trained.step})
     summary = {"checkpoint": str(trained.folder), "step": trained.step}
     if args.val_tokens != 0:
-        summary |= report_validation(trained, params, mesh, results, args)
+        with memory_errors("the run's rows are too large here; --val_tokens=0 leaves them out"):
+            summary |= report_validation(trained, params, mesh, results, args)
     if tasks:
-        summary |= report_tasks(tasks, trained, params, mesh, results, args)
+        with memory_errors("lower --batch_tokens, down to one row of --max_len"):
+            summary |= report_tasks(tasks, trained, params, mesh, results, args)
     print(json.dumps(summary), flush=True)
     return summary
 

@@ -3,9 +3,13 @@
 Nothing is trained: a checkpoint has random weights, or those of which it is known what is right.
 """
 
+import dataclasses
 import functools
+import hashlib
 import json
 import math
+import os
+import resource
 import sys
 from types import SimpleNamespace
 
@@ -16,11 +20,13 @@ import pytest
 from shards import documents, make_folder, shard_bytes
 
 import train
-from scripts import evaluate, text
+from scripts import evaluate, questions, text
+from scripts.questions import Task
 from scripts.sample import open_checkpoint
-from train import GPT, UsageError
+from train import BYTES_META, GPT, UsageError
 
-BYTES = text.open_tokenizer(text.BYTES, ".")
+BYTES = text.open_tokenizer(BYTES_META, ".")
+LETTERS = "".join(map(chr, range(128))) + "".join(map(chr, range(0x100, 0x180)))  # 1 or 2 bytes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,6 +102,16 @@ def lines_of(folder, **sets):
     return f"--tasks={folder}"
 
 
+def alphabet(folder, characters=LETTERS):
+    """A folder of shards of one's own 256 characters. Returns what their meta.json says."""
+    make_folder(folder, "mine.json")
+    (folder / "mine.json").write_text(json.dumps(characters))
+    digest = hashlib.sha256((folder / "mine.json").read_bytes()).hexdigest()
+    meta = BYTES_META | {"tokenizer": "mine.json", "tokenizer_sha256": digest}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return meta
+
+
 def refused(words, *flags):
     with pytest.raises(UsageError, match=words) as caught:
         evaluate.main([*flags])
@@ -105,7 +121,7 @@ def refused(words, *flags):
 # ---- Validation ----------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_trainers_and_bits_are_per_byte_of_text(run, tmp_path, capsys):
+def test_the_loss_is_the_trainers(run, tmp_path, capsys):
     trained, mesh = open_checkpoint(run), train.make_mesh()
     cfg = trained.cfg
     params = jax.device_put(trained.params, train.state_shardings(GPT, mesh, cfg).params)
@@ -115,23 +131,72 @@ def test_the_loss_is_the_trainers_and_bits_are_per_byte_of_text(run, tmp_path, c
     (run / "metrics.jsonl").write_text(json.dumps({"step": byte_run.STEP, "val_loss": wrote}))
     found = evaluate.main([f"--checkpoint={run}", f"--out={tmp_path / 'out'}"])
     assert found["val_loss"] == pytest.approx(wrote, abs=1e-6)
-    num_bytes = (documents(3, 40)[1:1001] != 256).sum()
-    bits = 1000 * found["val_loss"] / math.log(2) / num_bytes
-    assert found["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
     assert f"the run wrote {wrote:.6f}" in capsys.readouterr().out
 
     # without the tokenizer's files there is the loss, and the reason why there are no bits
-    other = byte_run.changed(run, tmp_path / "run", lambda tensors: None)
-    about = json.loads((other / "config.json").read_text())
-    about["meta"]["tokenizer"] = "mine.json"
-    (other / "config.json").write_text(json.dumps(about))
-    _, val_files = make_folder(tmp_path / "data", "mine.json")
-    flags = [f"--checkpoint={other}", val_files, "--val_tokens=1000"]
+    meta = alphabet(tmp_path / "data")
+    (tmp_path / "data/mine.json").unlink()
+    other = byte_run.changed(run, tmp_path / "run", meta=meta)
+    flags = [f"--checkpoint={other}", f"--val_files={tmp_path}/data/val_*.bin"]
+    flags.append("--val_tokens=1000")
     unknown = evaluate.main(flags)
     assert unknown["bits_per_byte"] is None and unknown["val_loss"] == found["val_loss"]
     said = capsys.readouterr().out
     assert "no bits per byte" in said and "mine.json" in said
     refused("mine.json", *flags, f"--tokenizer={tmp_path}")
+
+
+def test_bits_per_byte_count_text_alone_and_of_it_bytes(run, tmp_path):
+    """Of 257 tokens that are likely alike each costs log2(257) = 8.00562 bits."""
+    meta = alphabet(tmp_path / "data")
+    shard = [256, 65, 66, 200, 256, 67]  # four tokens of five bytes, and a BOS
+    (tmp_path / "data/val_000000.bin").write_bytes(shard_bytes(shard))
+    flat = byte_run.changed(run, tmp_path / "flat", byte_run.flatten, meta=meta)
+    flags = [f"--checkpoint={flat}", f"--val_files={tmp_path}/data/val_*.bin"]
+    found = evaluate.main([*flags, f"--tokenizer={tmp_path}/data"])
+    assert found["bits_per_byte"] == pytest.approx(4 * 8.0056245 / 5, abs=1e-5)
+    assert found["val_loss"] == pytest.approx(5.5490761, abs=1e-5) and found["val_tokens"] == 5
+
+    (tmp_path / "data/val_000000.bin").write_bytes(shard_bytes([256] * 9))  # no text at all
+    assert evaluate.main([*flags, f"--tokenizer={tmp_path}/data"])["bits_per_byte"] is None
+    spoilt = byte_run.changed(run, tmp_path / "spoilt", byte_run.spoil)
+    with pytest.raises(train.NonFiniteLoss):
+        evaluate.main([f"--checkpoint={spoilt}"])
+    assert not (spoilt / "evaluate.jsonl").exists()
+
+
+def test_a_tokenizer_is_told_by_its_hash_and_each_has_scores_of_its_own(run, tmp_path, monkeypatch):
+    """Two alphabets of one name and size."""
+    tokenizers, real = [], evaluate.judge
+
+    def judge(task, chosen, shots, tokenizer, score, limits):
+        tokenizers.append(tokenizer.encode("ab"))
+        return real(task, chosen, shots, BYTES, lambda _, first: (0.0 * first, first), limits)
+
+    monkeypatch.setattr(evaluate, "judge", judge)
+    mine = alphabet(tmp_path / "mine")
+    alphabet(tmp_path / "other", LETTERS[::-1])
+    tasks = lines_of(tmp_path / "sets", one=[{"query": "a", "choices": ["b", "c"], "gold": 0}])
+    new = f"--checkpoint={byte_run.changed(run, tmp_path / 'new', meta=mine)}"
+    refused("val_000000.bin: of another tok", new, f"--val_files={tmp_path}/other/val_*.bin")
+    flags = [tasks, "--val_tokens=0"]
+    refused("other/meta.json: of another tok", new, *flags, f"--tokenizer={tmp_path}/other")
+    assert not tokenizers
+    evaluate.main([new, *flags, f"--tokenizer={tmp_path}/mine"])
+
+    # a run of before the hash says its tokenizer in config.json, by name and sizes
+    folder = byte_run.changed(run, tmp_path / "old")
+    old = f"--checkpoint={folder}"
+    manifest = next(folder.glob("ckpt/*/manifest.json"))
+    about = json.loads(manifest.read_text())
+    del about["meta"]
+    manifest.write_text(json.dumps(about))
+    meta = {"tokenizer": "mine.json", "vocab_size": 257, "bos_id": 256}
+    (folder / "config.json").write_text(json.dumps({"meta": meta}))
+    for name in ("mine", "other", "mine"):
+        (tmp_path / name / "meta.json").unlink(missing_ok=True)
+        evaluate.main([old, *flags, f"--tokenizer={tmp_path / name}"])
+    assert tokenizers == [[97, 98], [97, 98], [158, 157]]
 
 
 def test_of_other_shards_all_targets_are_scored_each_in_its_own_shard(run, oracle, tmp_path):
@@ -150,6 +215,8 @@ def test_of_other_shards_all_targets_are_scored_each_in_its_own_shard(run, oracl
     found = evaluate.main(flags)
     assert found["val_tokens"] == len(nats) == sum(map(len, data)) - 2
     assert found["val_loss"] == pytest.approx(nats.mean(), abs=1e-5)
+    is_text = np.concatenate([tokens[1:] for tokens in data]) != 256
+    assert found["bits_per_byte"] == pytest.approx(nats[is_text].mean() / math.log(2), abs=1e-5)
     count = len(data[0]) + 9  # ten of the second shard
     args = evaluate.parse([*flags, f"--val_tokens={count}"])
     parts, _ = evaluate.open_validation(open_checkpoint(run), args)
@@ -160,10 +227,10 @@ def test_what_cannot_be_scored_is_one_sentence(run, tmp_path):
     make_folder(tmp_path / "data", "test")
     checkpoint = f"--checkpoint={run}"
     shards = f"--val_files={tmp_path}/data/val_*.bin"
-    refused("made with .*'test'.* but the model with", checkpoint, shards)
+    refused("of another tokenizer: .*'test'.* wanted .*'bytes'", checkpoint, shards)
     refused("no shards match /nowhere/.*--val_tokens=0", checkpoint, "--val_files=/nowhere/*.bin")
     refused("too short for 9999999 targets; 2[0-9]* fit", checkpoint, "--val_tokens=9999999")
-    old = byte_run.changed(run, tmp_path / "run", lambda tensors: None)
+    old = byte_run.changed(run, tmp_path / "run")
     manifest = next(old.glob("ckpt/step-*/manifest.json"))
     manifest.write_text(manifest.read_text().replace('"format"', '"formerly"'))
     refused("e79511b", f"--checkpoint={old}")  # of an older train.py
@@ -234,16 +301,14 @@ def test_weights_that_prefer_what_is_right_score_1_and_others_chance_in_every_fo
     assert abs(accuracy - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 200)
     assert found["mean_centered"] == pytest.approx((accuracy - 0.25) / 0.75, abs=1e-5)
 
-    def flatten(tensors):
-        tensors["head"] *= 0
-
-    flat = byte_run.changed(run, tmp_path / "flat", flatten)  # all choices are best alike
+    flat = byte_run.changed(run, tmp_path / "flat", byte_run.flatten)  # all are best alike
     found = evaluate.main([f"--checkpoint={flat}", guesses, *few, "--max_per_task=50"])
     assert found["sets"]["guesses"] == 0.25 and found["mean_centered"] == 0
 
 
 def task(name, *questions, form="multiple choice"):
-    return evaluate.Task(name, form, [*questions], "")
+    lines = [f"{name}.jsonl, line {2 * i}" for i in range(len(questions))]
+    return Task(name, form, [*questions], lines, "")
 
 
 def test_a_choice_is_judged_by_the_mean_of_its_tokens_and_a_completion_by_every_token():
@@ -254,9 +319,9 @@ def test_a_choice_is_judged_by_the_mean_of_its_tokens_and_a_completion_by_every_
         nats = [n * (0.5 if n > 4 else 1.0) for n in lengths]
         return -np.array(nats), np.array([text.count(b"z") for text in texts])
 
-    def judged(task, score=score):
+    def judged(task, score=score, tokenizer=BYTES):
         places = range(len(task.questions))
-        return evaluate.judge(task, places, 0, BYTES, score, evaluate.Limits(100, 64, 1))
+        return evaluate.judge(task, places, 0, tokenizer, score, evaluate.Limits(100, 64, 1))
 
     pairs = [("q:", "no"), ("q:", "certainly")]
     found = judged(task("mine", (pairs, 1), (pairs, 0), (pairs, 1)))
@@ -267,6 +332,9 @@ def test_a_choice_is_judged_by_the_mean_of_its_tokens_and_a_completion_by_every_
     assert judged(words)["accuracy"] == 0.5
     with pytest.raises(train.NonFiniteLoss):
         judged(words, lambda tokens, first: (np.full(len(first), np.nan), first))
+    ab = dataclasses.replace(BYTES, encode=text.alphabet_encode("ab "))
+    with pytest.raises(UsageError, match=r"mine.jsonl, line 2: 'z' \(U\+007A\)"):
+        judged(words, tokenizer=ab)
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
@@ -311,9 +379,19 @@ def test_a_space_or_the_sets_own_delimiter_joins_and_shots_are_other_questions_w
 
 
 def test_a_damaged_set_is_one_sentence_with_its_line_and_exit_code_2(tmp_path, capsys):
-    path = tmp_path / "some.jsonl"
+    """Also where its name is no UTF-8. A byte order mark and CRLF are no damage."""
+    path = tmp_path / "s\udcf6me.jsonl"
+    shown = path.with_name("s\\udcf6me.jsonl")
     good = '{"query": "a", "choices": ["b", "c"], "gold": 1}'
+    path.write_bytes(f"\ufeff{good}\r\n\r\n{good}\r\n".encode())
+    (whole,) = questions.read_tasks(tmp_path, [])
+    assert whole.questions == [([("a", "b"), ("a", "c")], 1)] * 2
+    assert evaluate.prompts(whole, 0, 1)[0] == ("a c\n\na", " b")
     for line, words in (
+        (good.replace("b", "b\\ud83d"), "surrogates not allowed"),
+        (good.replace("b", "caf\udce9"), "invalid continuation byte"),
+        ("[" * 100_000, "damaged"),
+        ("7", "damaged"),
         (good[:-1], "damaged"),
         ('{"query": "a"}', "wanted the keys query"),
         (good.replace("1", "2"), "right one's place"),
@@ -321,11 +399,12 @@ def test_a_damaged_set_is_one_sentence_with_its_line_and_exit_code_2(tmp_path, c
         (good.replace('"c"', '" "'), "no empty continuation"),
         ('{"context": "a", "continuation": "b"}', "wanted one form in a file"),
     ):
-        path.write_text(f"{good}\n{line}\n")
+        path.write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
         argv = ["--checkpoint=nowhere", f"--tasks={tmp_path}"]
         assert train.command(lambda argv=argv: evaluate.main(argv)) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"error: {path}, line 2: ") and said.count("\n") == 1
+        said = said.replace("\udcf6", "\\udcf6")  # as a console shows it
+        assert said.startswith(f"error: {shown}, line 2: ") and said.count("\n") == 1
         assert words in said
 
 
@@ -351,7 +430,7 @@ def test_a_second_invocation_scores_only_what_is_not_there(run, tmp_path, monkey
     assert evaluate.main(argv) == first and not judged
     evaluate.main([*argv, "--max_per_task=25"])
     assert judged.pop() == ("one", 25) and not judged
-    other = byte_run.changed(run, tmp_path / "run", lambda tensors: tensors["head"].fill(0))
+    other = byte_run.changed(run, tmp_path / "run", byte_run.flatten)
     for flag in ("--shots=1", f"--checkpoint={other}"):
         evaluate.main([*argv, "--val_tokens=0", "--only=two", flag])
         assert judged.pop() == ("two", 7) and not judged
@@ -361,6 +440,49 @@ def test_a_second_invocation_scores_only_what_is_not_there(run, tmp_path, monkey
     assert judged.pop() == ("two", 7) and not judged
     assert json.loads(out.read_text().splitlines()[-1])["name"] == "two"
     refused("no three.jsonl there, only one, two", *argv, "--only=three")
+
+
+def test_what_a_user_has_in_out_stays_to_the_byte(run, tmp_path, monkeypatch, capsys):
+    flags = [f"--checkpoint={run}", "--val_tokens=100"]
+    whole = evaluate.main([*flags, f"--out={tmp_path / 'ours'}"])
+    ours = (tmp_path / "ours").read_bytes()
+    for name, blob in (
+        ("notes.txt", b"# mine\r\n"),
+        ("q.jsonl", b'{"query": "a", "choices": ["b", "c"], "gold": 1}\n'),
+        ("caf\udce9[1].png", b"\x89PNG\r\n\x1a\n\0"),
+    ):
+        (tmp_path / name).write_bytes(blob)
+        refused("begins with other lines", *flags, f"--out={tmp_path / name}")
+        assert (tmp_path / name).read_bytes() == blob
+    refused("wanted a file", *flags, "--out=/dev/null")
+    refused("is no folder", *flags, f"--out={tmp_path}/none/out")
+
+    # behind a line of ours what is not ours stays, a line that a kill cut too
+    mine = ours[:-30] + b"\ncaf\xe9\r\n[[7]]\n" + b"[" * 100_000
+    (tmp_path / "mixed").write_bytes(mine)
+    (tmp_path / "link").symlink_to("mixed")
+    assert evaluate.main([*flags, f"--out={tmp_path}/link"]) == whole
+    now = (tmp_path / "mixed").read_bytes()
+    assert (tmp_path / "link").is_symlink() and now.startswith(mine + b"\n")
+    assert json.loads(now[len(mine) :])["val_loss"] == whole["val_loss"]
+
+    # a disk that takes half a line keeps none of it
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(now) + 10, hard))
+    try:
+        refused("cannot be written", *flags[:1], "--val_tokens=90", f"--out={tmp_path}/mixed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "mixed").read_bytes() == now
+
+    # nobody reads what is printed: one sentence, and nothing is half there
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="ascii") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        argv = [*flags, f"--out={tmp_path / 'new'}"]
+        assert train.command(lambda: evaluate.main(argv)) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
 # ---- The Hub -------------------------------------------------------------------------------------
@@ -414,7 +536,7 @@ def test_fetching_writes_what_is_missing_in_a_documented_form_and_says_what_fail
     pyarrow = pytest.importorskip("pyarrow", reason=wanted)
     parquet = pytest.importorskip("pyarrow.parquet", reason=wanted)
     asked, names = [], {}
-    for name, (repo, part, _) in evaluate.SETS.items():
+    for name, (repo, part, _) in questions.SETS.items():
         names[repo, f"{part}/0000.parquet"] = name.replace("challenge", "easy")
 
     def download(repo, file, repo_type, revision):
@@ -434,10 +556,10 @@ def test_fetching_writes_what_is_missing_in_a_documented_form_and_says_what_fail
     assert len(asked) == 12  # the second time only what failed
     for name, (row, line) in HUB.items():
         if name == "boolq":
-            assert evaluate.boolq(row) == line
+            assert questions.boolq(row) == line
         else:
             text = (tmp_path / f"sets/{name}.jsonl").read_text()
             assert text == (json.dumps(line) + "\n") * 3
-    assert len(evaluate.read_tasks(tmp_path / "sets", [])) == 10
+    assert len(questions.read_tasks(tmp_path / "sets", [])) == 10
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     refused(wanted, *fetch)
