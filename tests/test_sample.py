@@ -391,6 +391,7 @@ def test_a_damaged_manifest_is_one_sentence_and_a_spoilt_weight_no_text(run_fold
         ("val", 7),
         ("stages", [{"end": 1.0, "speed": 2}]),
         ("mlp_only", [[0]]),
+        ("stages", [config["stages"][0] | {"ahead": [{}]}]),
     ):
         opened(whole | {"config": config | {name: value}}, "manifest.json: its config cannot be")
     opened(whole | {"config": []}, "manifest.json: its config cannot be read")
