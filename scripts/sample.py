@@ -409,12 +409,16 @@ def compile_programs(length, capacity, num_samples, choice, cfg):
         logits_BV, cache = decode(weights, cache, token_B, capacity, cfg)
         return choose(logits_BV, key, cache.position, choice), cache
 
+    first = jax.jit(first)
+    following = jax.jit(following, donate_argnums=1)
+    if jax.config.jax_disable_jit:  # which a compiled program would refuse
+        return first, following
     weights = jax.eval_shape(functools.partial(random_weights, cfg))
     key = jax.eval_shape(functools.partial(jax.random.key, 0))
     tokens_1T = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    first = jax.jit(first).lower(weights, tokens_1T, jax.ShapeDtypeStruct((), jnp.int32), key)
+    first = first.lower(weights, tokens_1T, jax.ShapeDtypeStruct((), jnp.int32), key)
     token_B, cache = first.out_info
-    following = jax.jit(following, donate_argnums=1).lower(weights, cache, token_B, key)
+    following = following.lower(weights, cache, token_B, key)
     return first.compile(), following.compile()
 
 
