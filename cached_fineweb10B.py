@@ -16,15 +16,25 @@ import argparse
 import contextlib
 import hashlib
 import os
+import re
+import shlex
 import signal
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HTTPError  # the base of its network errors
-from huggingface_hub.utils import WeakFileLock
+try:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HTTPError  # the base of its network errors
+    from huggingface_hub.utils import WeakFileLock
+except (ImportError, ValueError) as error:  # ValueError: HF_ENDPOINT or an HF_HUB_..._TIMEOUT
+    print(
+        f"error: huggingface_hub cannot be loaded: {error}; pip install -r requirements.txt, or "
+        "mend the environment's HF_ variables",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 REPO = "kjj0/fineweb10B-gpt2"
 MAX_SHARDS = 103  # training shards in the dataset
@@ -32,6 +42,11 @@ SPEEDRUN_SHARDS = 8  # what the speedrun preset of train.py reads
 SHARD_BEGIN = (20240520, 1)  # magic number, version
 HEADER_BYTES = 1024
 FILES_AT_ONCE = 8
+CUT_OFF = re.compile(r"[\w=-]{28}\.[0-9a-f]{64}\.[0-9a-f]{8}\.incomplete")  # a download's name
+# What huggingface_hub raises: for files, the network, Xet, URLs and proxies.
+HUB_ERRORS = (OSError, HTTPError, RuntimeError, ValueError, ImportError)
+HUB_ERRORS += (sys.modules[HTTPError.__module__].InvalidURL,)
+NO_LISTING = (LookupError, TypeError, AttributeError)  # and for JSON that is no list of files
 
 
 class Failed(Exception):
@@ -43,10 +58,16 @@ def shard_names(num_train):
     return ["fineweb_val_000000.bin", *training]
 
 
+def failure(error):
+    """Failed, of an error of huggingface_hub."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return Failed(f"{reason}; mend it (network, HF_ENDPOINT, HF_TOKEN, disk) and run this again")
+
+
 def problem_with(path, sha256):
     """What is wrong with the shard at path, in a few words, or ""."""
-    if not path.exists():
-        return "missing"
+    if not path.is_file():  # a pipe would never end
+        return "no file" if path.exists() else "missing"
     with open(path, "rb") as file:
         magic, version, num_tokens = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
         if (magic, version) != SHARD_BEGIN:
@@ -68,8 +89,11 @@ def problems_in(folder, hashes, pool):
 
 def ask_hub(names):
     """{name: SHA-256}, as the hub states them."""
-    files = HfApi().get_paths_info(REPO, names, repo_type="dataset")
-    hashes = {file.path: file.lfs.sha256 for file in files if file.lfs}
+    try:
+        files = HfApi().get_paths_info(REPO, names, repo_type="dataset")
+    except (*HUB_ERRORS, *NO_LISTING) as error:
+        raise failure(error) from error
+    hashes = {file.path: str(file.lfs.sha256) for file in files if getattr(file, "lfs", None)}
     for name in names:
         if name not in hashes:
             raise Failed(f"{name}: the hub has no SHA-256 of it in {REPO}; check HF_ENDPOINT")
@@ -83,7 +107,7 @@ def verify(folder, hashes, pool):
         last = max(int(name[-10:-4]) for name in problems)
         raise Failed(
             f"{len(problems)} of {len(hashes)} shards do not verify: {listed}; fetch them again: "
-            f"python cached_fineweb10B.py {max(1, last)} --dir={folder}"
+            f"python cached_fineweb10B.py {max(1, last)} {shlex.quote(f'--dir={folder}')}"
         )
     print(f"all {len(hashes)} shards in {folder} verified")
 
@@ -91,13 +115,25 @@ def verify(folder, hashes, pool):
 def fetch_shard(folder, name, sha256):
     """Download a shard to the staging folder, prove it there, and only then give it its place."""
     staging = folder / ".incoming"
-    staged = Path(hf_hub_download(REPO, name, repo_type="dataset", local_dir=staging))
+    if (staging / name).is_symlink():
+        raise Failed(f"{staging / name} is a link to elsewhere; take it away")
+    try:
+        staged = Path(hf_hub_download(REPO, name, repo_type="dataset", local_dir=staging))
+    except HUB_ERRORS as error:
+        raise failure(error) from error
     problem = problem_with(staged, sha256)
     if problem:
         staged.unlink()
         raise Failed(f"{name} came wrong from {REPO}: {problem}; try again, or check any proxy")
     os.replace(staged, folder / name)
     print(f"{name}: fetched and verified", flush=True)
+
+
+def remove_cut_off(staging):
+    """Delete downloads that nobody goes on with: huggingface_hub names each one anew."""
+    for path in staging.glob(".cache/huggingface/download/*.incomplete"):
+        if CUT_OFF.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def fetch(folder, hashes, pool):
@@ -110,8 +146,7 @@ def fetch(folder, hashes, pool):
             stack.enter_context(WeakFileLock(lock, timeout=1))
         except TimeoutError:
             raise Failed(f"{lock} is held: wait for the other download into {folder}") from None
-        for cut_off in staging.glob(".cache/huggingface/download/*.incomplete"):
-            cut_off.unlink()  # nobody goes on with it: huggingface_hub names each one anew
+        remove_cut_off(staging)
         wanted = problems_in(folder, hashes, pool)
         list(pool.map(lambda name: fetch_shard(folder, name, hashes[name]), wanted))
     skipped = len(hashes) - len(wanted)
@@ -151,16 +186,23 @@ def run(argv):
 
 
 def main(argv=None):
+    """Returns the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a console may not know all characters
+    code = 0
     try:
         run(argv)
-        return 0
-    except Failed as error:
-        said = str(error)
-    except (OSError, HTTPError, RuntimeError, ValueError) as error:  # disk, network, Xet, a proxy
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        said = f"{reason}; mend it (network, HF_ENDPOINT, HF_TOKEN, disk) and run this again"
-    print(f"error: {said}", file=sys.stderr)
-    return 2
+    except SystemExit as leaving:  # of --help
+        code = leaving.code
+    except (Failed, OSError) as error:
+        code = 2
+        print(f"error: {error}", file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:  # nobody reads it any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 2
+    return code
 
 
 if __name__ == "__main__":
