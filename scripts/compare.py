@@ -30,6 +30,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import fcntl
 import glob
 import hashlib
 import itertools
@@ -47,10 +48,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-import numpy as np
-
 import train
 from scripts.baselines import MODELS
+from scripts.files import NotText, read_text
+from scripts.tables import best_first, notes_of, reach, table_of, without_errors
 from train import ROOT, Config, Stage, UsageError, read_flags, require
 
 GIVEN = ("--seed", "--log_dir", "--resume", "--train_files", "--val_files")  # by this script
@@ -112,10 +113,23 @@ def read_entry(name, words, common, folder):
             model = value
         elif kind == "patch":
             patch = folder / value
+            there = Path(os.path.realpath(folder))
+            lies_there = Path(os.path.realpath(patch)).is_relative_to(there)
+            require(
+                lies_there, f"{word}: wanted a file that lies beside the list, or in a folder there"
+            )
             require(patch.is_file(), f"there is no file {patch}")
         else:
             flags.append(word)
     return Entry(name, flags, model, patch, shlex.join(words))
+
+
+def text_of(path):
+    """The text of a file. Raises UsageError that names the line that is none, and OSError."""
+    try:
+        return read_text(path)
+    except NotText as error:
+        raise UsageError(str(error)) from error
 
 
 def read_list(path, runs):
@@ -126,7 +140,7 @@ def read_list(path, runs):
     entries = []
     common = []
     sense = "minus"
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, colon, rest = line.partition(":")
@@ -207,23 +221,82 @@ def key_of(entry, seed, data_key):
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
+LINE_BEGINS = '{"name": '
+FIELDS = {  # of a line, and their types
+    "name": str,
+    "seed": int,
+    "key": str,
+}
+RESULTS = {  # of a line without an error
+    "val": list,
+    "val_loss": float,
+    "train_time_s": float,
+    "cpu_time_s": float,
+    "params": int,
+    "devices": str,
+}
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def problem_with(record):
+    """What a line of results lacks, or ""."""
+    if not isinstance(record, dict):
+        return "no result"
+    kinds = FIELDS if "error" in record else FIELDS | RESULTS
+    for name, kind in kinds.items():
+        value = record.get(name)
+        if not (is_number(value) if kind is float else isinstance(value, kind)):
+            return f"{name} is {json.dumps(value)[:40]}"
+    for row in record.get("val", ()):
+        if not (isinstance(row, list) and len(row) == 3 and all(map(is_number, row))):
+            return f"val holds {json.dumps(row)[:40]}"
+    return ""
+
+
 def read_records(path):
-    """{key: the last line that has it}. A line that a kill cut short is passed over."""
+    """{key: the last line that has it}. A line that a kill cut short is passed over.
+
+    Raises UsageError that names the line which is none of ours, and OSError.
+    """
     records = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
+    lines = text_of(path).split("\n") if path.exists() else [""]
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line or "{}")
+        except (json.JSONDecodeError, RecursionError):
+            was_cut = line.startswith(LINE_BEGINS) or LINE_BEGINS.startswith(line)
+            wanted = "wanted a line as this script writes it, or another --out"
+            require(was_cut, f"{path}, line {number}: no JSON; {wanted}")
+            continue
+        if line:
+            problem = problem_with(record)
+            require(not problem, f"{path}, line {number}: {problem}; wanted what a run gave")
             records[record["key"]] = record
     return records
 
 
-def append_record(path, record):
-    """Add a line to a file, whose last one a kill may have cut short."""
+@contextlib.contextmanager
+def only_writer(path):
+    """The file of results, open to add lines. Its lock dies with the process. Raises UsageError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with open(path, "a", encoding="utf-8") as file:
-        file.write("\n" * is_cut + json.dumps(record) + "\n")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{path}: another comparison adds to it; wait for its end") from error
+        except OSError:
+            pass  # a disk that hosts share may know no locks
+        yield file
+
+
+def append_record(file, record):
+    """Add a line to a file, whose last one a kill may have cut short."""
+    is_cut = Path(file.name).read_bytes()[-1:] not in (b"", b"\n")
+    file.write("\n" * is_cut + json.dumps(record) + "\n")
+    file.flush()
 
 
 # ---- Running -------------------------------------------------------------------------------------
@@ -242,8 +315,8 @@ def apply_patch(patch, folder):
     """Change a copy of train.py by a diff. Raises UsageError where it does not fit."""
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     argv = ["git", "apply", patch.resolve()]
-    done = subprocess.run(argv, cwd=folder, env=environment, text=True, capture_output=True)
-    why = " ".join(done.stderr.split())[:300]
+    done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True)
+    why = " ".join(done.stderr.decode(errors="replace").split())[:300]
     fits = done.returncode == 0
     require(fits, f"{patch}: does not fit this train.py ({why}); make it anew")
 
@@ -317,8 +390,8 @@ def start(entry, seed, source, cores, data_flags, program):
 
 def read_run(folder):
     """What a finished run's folder says. Raises ValueError, LookupError, TypeError or OSError."""
-    *rows, final = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    log = (folder / "log.txt").read_text().split("=" * 120)[-1]
+    *rows, final = map(json.loads, read_text(folder / "metrics.jsonl").splitlines())
+    log = read_text(folder / "log.txt").split("=" * 120)[-1]
     stated = re.search("^versions: .*", log, re.M)[0]
     processor = re.search(r" processor=(.*?)(?= [A-Z_]+=|$)", stated)  # older logs name none
     return {
@@ -340,7 +413,7 @@ def result_of(run):
     if code == 0:
         with contextlib.suppress(OSError, LookupError, TypeError, ValueError):  # it is not whole
             return read_run(list(run.folder.glob("*/metrics.jsonl"))[0].parent)
-    said = (run.folder / "said.txt").read_text(errors="replace")
+    said = (run.folder / "said.txt").read_text(encoding="utf-8", errors="replace")
     lines = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
     return {"error": f"exit code {code}: {lines[-1][:300].replace(str(run.folder), 'DIR')}"}
 
@@ -372,13 +445,13 @@ def words_of(record):
     return f"val_loss {record['val_loss']:.4f}, {times}"
 
 
-def run_all(todo, sources, data, args, program):
-    """Run [(entry, seed), ...], args.jobs at a time, and append a line for each that ends.
+def run_all(todo, sources, data, out, num_jobs, program):
+    """Run [(entry, seed), ...], num_jobs at a time, and add a line to `out` for each that ends.
 
     KeyboardInterrupt ends what runs.
     """
     data_flags, data_key = data
-    shares = share_cores(args.jobs)
+    shares = share_cores(num_jobs)
     waiting = collections.deque(todo)
     running = {}  # by its place among the jobs
     done = 0
@@ -395,7 +468,7 @@ def run_all(todo, sources, data, args, program):
                 if run.process.poll() is None:
                     continue
                 record = record_of(run, sources[run.entry.name], shares[job], data_key)
-                append_record(args.out, record)
+                append_record(out, record)
                 del running[job]
                 done += 1
                 left = (time.perf_counter() - begin) / done * (len(todo) - done) / 60
@@ -428,12 +501,13 @@ def run_missing(entries, data, args, program):
     with tempfile.TemporaryDirectory() as folder:
         sources = make_sources([entry for entry, _ in todo], Path(folder))
         count = len(entries) * len(args.seeds)
-        print(f"{len(todo)} of {count} runs to do, {args.jobs} at a time", flush=True)
-        try:
-            run_all(todo, sources, data, args, program)
-        except KeyboardInterrupt:
-            print(f"interrupted; {args.out} has what had ended, the same command continues")
-            return True
+        with only_writer(args.out) as out:
+            print(f"{len(todo)} of {count} runs to do, {args.jobs} at a time", flush=True)
+            try:
+                run_all(todo, sources, data, out, args.jobs, program)
+            except KeyboardInterrupt:
+                print(f"interrupted; {args.out} has what had ended, the same command continues")
+                return True
     return False
 
 
@@ -445,224 +519,6 @@ def rows_of(entries, data_key, args):
         keys = {seed: key_of(entry, seed, data_key) for seed in args.seeds}
         rows[entry.name] = {seed: records[key] for seed, key in keys.items() if key in records}
     return rows
-
-
-# ---- The table -----------------------------------------------------------------------------------
-
-
-def paired(differences):
-    """(mean, its standard error) of a difference per seed; nan where there are too few."""
-    count = len(differences)
-    mean = float(np.mean(differences)) if count else math.nan
-    error = float(np.std(differences, ddof=1)) / math.sqrt(count) if count > 1 else math.nan
-    return mean, error
-
-
-def p_of(t, df):
-    """Two-sided p of Student's t: the share of cos^(df - 1) beyond the angle atan(t / sqrt(df))."""
-    angles = np.linspace(0, math.pi / 2, 200_001)
-    weights = np.cos(angles) ** (df - 1)
-    is_beyond = angles > math.atan(abs(t) / math.sqrt(df))
-    return float(weights[is_beyond].sum() / weights.sum())
-
-
-def judge(gains):
-    """({name: verdict}, a sentence that says how) of {name: [a difference per seed]}.
-
-    Few seeds tell little of one entry's noise, so its standard error counts as at least that of the
-    whole list. There are as many comparisons as entries, so p is judged by their number
-    (Bonferroni).
-    """
-    how = "Differences are between runs of the same seed: mean ± standard error."
-    verdicts = dict.fromkeys(gains, "-")
-    many = {name: own for name, own in gains.items() if len(own) > 1}
-    if not many:
-        return verdicts, how
-    df = sum(len(own) - 1 for own in many.values())
-    squares = sum(float(np.var(own)) * len(own) for own in many.values())
-    pooled = math.sqrt(squares / df)
-    for name, own in many.items():
-        mean, error = paired(own)
-        error = max(error, pooled / math.sqrt(len(own)))
-        t = mean / error if error else math.inf
-        verdicts[name] = "not seen at this scale"
-        if p_of(t, df) < 0.05 / len(many):
-            verdicts[name] = "helps" if mean > 0 else "hurts"
-    how += (
-        f" helps, hurts: two-sided p < 0.05 / {len(many)}, by Student's t ({df} degrees of "
-        f"freedom) over the larger of that error and the list's, {pooled:.4f} / sqrt(n)."
-    )
-    return verdicts, how
-
-
-def without_errors(rows):
-    """{name: {seed: line}} of the runs that did not fail."""
-    good = {}
-    for name, own in rows.items():
-        good[name] = {seed: row for seed, row in own.items() if "error" not in row}
-    return good
-
-
-def mean_loss(runs):
-    """Over the seeds of one entry; infinite where there are none."""
-    losses = [row["val_loss"] for row in runs.values()]
-    return float(np.mean(losses)) if losses else math.inf
-
-
-def gains_of(good, base, sense):
-    """{name: [what a run has more than base's of the same seed, times sense]}."""
-    gains = {}
-    for name, own in good.items():
-        both = sorted(own.keys() & good[base].keys())
-        losses = [(own[seed]["val_loss"], good[base][seed]["val_loss"]) for seed in both]
-        gains[name] = [sense * (loss - base_loss) for loss, base_loss in losses]
-    return gains
-
-
-def time_key(good):
-    """Which time is compared. An accelerator works while the CPU waits."""
-    rows = [row for own in good.values() for row in own.values()]
-    return "cpu_time_s" if all(" cpu," in row["devices"] for row in rows) else "train_time_s"
-
-
-def cells_of(rows, own, base, gains, key):
-    """What a table's row says of an entry's runs. own, base: those and base's, without failures."""
-    num_failed = len(rows) - len(own)
-    both = own.keys() & base.keys()
-    difference, error = paired(gains)
-    gain = time = "-"
-    if own is not base and both:
-        gain = f"{difference:+.4f}" + (f" ± {error:.4f}" if len(both) > 1 else "")
-        gain += f" (n={len(both)})"
-    if both:
-        ratio = sum(own[seed][key] for seed in both) / sum(base[seed][key] for seed in both)
-        time = f"{ratio:.2f}"
-    return [
-        f"{len(own)}" + (f" ({num_failed} failed)" if num_failed else ""),
-        f"{mean_loss(own):.4f}" if own else "-",
-        gain,
-        time,
-        next((str(row["params"]) for row in own.values()), "-"),
-    ]
-
-
-def lines_of(head, rows):
-    """A table in markdown."""
-    lines = []
-    for cells in [head, ["---"] * len(head), *rows]:
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return lines
-
-
-def best_first(entries, rows):
-    """The entries, the least mean loss first."""
-    good = without_errors(rows)
-    return sorted(entries, key=lambda entry: mean_loss(good[entry.name]))
-
-
-def table_of(comparison, rows):
-    """Markdown: each entry against the first. rows: {name: {seed: line}}."""
-    entries, common, sense = comparison
-    base = entries[0].name
-    good = without_errors(rows)
-    gains = gains_of(good, base, sense)
-    del gains[base]
-    verdicts, how = judge(gains)
-    key = time_key(good)
-    kind = "CPU time" if key == "cpu_time_s" else "train time"
-    head = ["variant", "n", "mean val loss", "gain", f"{kind} / first", "parameters", "verdict"]
-    cells = []
-    for entry in entries:
-        name = entry.name
-        variant = f"{name}: `{entry.own}`" if entry.own else name
-        found = cells_of(rows[name], good[name], good[base], gains.get(name, []), key)
-        cells.append([variant, *found, verdicts.get(name, "-")])
-    said = f"Flags of all: `{shlex.join(common)}`"
-    meaning = "Gain: the loss without a technique minus the loss with it."
-    return "\n".join([said, "", *lines_of(head, cells), "", f"{meaning} {how}"])
-
-
-def mixtures(rows):
-    """Yield warnings of lines that are no fair comparison: of several sources, data or versions."""
-    kinds = {
-        "source_sha256": "sources of train.py (--same_source runs the others again)",
-        "data": "data",
-        "versions": "versions of Python and packages",
-    }
-    for key, what in kinds.items():
-        count = len({json.dumps(row[key]) for row in rows if key in row})
-        if count > 1:
-            yield f"warning: these runs are of {count} different {what}"
-    diffs = collections.defaultdict(set)
-    for row in rows:
-        if "patched_sha256" in row:
-            diffs[row["name"], row["source_sha256"]].add(row["patched_sha256"])
-    for (name, _), made in diffs.items():
-        if len(made) > 1:
-            yield f"warning: the runs of {name} are of different diffs"
-
-
-def unlike_processors(rows, base):
-    """Yield warnings of runs on another CPU than base's of the same seed.
-
-    A CPU sums bfloat16 in an order of its own, so another one is like another seed.
-    """
-    for name, runs in rows.items():
-        for seed, row in runs.items():
-            other = rows[base].get(seed, row)
-            own, theirs = (one.get("processor") or "an unnamed CPU" for one in (row, other))
-            if own != theirs and "error" not in row | other:
-                where = f"{name}, seed {seed}, ran on {own}, {base} on {theirs}"
-                yield f"warning: {where}: no pair"
-
-
-def notes_of(rows, base):
-    """Lines that the table's reader must see."""
-    every = [row for own in rows.values() for row in own.values()]
-    failed = [row for row in every if "error" in row]
-    notes = [f"failed: {row['name']}, seed {row['seed']}: {row['error']}" for row in failed]
-    return [*notes, *mixtures(every), *unlike_processors(rows, base)]
-
-
-# ---- How soon ------------------------------------------------------------------------------------
-
-
-def curve(own):
-    """(tokens, mean losses) of each evaluation, over the seeds of an entry; ([], []) of none."""
-    curves = [row["val"] for row in own.values() if "val" in row]
-    if not curves:
-        return [], []
-    tokens = [tokens for _, tokens, _ in curves[0]]
-    return tokens, np.mean(curves, axis=0)[:, 2].tolist()
-
-
-def tokens_to(target, tokens, losses):
-    """Tokens at which a curve, straight between evaluations, first is at target; None if never."""
-    for i, loss in enumerate(losses):
-        if loss <= target and i == 0:
-            return tokens[0]
-        if loss <= target:
-            share = (losses[i - 1] - target) / (losses[i - 1] - loss)
-            return tokens[i - 1] + share * (tokens[i] - tokens[i - 1])
-    return None
-
-
-def reach(name, rows):
-    """Markdown: when each entry's mean curve reaches the final loss of `name`.
-
-    Raises UsageError.
-    """
-    tokens, losses = curve(rows.get(name, {}))
-    require(tokens, f"--reach={name}: wanted an entry that has a finished run")
-    total = tokens[-1]
-    target = losses[-1]
-    head = ["name", f"tokens to {target:.4f}, the final loss of {name}", f"share of its {total}"]
-    cells = []
-    for other, own in rows.items():
-        at = tokens_to(target, *curve(own))
-        found = ["not reached", "-"] if at is None else [f"{at:.0f}", f"{at / total:.3f}"]
-        cells.append([other, *found])
-    return "\n".join(lines_of(head, cells))
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -700,7 +556,7 @@ def parse(argv):
     split = argv.index("--") if "--" in argv else len(argv)
     args, grid = parser.parse_known_args(argv[:split])
     common = argv[split + 1 :]
-    if args.jobs < 1 or not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+    if args.jobs < 1 or not re.fullmatch(r"\d{1,9}(,\d{1,9})*", args.seeds):
         fail(f"--jobs={args.jobs} --seeds={args.seeds}: wanted a job or more, and seeds as 0,1,2")
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     args.is_list = args.what.endswith(".txt")

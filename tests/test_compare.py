@@ -17,8 +17,9 @@ import pytest
 import scipy.interpolate
 import scipy.stats
 from shards import make_folder, shard_bytes
+from users_files import fill
 
-from scripts import compare
+from scripts import compare, tables
 from train import ROOT, UsageError, command
 
 # Trains nothing. A seed moves the loss by 1, no softcap by 0.1 (seed + 1).
@@ -74,7 +75,7 @@ class Fake:
         return self.started
 
     def list(self, text, *flags):
-        (self.folder / "list.txt").write_text(text)
+        (self.folder / "list.txt").write_bytes(text.encode(errors="surrogateescape"))
         return self.main(str(self.folder / "list.txt"), *flags)
 
     def lines(self):
@@ -114,6 +115,9 @@ WRONG_LISTS = {
     "base: --skips='3\n": "line 1, .*quot",
     "base: model=nanogtp\n": "model=nanogtp: wanted record2025, nanogpt",
     "base: patch=none.diff\n": "there is no file .*none.diff",
+    "base: patch=../mine.diff\n": "line 1, .*patch=../mine.diff: wanted a file that lies beside",
+    "base: patch=/etc/hosts\n": "line 1, .*patch=/etc/hosts: wanted a file that lies beside",
+    "base:\ncaf\udce9:\n": "list.txt, line 2: no UTF-8 text",
     "# nothing\n": "no entries",
 }
 WRONG_COMMANDS = {
@@ -145,7 +149,8 @@ def test_a_wrong_list_or_command_is_one_sentence_with_exit_code_2_before_anythin
 
 def test_a_list_gives_names_models_and_flags_in_order(tmp_path):
     path = tmp_path / "list.txt"
-    path.write_text("sense: plus\n" + LIST + "gpt : model=nanogpt --log_dir='a b'\n")
+    text = "sense: plus\n" + LIST + "gpt : model=nanogpt --log_dir='a b'\n"
+    path.write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))  # as Windows writes it
     entries, common, sense = compare.read_list(path, runs=False)
     assert common == ["--steps=3"] and sense == -1
     assert [(entry.name, entry.model, entry.flags) for entry in entries] == [
@@ -191,6 +196,56 @@ def test_runs_go_seed_by_seed_and_a_second_invocation_runs_only_what_is_missing(
     assert fake.list(LIST, "--seeds=0", data) == ["base", "no softcap"]  # other data, another run
     assert not fake.list(LIST, "--seeds=0,1")
     assert str(fake.folder) not in fake.out.read_text()
+
+
+GOOD = {"name": "base", "seed": 0, "key": "k", "val": [], "val_loss": 2.1, "train_time_s": 1}
+GOOD |= {"cpu_time_s": 1.5, "params": 7, "devices": "1 x cpu,"}
+WRONG_LINES = {  # after a good line and one that a kill cut short
+    "my notes": "line 3: no JSON; .*another --out",
+    "[1]": "line 3: no result; wanted what a run gave",
+    json.dumps(GOOD | {"val_loss": "low"}): 'line 3: val_loss is "low"',
+    json.dumps(GOOD | {"val": [[1, 2]]}): r"line 3: val holds \[1, 2\]",
+    json.dumps(GOOD | {"cpu_time_s": math.nan}): "line 3: cpu_time_s is NaN",
+    json.dumps({"name": "base", "seed": 0, "error": "x"}): "line 3: key is null",
+    '{"name": "caf\udce9"}': "line 3: no UTF-8 text",
+}
+
+
+def test_a_strange_line_of_results_is_named_and_its_file_stays_as_it_is(fake):
+    for text, words in WRONG_LINES.items():
+        before = f'{json.dumps(GOOD)}\n{{"name": "ba\n{text}\n'.encode(errors="surrogateescape")
+        fake.out.write_bytes(before)
+        for flag in ("--table", "--seeds=0"):
+            with pytest.raises(UsageError, match=f"{re.escape(str(fake.out))}, {words}"):
+                fake.list(LIST, flag)
+        assert fake.out.read_bytes() == before and not fake.started
+
+
+def test_a_second_comparison_into_one_file_is_refused_while_the_first_runs(fake, monkeypatch):
+    said = []
+    plain = fake.program
+
+    def program(entry, source):
+        with pytest.raises(UsageError) as refused:
+            compare.main([str(fake.folder / "list.txt"), f"--out={fake.out}", "--seeds=9"], plain)
+        said.append(str(refused.value))
+        return plain(entry, source)
+
+    monkeypatch.setattr(fake, "program", program)
+    assert fake.list(LIST, "--seeds=0", "--jobs=1") == ["base", "no softcap"]
+    assert said == [f"{fake.out}: another comparison adds to it; wait for its end"] * 2
+    assert len(fake.lines()) == 2
+
+
+def test_what_lies_beside_the_results_stays_as_it_is(fake, monkeypatch):
+    is_as_it_was = fill(fake.folder / "it's [1] *")
+    fake.out = fake.folder / "it's [1] *" / "out.jsonl"
+    assert fake.list(LIST, "--seeds=0", "--jobs=1") == ["base", "no softcap"]
+    is_as_it_was()
+    fake.out = fake.out.with_name("essays.2023.txt")
+    with pytest.raises(UsageError, match="line 1: no JSON; .*another --out"):
+        fake.list(LIST, "--seeds=0")
+    is_as_it_was()
 
 
 def test_a_failed_run_stays_with_its_error_and_runs_again_only_when_asked(fake, capsys):
@@ -322,13 +377,13 @@ def test_a_tiny_real_list_trains_and_compares(tmp_path, capfd, monkeypatch):
 def test_differences_errors_and_p_are_those_of_scipy():
     for n in range(2, 12):
         differences = np.random.default_rng(n).normal(0.5, 1, n)
-        mean, error = compare.paired(differences)
+        mean, error = tables.paired(differences)
         assert mean == pytest.approx(differences.mean())
         assert error == pytest.approx(scipy.stats.sem(differences))
         for t in (0.3, -2.0, 4.0, 12.0):
             expected = 2 * scipy.stats.t.sf(abs(t), n - 1)
-            assert compare.p_of(t, n - 1) == pytest.approx(expected, rel=2e-3, abs=2e-5)
-    assert compare.paired([0.3])[0] == 0.3 and math.isnan(compare.paired([0.3])[1])
+            assert tables.p_of(t, n - 1) == pytest.approx(expected, rel=2e-3, abs=2e-5)
+    assert tables.paired([0.3])[0] == 0.3 and math.isnan(tables.paired([0.3])[1])
 
 
 def test_an_effect_is_judged_by_the_larger_of_its_own_noise_and_the_lists():
@@ -347,10 +402,10 @@ def test_an_effect_is_judged_by_the_larger_of_its_own_noise_and_the_lists():
             bar = scipy.stats.t.isf(0.05 / (others + 1) / 2, df) * error
             unseen = "not seen at this scale"
             for share, word in ((1.01, "helps"), (-1.01, "hurts"), (0.99, unseen)):
-                verdicts, how = compare.judge({"it": (noise + share * bar).tolist()} | rest)
+                verdicts, how = tables.judge({"it": (noise + share * bar).tolist()} | rest)
                 assert verdicts["it"] == word, (n, others, loud, share)
                 assert f"0.05 / {others + 1}" in how and f"({df} degrees" in how
-    verdicts, _ = compare.judge({"it": [1.0, 1.0, 1.0], "once": [5.0], "never": []})  # no noise
+    verdicts, _ = tables.judge({"it": [1.0, 1.0, 1.0], "once": [5.0], "never": []})  # no noise
     assert verdicts == {"it": "helps", "once": "-", "never": "-"}
 
 
@@ -411,11 +466,11 @@ def test_reach_is_where_the_mean_curve_crosses(fake, capsys):
     with pytest.raises(UsageError, match="--reach=nobody"):
         fake.list(LIST, "--table", "--reach=nobody")
     tokens, losses = [10, 20, 40, 80], [5.0, 4.0, 4.5, 2.0]  # the first crossing counts
-    assert compare.tokens_to(4.2, tokens, losses) == pytest.approx(18)
-    assert compare.tokens_to(6.0, tokens, losses) == 10
-    assert compare.tokens_to(1.0, tokens, losses) is None
+    assert tables.tokens_to(4.2, tokens, losses) == pytest.approx(18)
+    assert tables.tokens_to(6.0, tokens, losses) == 10
+    assert tables.tokens_to(1.0, tokens, losses) is None
     line = scipy.interpolate.interp1d(losses[2:], tokens[2:])
-    assert compare.tokens_to(3.1, tokens, losses) == pytest.approx(float(line(3.1)))
+    assert tables.tokens_to(3.1, tokens, losses) == pytest.approx(float(line(3.1)))
 
 
 def test_a_list_of_an_older_train_py_still_gives_its_table_but_does_not_run(capsys):
