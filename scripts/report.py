@@ -36,6 +36,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -45,15 +46,27 @@ from typing import NamedTuple
 import numpy as np
 
 from scripts import verify_record
-from scripts.verify_record import BAR, DAMAGED, DATA_FILE, parse_step, read_config, read_schedule
+from scripts.files import NotText, read_text, write_whole
+from scripts.verify_record import (
+    BAR,
+    DAMAGED,
+    DATA_FILE,
+    is_number,
+    parse_step,
+    read_config,
+    read_schedule,
+)
 from train import MAY_DIFFER, UsageError, command, require
 
 try:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
-except ImportError:
+except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is none
     matplotlib = None
+    WHY = str(error)
+else:
+    WHY = ""
 
 OF_A_RUN = MAY_DIFFER | verify_record.MAY_DIFFER  # fields that may differ within a curve
 LOSSES = ("train_loss", "val_loss")
@@ -68,6 +81,11 @@ PANELS = {  # fields of a row
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
+def printable(name):
+    """A file's name, which may hold bytes that are no text, or what no page can hold."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)
+
+
 class Run(NamedTuple):
     path: Path  # its log
     config: dict  # {field: value}
@@ -78,7 +96,7 @@ class Run(NamedTuple):
     @property
     def folder(self):
         """Its folder's name, a record's without the date."""
-        return re.sub(r"^\d{4}-\d\d-\d\d_", "", self.path.parent.name)
+        return printable(re.sub(r"^\d{4}-\d\d-\d\d_", "", self.path.parent.name))
 
     @property
     def val_losses(self):
@@ -126,7 +144,7 @@ def short_hash(text):
 
 def read_log(path):
     """The Run that a log tells of, whole or not. Raises one of DAMAGED for what is no log."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     source, bar, _ = text.partition(BAR)
     if not bar:
         raise ValueError("no log of train.py")
@@ -142,13 +160,14 @@ def read_log(path):
         "data": short_hash(str(re.findall(DATA_FILE, head))),
     }
     rows = []
-    for line in text.split("\n")[:-1]:  # the last is still being written
+    lines = text.split("\n")[:-1]  # the last is still being written
+    for number, line in enumerate(lines, 1):
         if line.startswith("final: "):
             return Run(path, config, facts, rows, done=True)
         if line.startswith("step:"):
             step = parse_step(line)
             if not step:
-                raise ValueError(f"{line[:60]!r} is no step line of train.py")
+                raise ValueError(f"line {number}: {line[:60]!r} is no step line of train.py")
             add_row(rows, row_of(step, schedule))
     return Run(path, config, facts, rows, done=False)
 
@@ -156,11 +175,14 @@ def read_log(path):
 def read_metrics(path):
     """The rows of metrics.jsonl, but for the result, a repetition. Raises one of DAMAGED."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        row = json.loads(line)
-        whole = {"step", "tokens", "train_time_s"} <= row.keys()
-        if not whole or not math.isfinite(sum(row.values())):
-            raise ValueError(f"{line[:60]!r} lacks a number")
+    for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {line[:60]!r} is no JSON: {error.msg}") from error
+        whole = isinstance(row, dict) and {"step", "tokens", "train_time_s"} <= row.keys()
+        if not (whole and all(is_number(x) and math.isfinite(x) for x in row.values())):
+            raise ValueError(f"line {number}: {line[:60]!r} lacks a number")
         if "train_loss" in row:
             add_row(rows, row)
     return rows
@@ -173,18 +195,21 @@ def read_run(path):
         if path.name == "log.txt" and path.with_name("metrics.jsonl").exists():
             path = path.with_name("metrics.jsonl")  # it has the learning rate, and all digits
             run = run._replace(rows=read_metrics(path))
+    except NotText as error:
+        raise UsageError(str(error)) from error
     except (*DAMAGED, OSError) as error:
         wanted = "wanted it as train.py writes it, or the folder of a run or a record"
-        raise UsageError(f"{path}: damaged, or no log ({error!r}); {wanted}") from error
+        why = str(error) if isinstance(error, ValueError) else repr(error)
+        raise UsageError(f"{path}: damaged, or no log ({why}); {wanted}") from error
     return run
 
 
 def find_runs(path):
     """The Runs at a path: one, or a record's. Raises UsageError."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     logs = [path] if path.is_file() else []
     for name in ("log.txt", "seed*.txt", "failed*.txt"):
-        logs += sorted(path.glob(name))
+        logs += sorted(log for log in path.glob(name) if log.is_file())
     require(logs, f"{path}: no run there; wanted a log.txt, or a record's seed<k>.txt")
     return [read_run(log) for log in logs]
 
@@ -426,7 +451,7 @@ def runs_table(curves):
     rows = []
     for curve in curves:
         for run in curve.runs:
-            name = f"{run.folder}/{run.path.name}"
+            name = f"{run.folder}/{printable(run.path.name)}"
             steps = f"{run.rows[-1]['step']}/{run.config['steps']}"
             state = "finished" if run.done else "unfinished"
             told = (curve, name, run.config["seed"], steps, state)
@@ -471,29 +496,39 @@ the target. The clock counts training only.</p>
 
 def main(argv=None):
     """Write the page and its pictures. Raises UsageError."""
+
+    def fail(message):
+        raise UsageError(f"{message} (python -m scripts.report --help)")
+
     parser = argparse.ArgumentParser(
         prog="python -m scripts.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.error = fail
     flag = parser.add_argument
     flag("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, a record's, or a log")
     flag("--out", metavar="FILE", type=Path, default="report.html", help="default: report.html")
     args = parser.parse_args(argv)
-    require(matplotlib, "matplotlib is missing: pip install -r scripts/requirements.txt")
+    is_page = args.out.suffix in (".html", ".htm")
+    require(is_page, f"--out={args.out}: wanted a file named *.html")
+    require(matplotlib, f"matplotlib is missing: {WHY}: pip install -r scripts/requirements.txt")
     found = [run for path in args.runs for run in find_runs(path)]
     runs = {run.path: run for run in found if run.rows}  # each once
     require(runs, f"{args.runs[0]}: no step is written yet, nothing to draw; wait for its first")
     curves = make_curves(runs.values())
     title = ", ".join(curve.label for curve in curves)
 
+    picture = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        args.out.write_text(page(curves, title), encoding="utf-8")
+        text = page(curves, title)
         figure = losses_figure(curves)
-        figure.savefig(args.out.with_suffix(".png"), dpi=150)
+        figure.savefig(picture, format="png", dpi=150)
         svg = svg_of(figure)
     svg = svg.replace(">", f"><style>{variables('svg')}</style>", 1)
-    args.out.with_suffix(".svg").write_text(svg, encoding="utf-8")
+    write_whole(args.out, text.encode(errors="backslashreplace"))
+    write_whole(args.out.with_suffix(".png"), picture.getvalue())
+    write_whole(args.out.with_suffix(".svg"), svg.encode(errors="backslashreplace"))
     print(f"wrote: {args.out}, and the losses beside it as .svg and .png")
 
 

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import statistics
@@ -25,6 +26,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from scripts.files import NotText, read_text
 
 TRACKS = Path(__file__).resolve().parent.parent / "records/README.md"
 MAX_STEPS = 10_000_000
@@ -78,7 +81,8 @@ class Rejected(ValueError):
 
 
 # What a log raises whose lines have the right form and impossible contents.
-DAMAGED = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+DAMAGED = (ValueError, ArithmeticError, LookupError, RecursionError)
+NUMBERS = ("steps", "log_every", "val_every", "max_epochs", "val_tokens", "target_loss", "seed")
 
 
 class Track(NamedTuple):
@@ -178,17 +182,30 @@ def read_log(path):
     return source, rest
 
 
+def is_number(value):
+    return type(value) in (int, float)
+
+
 def flatten(config):
-    """{field: value} of a config in JSON. A column of the stages is one field: stages.end."""
+    """{field: value} of a config in JSON. A column of the stages is one field: stages.end.
+
+    Raises Rejected where what is read of it is no number, or KeyError without a column.
+    """
+    need(isinstance(config, dict), "config: no fields")
+    numbers = [config[name] for name in NUMBERS if name in config]
     fields = {}
     for name, value in config.items():
         if name == "stages":
+            is_table = isinstance(value, list) and value and all(type(row) is dict for row in value)
+            need(is_table, "config: stages is no table")
             for column in value[0]:
                 fields[f"stages.{column}"] = [row[column] for row in value]
+            numbers += fields["stages.end"] + fields["stages.batch_tokens"]
         elif isinstance(value, dict):
             fields |= {f"{name}.{column}": cell for column, cell in value.items()}
         else:
             fields[name] = value
+    need(all(map(is_number, numbers)), "config: words where numbers belong")
     return fields
 
 
@@ -205,7 +222,7 @@ def check_flags(argv, config):
     words = [word.removeprefix("--").partition("=") for word in shlex.split(argv)]
     for flag, text in {flag: text for flag, _, text in words}.items():
         value = config.get(flag)
-        if type(value) in (int, float) and text != "none":
+        if is_number(value) and text != "none":
             asked = f"--{flag}={text}"[:80]
             need(float(text) == value, f"config: not what {asked!a} asks for")
 
@@ -213,8 +230,8 @@ def check_flags(argv, config):
 def read_schedule(config):
     """The Schedule that train.py makes of a config. Raises Rejected, or one of DAMAGED."""
     if "stage_ends" in config:  # up to commit e79511b
-        ends = config["stage_ends"].split(",")
-        sizes = config["batch_tokens"].split(",")
+        ends = str(config["stage_ends"]).split(",")
+        sizes = str(config["batch_tokens"]).split(",")
         sizes *= len(ends) if len(sizes) == 1 else 1
     else:
         ends = config["stages.end"]
@@ -323,13 +340,16 @@ def read_run(path):
 
 def read_track(path, name):
     """The Track of this name, from the Markdown table of seven columns. Raises UsageError."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         cells = [cell.strip("` ") for cell in line.strip("| ").split("|")]
-        if cells[0] == name and len(cells) == 7:
-            _, target, count, scored, files, python, devices = cells
-            hashes = [re.findall(r"\b[0-9a-f]{64}\b", cell) for cell in (scored, files)]
-            count = int(count.replace(",", ""))
-            return Track(float(target), count, *hashes, python, devices.split(", "))
+        if cells[0] != name or len(cells) != 7:
+            continue
+        _, target, count, scored, files, python, devices = cells
+        hashes = [re.findall(r"\b[0-9a-f]{64}\b", cell) for cell in (scored, files)]
+        count = count.replace(",", "")
+        if not (re.fullmatch(r"\d+(\.\d+)?", target) and re.fullmatch(r"\d{1,15}", count)):
+            raise UsageError(f"{path}, line {number}: target and val targets must be numbers")
+        return Track(float(target), int(count), *hashes, python, devices.split(", "))
     raise UsageError(f"{name}: no such track in {path}; wanted DIR to be <track>/<date>_<Name>")
 
 
@@ -377,6 +397,7 @@ def check_together(runs):
 
 def read_part(path, track, readme):
     """The Run of a file, or None for another part of a record. Raises Rejected, or of DAMAGED."""
+    need(path.is_file() and not path.is_symlink(), "no plain file")
     if re.fullmatch(r"seed\d+\.txt", path.name):
         run = read_run(path)
         check_track(run, track)
@@ -394,7 +415,10 @@ def read_record(folder, track):
     """(Runs that count, reasons against the record). Raises OSError."""
     runs = []
     reasons = []
-    readme = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    readme = folder / "README.md"
+    if not readme.is_file():
+        raise UsageError(f"{readme}: wanted a file that tells of the record")
+    readme = readme.read_text(encoding="utf-8", errors="replace")
     for path in sorted(folder.iterdir()):
         try:
             if run := read_part(path, track, readme):
@@ -466,16 +490,21 @@ def rerun(logged, tolerance):
 
 def parse(argv):
     """The arguments. Raises UsageError."""
+
+    def fail(message):
+        raise UsageError(f"{message} (python -m scripts.verify_record --help)")
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.error = fail
     flag = parser.add_argument
     flag("folder", metavar="DIR", type=Path, help="<track>/<date>_<Name>")
     flag("--rerun", type=int, metavar="K", help="train seed K again: runs the program in its log")
     tolerance = "of the rerun's final loss, nats (default: 0.003)"
     flag("--tolerance", type=float, default=0.003, help=tolerance)
     args = parser.parse_args(argv)
-    args.folder = args.folder.resolve()
+    args.folder = Path(os.path.realpath(args.folder))
     if not args.folder.is_dir():
         raise UsageError(f"{args.folder}: wanted a record's folder, <track>/<date>_<Name>")
     if args.rerun is not None and not (args.folder / f"seed{args.rerun}.txt").is_file():
@@ -509,11 +538,23 @@ def main(argv=None):
 
 def command():
     """main() for the shell. train.command would need JAX."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a console may not know all characters
     try:
-        return main()
-    except (UsageError, OSError, ImportError) as error:
+        code = main()
+    except SystemExit as leaving:  # of --help
+        code = leaving.code
+    except KeyboardInterrupt:
+        code = 130
+    except (UsageError, NotText, OSError, ImportError) as error:
+        code = 2
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    try:
+        print(end="", flush=True)
+    except OSError:  # nobody reads it any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 2
+    return code
 
 
 if __name__ == "__main__":

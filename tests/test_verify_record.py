@@ -50,6 +50,7 @@ def write_log(data, folder, seed, shift, **config):
     """The log of a run of 30 steps, as train.py itself writes it. Nothing is trained."""
     flags, (train_shards, val_shards, cfg, note) = data
     cfg = replace(cfg, seed=seed, **config)
+    folder.mkdir(parents=True, exist_ok=True)
     log = train.Log(folder, train.GPT.specs(cfg), cfg, {})
     notes = [note, "parameters: 9000", "compiled: train_0 in 1.0s, 0.01 GiB per device"]
     changed = [f"--{name}={value}" for name, value in config.items()]
