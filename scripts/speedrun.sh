@@ -15,6 +15,7 @@ The whole speedrun in one command: shards, dry run, training, evaluation, record
     --skip=A,B        leave out steps: shards, dry_run, evaluate, record, report
     -- FLAGS          flags of train.py for every run, as --preset=demo --steps=540
 
+A second one in the same --out is refused while the first is at work.
 A run that was stopped (exit code 75, 143), killed (137), or whose host was lost or crashed (134, 139) is started again and goes
 on from its last checkpoint. The same command again continues: what was done with this train.py and these flags is not done again.
 (A record wants runs in one go: the verifier rejects a resumed one.) PYTHON names another interpreter. The chain has been run
@@ -40,8 +41,14 @@ while [ $# -gt 0 ]; do
 done
 seeds=${seeds:-${smoke:+2}} seeds=${seeds:-1} out=${out:-logs/${smoke:+smoke}} out=${out%/}
 [ "$out" != logs ] || out=logs/speedrun
+[[ $out != -* ]] || out=./$out
 [[ $seeds =~ ^[1-9][0-9]*$ ]] || die 2 "--seeds=$seeds: wanted a whole number from 1 on"
-[[ $name =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || die 2 "--name=$name: wanted letters, digits, _ . and -, as a folder is named"
+for key in name track; do
+    [[ ${!key} =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || die 2 "--$key=${!key}: wanted letters, digits, _ . and -, as a folder is named"
+done
+for word in ${flags[@]+"${flags[@]}"}; do
+    [[ $word != @* || -r ${word#@} ]] || die 2 "$word: there is no file of flags ${word#@}"
+done
 for step in ${skip//,/ }; do
     [[ ,shards,dry_run,evaluate,record,report, == *",$step,"* ]] || die 2 "--skip=$skip: there is no step $step that can be left out"
 done
@@ -49,21 +56,37 @@ skips() { [[ ,$skip, == *",$1,"* ]]; }
 record=records/$track
 if [ -n "$smoke" ]; then
     export JAX_PLATFORMS=cpu
-    flags=(@scripts/presets/tiny.args ${flags[@]+"${flags[@]}"}) record=$out/record/cpu topology=v6e:1x1
+    flags=(@scripts/presets/tiny.args ${flags[@]+"${flags[@]}"}) topology=v6e:1x1
 fi
 needed="$python -m pip install -r"
-"$python" -c 'import jax, einops, safetensors, huggingface_hub' || die 2 "a package is missing: $needed requirements.txt"
+said=$("$python" -c 'import jax, einops, safetensors, huggingface_hub' 2>&1) ||
+    die 2 "a package is missing (${said##*$'\n'}): $needed requirements.txt"
 companions=sys
 [ "$seeds" = 1 ] || skips record || companions+=,scipy
 skips report || companions+=,matplotlib
-"$python" -c "import $companions" || die 2 "a package is missing, needed at the end: $needed scripts/requirements.txt"
+said=$("$python" -c "import $companions" 2>&1) ||
+    die 2 "a package is missing (${said##*$'\n'}), needed at the end: $needed scripts/requirements.txt"
 
 # what was done is known by train.py and the flags, those of an @FILE too
-hash='import hashlib, sys; read = lambda word: open(word[1:]).read() if word[0] == "@" else word
+hash='import hashlib, os, sys; read = lambda word: open(word[1:], "rb").read() if word[:1] == "@" else os.fsencode(word)
 print(hashlib.sha256(open("train.py", "rb").read() + repr([*map(read, sys.argv[1:])]).encode()).hexdigest()[:12])'
 key=$("$python" -c "$hash" ${flags[@]+"${flags[@]}"})
 state=$out/$key
-mkdir -p "$state"
+said=$(mkdir -p "$state" 2>&1) || die 2 "--out=$out: $said"
+[ -z "$smoke" ] || record=$state/cpu
+exec 9< "$out"  # a lock on the folder, which dies with this process and those that it started
+lock='import fcntl, sys
+try: fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: sys.exit(1)
+except OSError: pass  # a disk that hosts share may know no locks'
+"$python" -c "$lock" || die 2 "$out: another speedrun.sh, or a run that it started, is at work there; wait for its end"
+
+bare() {  # FILE PATTERN: the name in a file of ours, of something that lies in a folder of ours
+    local name
+    name=$(cat "$1"); name=${name##*/}  # older files hold a path
+    [[ $name =~ $2 ]] || die 2 "$1: holds no name of ours; delete it"
+    echo "$name"
+}
 
 say "1. shards"
 if [ -n "$smoke" ]; then echo "none: it reads this Python's own library"
@@ -81,10 +104,12 @@ else
 fi
 
 say "3. training, $seeds seeds"
-runs=()
+runs=() run_name='^[0-9]{8}T[0-9]{6}Z-[0-9a-f]+$'
 for ((seed = 0; seed < seeds; seed++)); do
     stamp=$state/seed$seed.done
-    if [ -f "$stamp" ]; then echo "seed $seed: done, $(cat "$stamp")"
+    if [ -f "$stamp" ]; then
+        run=$(bare "$stamp" "$run_name")
+        echo "seed $seed: done, $run"
     else
         for ((again = 0; again < 100; again++)); do
             code=0
@@ -94,10 +119,15 @@ for ((seed = 0; seed < seeds; seed++)); do
             echo "seed $seed: ended with exit code $code, on from the last checkpoint"
         done
         [ $code = 0 ] || die $code "seed $seed ended with exit code $code; the same command goes on from its last checkpoint"
-        run=$(for folder in "$state/seed$seed"/*/; do echo "${folder%/}"; done | tail -n 1)
+        run=""
+        for folder in "$state/seed$seed"/*/; do
+            folder=${folder%/}
+            if [[ ${folder##*/} =~ $run_name ]] && [ ! -L "$folder" ]; then run=${folder##*/}; fi
+        done
+        [ -n "$run" ] || die 2 "$state/seed$seed: train.py left no run there"
         echo "$run" > "$stamp"
     fi
-    runs+=("$(cat "$stamp")")
+    runs+=("$state/seed$seed/$run")
 done
 
 say "4. evaluation"
@@ -114,18 +144,25 @@ verdict=0
 if skips record; then echo "left out"
 elif [ "$seeds" = 1 ]; then echo "left out: one run is no record; --seeds=5 makes five"
 else
-    if [ -f "$state/record" ]; then folder=$(cat "$state/record")  # a later day continues the same
+    if [ -f "$state/record" ]; then  # a later day continues the same
+        folder=$(bare "$state/record" "^[0-9]{4}-[0-9]{2}-[0-9]{2}_[A-Za-z0-9_.-]+$")
+        folder=$record/$folder
     else
         folder=$record/$(date -u +%F)_$name
-        [ ! -e "$folder" ] || [ -n "$smoke" ] || die 2 "$folder is there already: give another --name"
-        echo "$folder" > "$state/record"
+        [ ! -e "$folder" ] || die 2 "$folder is there already: give another --name"
+        echo "${folder##*/}" > "$state/record"
     fi
     mkdir -p "$folder"
-    for seed in "${!runs[@]}"; do cp "${runs[$seed]}/log.txt" "$folder/seed$seed.txt"; done
+    for seed in "${!runs[@]}"; do
+        [ ! -L "$folder/seed$seed.txt" ] || die 2 "$folder/seed$seed.txt is a link to elsewhere; take it away"
+        cp "${runs[$seed]}/log.txt" "$folder/seed$seed.txt"
+    done
     [ -f "$folder/README.md" ] || {
         echo "# $name"
         printf '\n%s\n\n' "TO BE WRITTEN: the change, why it should help, what did not work."
-        printf 'Made by `bash scripts/speedrun.sh --seeds=%s --name=%s`, flags of train.py: `%s`\n\n' "$seeds" "$name" "${flags[*]:-none}"
+        made="bash scripts/speedrun.sh${smoke:+ --smoke} --seeds=$seeds --name=$name --track=$track"
+        [ ${#flags[@]} = 0 ] || made+=" --$(printf ' %q' "${flags[@]}")"
+        printf 'Made by `%s`\n\n' "$made"
         grep -h '^devices: ' "$folder/seed0.txt" | tail -n 1
         printf '\n| seed | result |\n|---|---|\n'
         for seed in "${!runs[@]}"; do echo "| $seed | $(grep '^final: ' "$folder/seed$seed.txt" | tail -n 1 | cut -c8-) |"; done

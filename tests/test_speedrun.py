@@ -1,13 +1,16 @@
 """scripts/speedrun.sh: the chain of a fake that trains nothing, and one real smoke run."""
 
+import fcntl
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
+from users_files import fill
 
 from train import ROOT
 
@@ -108,6 +111,36 @@ def test_every_step_is_taken_once_in_order_and_a_second_invocation_trains_nothin
     assert "train.py" in names(chain("--skip=dry_run", "--", "--steps=8")[2])
 
 
+def test_a_users_files_stay_the_record_tells_the_command_and_a_second_chain_is_refused(chain):
+    out = chain.folder / "it's [1] * é"
+    flags = ["--seeds=2", "--skip=dry_run", f"--out={out}", "--", "--softcap=(1, 2)", "@a b.args"]
+    are_as_they_were = [fill(out)]
+    (chain.folder / "a b.args").write_text("--steps=3")
+    chain.codes("train.py", 5)
+    assert chain(*flags)[0] == 5
+    (state,) = (path for path in out.iterdir() if len(path.name) == 12 and path.is_dir())
+    are_as_they_were += [fill(state), fill(state / "seed0")]
+    code, said, calls = chain(*flags)
+    assert code == 0, said
+    for is_as_it_was in are_as_they_were:
+        is_as_it_was()
+    (record,) = (chain.folder / "records/v6e-8").iterdir()
+    made = (record / "README.md").read_text().split("`")[1]
+    own = ["--seeds=2", "--name=Speedrun", "--track=v6e-8"]
+    assert shlex.split(made) == ["bash", "scripts/speedrun.sh", *own, *flags[3:]]
+    handle = os.open(out, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    code, said, calls = chain(*flags)
+    assert code == 2 and "it's [1] * é: another speedrun.sh" in said and not calls
+    os.close(handle)
+    for name, what in (("seed0.done", "../../20260101"), ("record", "/etc/passwd")):
+        before = (state / name).read_text()
+        (state / name).write_text(what)
+        code, said, _ = chain(*flags)
+        assert code == 2 and said.endswith(f"{name}: holds no name of ours; delete it\n")
+        (state / name).write_text(before)
+
+
 def test_a_stopped_run_is_started_again_and_a_failed_one_ends_the_chain_with_its_code(chain):
     chain.codes("train.py", 75, 134, 137, 139, 143, 0)
     code, said, calls = chain("--skip=dry_run")
@@ -150,6 +183,8 @@ def test_wrong_flags_and_missing_packages_are_one_sentence_with_exit_code_2_at_t
         (["--seed=3"], unknown, {}),
         (["--seeds=0"], "a whole number", {}),
         (["--name=a/b"], "as a folder is named", {}),
+        (["--track=../x"], "as a folder is named", {}),
+        (["--", "@nowhere.args"], "there is no file of flags nowhere.args", {}),
         (["--skip=report,train"], "no step train", {}),
         (["--seeds=2"], "pip install -r scripts/requirements.txt", {"LACKING": "1"}),
     ):
