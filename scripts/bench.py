@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import train
+from scripts.files import require_place, write_whole
 from train import GPT, ROOT, UsageError, replace, require
 
 WARMUP = 2  # steps before those that are timed
@@ -51,6 +52,10 @@ NUM_TURNS = 3
 PRESETS = {"modded_jax": "bench_step.args", "nanogpt": "char_adamw.args"}
 STEPS = {"modded_jax": 4, "nanogpt": 60}  # of a turn
 FILES = {"modded_jax": "train.py", "nanogpt": "model.py"}
+NAMES = {  # that are used of them
+    "modded_jax": "Config get_mesh init_params init_optimizer train_step".split(),
+    "nanogpt": "GPT GPTConfig".split(),
+}
 DTYPES = ("bfloat16", "float32")
 BOS = 50256
 
@@ -261,15 +266,17 @@ def nanogpt(peer, cfg):
 
 
 def load_peer(name, folder):
-    """The module of a peer's file. Raises UsageError where it lacks a package."""
+    """The module of a peer's file. Raises UsageError where it does not run, or is another one."""
     path = Path(folder) / FILES[name]
     spec = importlib.util.spec_from_file_location(f"peer_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look it up
     try:
         spec.loader.exec_module(module)
-    except ImportError as error:
-        raise UsageError(f"--{name}={folder}: {path} needs a package: {error}") from error
+    except Exception as error:  # only their file runs in here, and may raise anything
+        raise UsageError(f"--{name}={folder}: {path} does not run here: {error!r}") from error
+    lacking = [word for word in NAMES[name] if not hasattr(module, word)]
+    require(not lacking, f"--{name}={folder}: {path} has no {', '.join(lacking)}")
     return module
 
 
@@ -401,10 +408,10 @@ def parse(argv):
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     args.flags = argv[split + 1 :]
-    if not re.fullmatch(r"(\d+(,\d+)*)?", args.micro_tokens):
+    if not re.fullmatch(r"(\d{1,9}(,\d{1,9})*)?", args.micro_tokens):
         fail(f"--micro_tokens={args.micro_tokens}: wanted numbers with commas between them")
-    if (args.steps is not None and args.steps < 1) or args.shard_tokens < 1:
-        fail(f"--steps={args.steps} --shard_tokens={args.shard_tokens}: wanted 1 or more")
+    if (args.steps is not None and args.steps < 1) or not 1 <= args.shard_tokens <= 10**9:
+        fail(f"--steps={args.steps} --shard_tokens={args.shard_tokens}: wanted 1 or more, to 1e9")
     args.micro_tokens = sorted(int(text) for text in args.micro_tokens.split(",") if text)
     args.peers = {}
     for name, file in FILES.items():
@@ -441,14 +448,17 @@ def measure(args):
 def main(argv=None):
     """Raises UsageError."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    if args.json:
+        require_place(args.json)
     jax.config.update("jax_enable_compilation_cache", False)  # the time it takes is wanted
+    jax.config.update("jax_enable_x64", False)
     rows = []
     for line, row in measure(args):
-        print(line, flush=True)
         if row:
             rows.append(row)
         if args.json:
-            Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+            write_whole(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ To look at it: `pip install xprof`, then `xprof --logdir=DIR`; or open the .trac
 https://ui.perfetto.dev. Tracing costs time: these steps are slower than the others.
 """
 
+import os
 import re
 import sys
 import time
+from pathlib import Path
 
 import jax
 
@@ -35,7 +37,10 @@ class Trace:
     def finish(self):
         if self.is_on:
             self.is_on = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except jax.errors.JaxRuntimeError as error:  # the disk
+                raise train.UsageError(f"{self.folder}: no trace is written: {error}") from error
             print(f"wrote: {self.folder}, a trace of the steps after {self.begin} to {self.end}")
 
 
@@ -50,6 +55,9 @@ def main(argv=None):
     train.require(0 < begin < end, f"{span}: wanted START:STOP first, rising steps such as 20:25")
     outs = [f"logs/trace-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"]
     outs += [flag.removeprefix("--out=") for flag in flags if flag.startswith("--out=")]
+    there = next(path for path in (Path(outs[-1]), *Path(outs[-1]).parents) if path.exists())
+    may_write = there.is_dir() and os.access(there, os.W_OK)
+    train.require(may_write, f"--out={outs[-1]}: {there} is no folder to write into")
     trace = Trace(begin, end, outs[-1])
     try:
         run = train.main([flag for flag in flags if not flag.startswith("--out=")], hook=trace)

@@ -1,5 +1,7 @@
 """scripts/dry_run: estimate.py, hlo.py and bundles.py: against costs counted by hand."""
 
+import re
+
 import pytest
 
 from scripts.dry_run import bundles
@@ -171,9 +173,25 @@ def test_the_command_prints_the_dearest_instructions_and_refuses_in_one_sentence
 
     code, out, _ = run(tmp_path / "step.hlo", "v5e")
     assert code == 0 and "fusion.1" in out
-    for arguments in ([tmp_path / "no.hlo"], [tmp_path / "step.hlo", "v9"]):
+    windows = PROGRAM.replace("\n", "\r\n").encode("utf-8-sig")
+    (tmp_path / "windows.hlo").write_bytes(windows)
+    assert run(tmp_path / "windows.hlo", "v5e") == (0, out, "")
+    half = PROGRAM[: len(PROGRAM) // 2]
+    in_a_line = PROGRAM.replace(" = s32[] get-tuple-element(%s), index=0", " = s32[]get", 1)
+    strange = {
+        "half.hlo": (half.encode(), rf"line {half.count(chr(10)) + 1}: it ends before the ENTRY"),
+        "line.hlo": (in_a_line.encode(), r"line 18: no instruction: '  %i = s32\[\]get'"),
+        "none.hlo": (b"", "line 1: it ends before"),
+        "latin.hlo": (b"\n\xe9" + windows, "line 2: no UTF-8 text"),
+    }
+    for name, (blob, _) in strange.items():
+        (tmp_path / name).write_bytes(blob)
+    refused = [((tmp_path / name,), f"{name}, {words}") for name, (_, words) in strange.items()]
+    refused += [((tmp_path / "no.hlo",), "No such file"), ((tmp_path / "step.hlo", "v9"), "v9")]
+    for arguments, words in refused:
         code, _, err = run(*arguments)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+        assert re.search(words, err), err
 
 
 # ---- Bundles ----

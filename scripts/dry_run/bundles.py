@@ -223,14 +223,14 @@ def time_alone(eqn, device, clock, folder, rule):
     libtpu must have been told to dump into folder. rule: a function from the equation to `count`'s
     keywords. Raises ValueError for a kernel that these do not describe.
     """
-    for path in Path(folder).glob("*"):
-        path.unlink()
+    older = {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
     kernel = compile_alone(eqn, device)
     grid = eqn.params["grid_mapping"].grid
     wanted = rf"\d+-{re.escape(kernel.name)}-\d+-final_bundles\.txt"
     for path in Path(folder).glob("*-final_bundles.txt"):
-        if re.fullmatch(wanted, path.name):
-            listing = parse(path.read_text())
+        is_new = older.get(path) != path.stat().st_mtime_ns
+        if is_new and re.fullmatch(wanted, path.name):
+            listing = parse(path.read_text(encoding="utf-8", errors="replace"))
             break
     else:
         raise ValueError(f"kernel {kernel.name}: the compiler left no bundles of it")

@@ -42,6 +42,7 @@ from scripts.dry_run import bundles
 from scripts.dry_run.estimate import BUNDLE_RANGE, CHIPS, estimate
 from scripts.dry_run.hlo import Module
 from scripts.dry_run.programs import PIECES, list_jobs
+from scripts.files import require_place, write_whole
 from train import GPT, UsageError
 
 TOPOLOGIES = {  # chips per host, where it is not the compiler's default
@@ -114,8 +115,9 @@ def time_kernels(pipe, argv, model):
     seconds = {}
     notes = []
     with tempfile.TemporaryDirectory(prefix="bundles-") as folder:
+        os.chdir(folder)  # a flag of libtpu cannot hold a path with spaces
         given = os.environ.get("LIBTPU_INIT_ARGS", "")
-        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {bundles.dump_flags(folder)}"
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {bundles.dump_flags('.')}"
         mesh = train.make_mesh(topology_devices(args.topology))
         chip = mesh.devices.flat[0]
         for eqn in kernels_in(list_jobs(model, mesh, cfg, args.stage, args.piece)):
@@ -223,7 +225,7 @@ def judge(job, chip_name, seconds, cfg, dump=None):
     program, compile_s = compile_job(job, chip, cfg)
     text = program.as_text()
     if dump:
-        (Path(dump) / f"{job.name}.hlo").write_text(text)
+        write_whole(Path(dump) / f"{job.name}.hlo", text.encode())
     module = Module(text)
     counted = bundles.by_instruction(module, seconds)
     cost = estimate(module, chip_name, counted)
@@ -372,6 +374,7 @@ def config(flags, presets=train.PRESETS):
     if cfg.bos_id is not None:
         bos_id = cfg.bos_id
     cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab_size, bos_id=bos_id)
+    jax.config.update("jax_enable_x64", False)
     precision = "float32" if cfg.compute_dtype == "float32" else None
     jax.config.update("jax_default_matmul_precision", precision)
     return train.choose_attention(cfg, "tpu")
@@ -395,6 +398,8 @@ def main(argv=None, model=GPT):
     argv = sys.argv[1:] if argv is None else argv
     args, flags = parse(argv)
     cfg = config(flags, model.presets)
+    if args.json:
+        require_place(args.json)
     devices = topology_devices(args.topology)
     if args.dump:
         Path(args.dump).mkdir(parents=True, exist_ok=True)
@@ -411,5 +416,5 @@ def main(argv=None, model=GPT):
             project(result, "the whole schedule" if args.stage is None else f"stage {args.stage}")
         )
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(args.json, (json.dumps(result, indent=1) + "\n").encode())
     return result

@@ -27,7 +27,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.dry_run.hlo import COLLECTIVES, Module, total_bytes
+from scripts.dry_run.hlo import COLLECTIVES, Module, NoProgram, total_bytes
+from scripts.files import NotText, read_text
 from train import UsageError, command
 
 
@@ -166,8 +167,10 @@ class Walk:
         self.channels = set()  # of the fused collectives that are counted already
 
     def rows(self, name, calls=1, in_loop=False):
-        """Of a computation that runs `calls` times."""
-        computation = self.module.computations[name]
+        """Of a computation that runs `calls` times. Raises NoProgram."""
+        computation = self.module.computations.get(name)
+        if computation is None:
+            raise NoProgram(f"{name}: it is called, but is not there")
         for i in computation.values():
             if i.op == "while":
                 trips = self.module.trip_count(i)
@@ -181,8 +184,17 @@ class Walk:
             elif i.op == "call":
                 yield from self.rows(i.called("to_apply"), calls, in_loop)
             elif i.op not in FREE:
-                for row in self.leaf(i, computation):
+                for row in self.checked_leaf(i, computation):
                     yield row._replace(calls=calls, in_loop=in_loop)
+
+    def checked_leaf(self, i, computation):
+        """Rows of an instruction. Raises NoProgram where operands or sizes do not fit."""
+        try:
+            return self.leaf(i, computation)
+        except UsageError:
+            raise
+        except (LookupError, ValueError) as error:
+            raise NoProgram(f"{i.name}: no instruction of a compiler") from error
 
     def row(self, instruction, kind, **numbers):
         source = instruction.find(r'op_name="([^"]*)"', "")
@@ -284,7 +296,7 @@ def waits(rows):
 
 
 def estimate(module, chip_name="v6e", bundles=None, wait=True):
-    """Cost of a Module. bundles: see Walk. Raises UncostedKernel.
+    """Cost of a Module. bundles: see Walk. Raises UncostedKernel, and NoProgram.
 
     wait: False takes an asynchronous collective to be hidden wherever it stands, as the calibrated
     tool did.
@@ -356,6 +368,8 @@ def report(cost, num_rows=25):
 
 
 def main(argv=None):
+    """Print the estimate of a file. Raises UsageError."""
+
     def fail(message):
         raise UsageError(f"{message}; see python -m scripts.dry_run.estimate --help")
 
@@ -366,7 +380,12 @@ def main(argv=None):
     parser.add_argument("file", type=Path, help="HLO text, as scripts.dry_run --dump writes it")
     parser.add_argument("chip", nargs="?", default="v6e", choices=CHIPS)
     args = parser.parse_args(argv)
-    print(report(estimate(Module(args.file.read_text()), args.chip)))
+    try:
+        print(report(estimate(Module(read_text(args.file)), args.chip)))
+    except NotText as error:
+        raise UsageError(str(error)) from error
+    except NoProgram as error:
+        raise UsageError(f"{args.file}, {error}; wanted what dry_run --dump wrote") from error
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ COLLECTIVES = {
 SLICES = ("dynamic-slice", "slice", "gather")  # they touch only a part of their first operand
 
 
+class NoProgram(ValueError):
+    """A text is no whole program of this form. The sentence begins with the line, or a name."""
+
+
 # ---- Text to instructions ------------------------------------------------------------------------
 class Array(NamedTuple):
     dtype: str
@@ -122,13 +126,17 @@ def parse_instruction(line):
 
 
 def parse(text):
-    """HLO text -> ({computation: {name: Instruction}}, the entry's name)."""
+    """HLO text -> ({computation: {name: Instruction}}, the entry's name). Raises NoProgram."""
     computations = {}
     entry = current = last = None
-    for line in text.splitlines():
+    number = 0
+    for number, line in enumerate(text.split("\n"), 1):
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$", line)
         if line.startswith(" "):
-            instruction = None if current is None else parse_instruction(line)
+            try:
+                instruction = None if current is None else parse_instruction(line)
+            except (ValueError, IndexError) as error:
+                raise NoProgram(f"line {number}: no instruction: {line[:60]!r}") from error
             if instruction:
                 last = instruction.name
                 current[last] = instruction
@@ -140,6 +148,8 @@ def parse(text):
             current = None
         elif current and last:  # a kernel's metadata holds raw newlines
             current[last] = current[last]._replace(attrs=current[last].attrs + line)
+    if entry is None or current is not None:
+        raise NoProgram(f"line {number}: it ends before the ENTRY computation has ended")
     return computations, entry
 
 
@@ -178,6 +188,8 @@ def convolution_flops(convolution, computation):
     left, right = (computation[name].arrays[0].dims for name in convolution.operands[:2])
     out = convolution.arrays[0].dims
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attrs)
+    if not labels:
+        raise NoProgram(f"{convolution.name}: a convolution without dim_labels")
     products = out[labels[3].index("b")] * out[labels[3].index("f")] * right[labels[2].index("i")]
     for d, axis in enumerate(window_axes(convolution)):
         inputs = left[labels[1].index(str(d))]
@@ -220,7 +232,7 @@ class Module:
             self.parameters[name] = {}
             for i in computation.values():
                 if i.op == "parameter":
-                    self.parameters[name][int(i.attrs or 0)] = i
+                    self.parameters[name][int(i.find(r"^(\d+)$", 0))] = i
                 if i.is_root:
                     self.roots[name] = i
                 if name.startswith("async_collective") and i.op in COLLECTIVES:
