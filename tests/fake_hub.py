@@ -21,6 +21,7 @@ class FakeHub:
 
     def __init__(self, names):
         self.files = {name: make_shard(name, 1500) for name in names}
+        self.listing = None  # bytes that are sent in place of the true listing
         self.sent = {}  # name: bytes that are sent in place of the true ones
         self.without_hash = set()  # names
         self.break_after = {}  # name: bytes after which the next transfer is cut off
@@ -70,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         form = self.rfile.read(int(self.headers["Content-Length"])).decode()
         names = parse_qs(form)["paths"]
         answer = [self.hub.describe(name) for name in names if name in self.hub.files]
-        body = json.dumps(answer).encode()
+        body = json.dumps(answer).encode() if self.hub.listing is None else self.hub.listing
         self.begin(200, len(body), Content_Type="application/json")
         self.wfile.write(body)
 

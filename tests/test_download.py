@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import huggingface_hub
 import pytest
 from fake_hub import FakeHub, make_shard
 from huggingface_hub import constants
+from users_files import fill
 
 import cached_fineweb10B as download
 
@@ -40,7 +42,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    return tmp_path / "shards"
+    return tmp_path / "it's [1] * é"
 
 
 @pytest.fixture
@@ -151,7 +153,8 @@ def test_a_damaged_shard_is_named_by_verify_and_replaced_by_the_next_run(hub, ru
     before = shards_in(folder)
     said = refusal(run("--verify"))
     assert f"{ONE} (SHA-256 " in said and f"{TWO} (1600 bytes, " in said and VAL not in said
-    assert f"python cached_fineweb10B.py 2 --dir={folder}" in said
+    printed = said[said.index("python cached_fineweb10B.py") :]
+    assert shlex.split(printed)[1:] == ["cached_fineweb10B.py", "2", f"--dir={folder}"]
     assert f"{THREE} (missing)" in refusal(run("3", "--verify"))
     assert len(hub.downloads) == 3  # it only looks
     hub.sent[ONE] = b"<html>Too many requests</html>"
@@ -186,12 +189,39 @@ def test_a_run_that_is_stopped_leaves_no_half_shard_and_the_next_one_tidies_up(
         _, err = process.communicate(timeout=10)
         assert process.returncode == -signum and "Traceback" not in err
         assert shards_in(folder) == {VAL: hub.files[VAL]}
-    mine = folder / ".incoming" / "notes.txt"
-    mine.write_text("not the downloader's")
+    are_as_they_were = [fill(folder), fill(folder / ".incoming/.cache/huggingface/download")]
     hub.hold_after.clear()
     assert run("1")[0] == 0
     assert shards_in(folder) == {name: hub.files[name] for name in (VAL, ONE)}
-    assert mine.exists() and not list(folder.rglob("*.incomplete"))
+    for is_as_it_was in are_as_they_were:
+        is_as_it_was()
+    cut_off = [path.name for path in folder.rglob("*.incomplete")]
+    assert {*cut_off} == {"notes.incomplete"}
+
+
+NO_LISTINGS = b"""[1]
+{}
+null
+[{"type": "file"}]
+[{"type": "x"}]
+<html>
+\xff""".split(b"\n")
+
+
+def test_a_hub_that_speaks_nonsense_is_one_sentence_and_links_are_not_followed(hub, run, folder):
+    for hub.listing in NO_LISTINGS:
+        refusal(run("1"))
+        assert not folder.exists()
+    hub.listing = None
+    mine = folder.parent / "mine"
+    mine.write_bytes(b"mine")
+    (folder / ".incoming").mkdir(parents=True)
+    (folder / ".incoming" / ONE).symlink_to(mine)
+    assert f"{ONE} is a link to elsewhere" in refusal(run("1"))
+    (folder / ".incoming" / ONE).unlink()
+    os.mkfifo(folder / TWO)
+    assert f"{TWO} (no file)" in refusal(run("2", "--verify"))
+    assert mine.read_bytes() == b"mine"
 
 
 def test_a_second_download_into_the_same_folder_is_refused(hub, held, run, folder):
