@@ -1400,7 +1400,8 @@ def check_same_tokenizer(what, meta, other):
     Where one has no hash, names and sizes are compared, with a warning.
     """
     if not (meta["tokenizer_sha256"] and other["tokenizer_sha256"]):
-        print(f"warning: {what}: no tokenizer_sha256 to compare, so the names are compared")
+        said = f"warning: {what}: no tokenizer_sha256 to compare, so the names are compared"
+        print(said, file=sys.stderr)
         meta, other = ({**one, "tokenizer_sha256": ""} for one in (meta, other))
     require(meta == other, f"{what}: of another tokenizer: {meta}, wanted {other}")
 
@@ -2659,8 +2660,11 @@ def main(argv=None, model=GPT, hook=lambda step: False):
 def command(run):
     """Call run() for the shell: for what a user can mend, one sentence and an exit code."""
     code = 0
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a console may not know all characters
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: else the next file that is opened would be taken for it
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # a console may not know all characters
             stream.reconfigure(errors="backslashreplace")
     try:
         run()

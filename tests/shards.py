@@ -3,6 +3,7 @@
 A shard is 256 int32 (magic, version, count, zeros), then uint16.
 """
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -29,8 +30,12 @@ def documents(seed, num_docs, shortest=20, longest=120):
     return np.concatenate(docs)
 
 
-def meta_json(tokenizer="test", vocab_size=257, bos_id=BOS, **more):
-    return json.dumps({"tokenizer": tokenizer, "vocab_size": vocab_size, "bos_id": bos_id} | more)
+def meta_json(tokenizer="test", vocab_size=257, bos_id=BOS, sha256=None):
+    """sha256: of the tokenizer's files, "" in an older meta.json; of bytes there are none."""
+    if sha256 is None:
+        sha256 = hashlib.sha256(b"" if tokenizer == "bytes" else tokenizer.encode()).hexdigest()
+    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, "bos_id": bos_id}
+    return json.dumps(meta | {"tokenizer_sha256": sha256} if sha256 else meta)
 
 
 TRAIN, VAL = (documents(1, 90), documents(2, 70)), documents(3, 40)

@@ -153,14 +153,14 @@ def test_tokenizers_are_told_apart_by_their_hash_and_without_one_by_their_sizes(
     metas = [tmp_path / "train/meta.json", tmp_path / "val/meta.json"]
     for ours, theirs in (("a" * 64, "a" * 64), ("a" * 64, ""), ("", "")):
         for meta, digest in zip(metas, (ours, theirs), strict=True):
-            meta.write_text(meta_json(tokenizer_sha256=digest) if digest else meta_json())
+            meta.write_text(meta_json(sha256=digest))
         train.open_data(train.parse_flags(flags))
-        assert ("warning" in capsys.readouterr().out) == (theirs == ""), theirs
-    metas[0].write_text(meta_json(tokenizer_sha256="a" * 64))
-    metas[1].write_text(meta_json(tokenizer_sha256="b" * 64))
+        assert ("warning" in capsys.readouterr().err) == (theirs == ""), theirs
+    metas[0].write_text(meta_json(sha256="a" * 64))
+    metas[1].write_text(meta_json(sha256="b" * 64))
     message = error_of(*flags)
     assert all(part in message for part in ("val_000000.bin", "a" * 64, "b" * 64))
-    metas[1].write_text(meta_json(vocab_size=258))  # no hash, but another size
+    metas[1].write_text(meta_json(vocab_size=258, sha256=""))  # no hash, but another size
     assert "258" in error_of(*flags)
 
 

@@ -155,7 +155,7 @@ def test_the_log_starts_with_the_source_and_all_that_repeating_the_run_takes(fin
             "tokenizer": "bytes",
             "vocab_size": 257,
             "bos_id": BOS,
-            "tokenizer_sha256": "",
+            "tokenizer_sha256": hashlib.sha256().hexdigest(),
         },
     }
     assert (config["vocab_size"], config["bos_id"], config["preset"]) == (257, BOS, "demo")
