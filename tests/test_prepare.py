@@ -563,7 +563,7 @@ def test_what_others_have_put_into_the_folder_stays_as_it_is(tmp_path):
     for name in ("characters.json", "tokenizer.json", "train_000000.bin", "meta.json"):
         other = tmp_path / f"of {name}"
         other.mkdir()
-        (other / name).symlink_to("nowhere")
+        (other / name).symlink_to(out / name)  # tokenizer.json leads nowhere
         (other / "essay.1").write_text("mine")
         theirs = snapshot(other)
         fails(name, [source], other, *flags)
