@@ -105,24 +105,24 @@ def download(url):
 
 def list_parquet(repo, revision, args):
     """(commit, [(name, size)] of the Parquet files) of a dataset of the Hub. Raises UsageError."""
-    from huggingface_hub import HfApi
-
     with hub_errors(f"{repo}: neither a file here nor to be had from the Hub"):
+        from huggingface_hub import HfApi
+
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+        files = [(str(file.rfilename), int(file.size or 0)) for file in info.siblings or []]
     found = []
-    for file in info.siblings or []:
-        name = file.rfilename
+    for name, size in files:
         if name.endswith(".parquet") and re.search(args.files, name):
             leads_out = {"", ".", ".."} & set(name.split("/")) or "\\" in name
             require(not leads_out, f"{repo}: its file {name!r} is named as one outside of it")
-            found.append((name, file.size or 0))
+            found.append((name, size))
     return info.sha, sorted(found)
 
 
 def fetch_parquet(repo, name, sha):
-    from huggingface_hub import hf_hub_download
-
     with hub_errors(f"{repo}: {name} cannot be fetched"):
+        from huggingface_hub import hf_hub_download
+
         return Path(hf_hub_download(repo, name, repo_type="dataset", revision=sha))
 
 

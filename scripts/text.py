@@ -167,22 +167,24 @@ def gpt2_files(folder):
 
 @contextlib.contextmanager
 def hub_errors(what):
-    """What a call into huggingface_hub raises becomes a UsageError that begins with `what`."""
-    errors = package("huggingface_hub.errors", what)
-    network = (OSError, errors.HTTPError, errors.EntryNotFoundError)
-    other = (RuntimeError, ValueError, LookupError, TypeError)  # of Xet, a proxy, an odd answer
-    with usage_errors(what, network + other):
+    """What huggingface_hub raises, its import too, becomes a UsageError that begins with `what`."""
+    with usage_errors(what, ValueError):  # HF_ENDPOINT may be no URL
+        errors = package("huggingface_hub.errors", what)
+    network = importlib.import_module(errors.HTTPError.__module__)
+    refused = (OSError, errors.HTTPError, errors.EntryNotFoundError, network.InvalidURL)
+    other = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)  # of odd answers
+    with usage_errors(what, refused + other):
         yield
 
 
 def fetch_gpt2():
     """gpt2_files of the Hub's copy, in its cache. Raises UsageError."""
-    from huggingface_hub import hf_hub_download
-
     with hub_errors(
         "GPT-2's vocabulary cannot be had from the Hub; prepare takes --gpt2=DIR, a folder of "
         "encoder.json and vocab.bpe, and --tokenizer=bytes or bpe, which need no network"
     ):
+        from huggingface_hub import hf_hub_download
+
         names = GPT2_FILES[1]
         return [Path(hf_hub_download("openai-community/gpt2", name)) for name in names]
 
