@@ -2635,10 +2635,14 @@ def main(argv=None, model=GPT, hook=lambda step: False):
 
     specs = model.specs(cfg)
     log = Log(folder, specs, cfg, manifest)
-    with owning(folder) if log.writes else contextlib.nullcontext(), memory_errors(cfg):
+    with contextlib.ExitStack() as owned, memory_errors(cfg):
+        if checkpoint and log.writes:
+            owned.enter_context(owning(folder))
         print("compiling, or taking programs from the cache ...", flush=True)
         programs, notes = compile_all(model, mesh, cfg)
         notes = [data_note, f"parameters: {count_params(specs)}", *notes]
+        if log.writes and not checkpoint:  # a new folder, which no other process knows
+            owned.enter_context(owning(folder))
         log.begin(source, why, argv, train, val, notes)
         warm_up(programs, mesh, cfg)
         state = programs["init"]()
@@ -2678,11 +2682,12 @@ def command(run):
             raise
         code = 134  # as where JAX itself ends a process that lost a host
         print(f"error: a host is gone, or the runtime failed: {error}", file=sys.stderr, flush=True)
-    try:
-        print(end="", flush=True)
-    except OSError:  # nobody reads it any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = code or 2
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # nobody reads it any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = code or 2
     if code and jax.distributed.is_initialized():
         os._exit(code)  # the usual way out waits for hosts that wait for this one
     return code
