@@ -341,7 +341,7 @@ def read_flags(argv, files=()):
         if word.startswith("@"):
             require(word not in files, f"{word}: wanted a file of flags that does not name itself")
             try:
-                words = shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+                words = shlex.split(Path(word[1:]).read_text(encoding="utf-8-sig"), comments=True)
             except (OSError, ValueError) as error:
                 raise UsageError(f"{word}: wanted a file of flags ({error})") from error
             texts |= read_flags(words, (*files, word))
@@ -1388,7 +1388,7 @@ def read_meta(file):
     if not file.exists():
         return GPT2_META
     try:
-        meta = {"tokenizer_sha256": ""} | json.loads(file.read_text(encoding="utf-8"))
+        meta = {"tokenizer_sha256": ""} | json.loads(file.read_text(encoding="utf-8-sig"))
         return {name: type(value)(meta[name]) for name, value in GPT2_META.items()}
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise UsageError(f"{file}: wanted tokenizer, vocab_size and bos_id ({error!r})") from error
@@ -1624,7 +1624,8 @@ def check_tokens(train, val, cfg):
     seen = {digest: path for path, _, digest in val.rows()}
     for path, _, digest in train.rows():
         same = seen.setdefault(digest, path)
-        require(same is path, f"{path}: the same tokens as {same}. Take one of them out")
+        wanted = "wanted each only once in --train_files, and none of --val_files"
+        require(same is path, f"{path}: the same tokens as in {same}; {wanted}")
     missing = cfg.val_tokens + 1 - len(val.tokens[0])
     require(missing <= 0, f"{file}: {missing} too short for --val_tokens={cfg.val_tokens}")
     for path, tokens, _ in train.rows() + val.rows():

@@ -108,6 +108,8 @@ def test_a_file_holds_flags_with_comments_and_several_on_a_line(tmp_path):
     wanted = replace(DEMO, steps=7, seed=3, train_files="a b/*.bin")
     assert parse_flags([f"@{path}"], "demo") == wanted
     assert parse_flags(["--seed=5", f"@{path}", "--steps=9"], "demo") == replace(wanted, steps=9)
+    path.write_text("\ufeff--preset=demo\r\n--steps=7 --seed=3\r\n")
+    assert parse_flags([f"@{path}", "--train_files=a b/*.bin"]) == wanted
     path.write_text("--steps=7\n--ssed=2\n")
     assert "--seed" in refusal(f"@{path}")
     path.write_text("--resume='logs\n")
