@@ -347,8 +347,11 @@ def open_bpe(blob, what):
     """A tokenizers.Tokenizer from the bytes of its file. Raises UsageError."""
     tokenizers = package("tokenizers", what)
     wanted = f"{what}: wanted a byte-level BPE of the package tokenizers"
-    with usage_errors(wanted, ValueError):
+    with usage_errors(wanted):
         text = blob.decode()
+        model = dict(json.loads(text)["model"])
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        require(not model.get(name), f"{wanted} without {name}")  # one makes the package abort
     with usage_errors(wanted, Exception):  # of no narrower type
         tokenizer = tokenizers.Tokenizer.from_str(text)
     tokenizer.encode_special_tokens = True  # the file does not say so

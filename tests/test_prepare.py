@@ -196,9 +196,10 @@ def test_a_tokenizer_that_cannot_be_opened_is_one_sentence(each_kind, tmp_path, 
     refused(each_kind["tokenizer.json"], "another tokenizer")
     refused(each_kind["tokenizer.json"] | {"tokenizer_sha256": ""}, "wanted a byte-level BPE")
     odd = {"bytes": "\xff", "alphabet": '"\\ud800"', "list": "[1]", "number": '{"a": 1e9}'}
+    odd["prefix"] = '{"model": {"type": "BPE", "continuing_subword_prefix": "longer than a merge"}}'
     for name, content in odd.items():
         (tmp_path / f"{name}.json").write_text(content, encoding="latin-1")
-        refused({"tokenizer": f"{name}.json", "vocab_size": 9, "bos_id": 0}, f"{name}.json")
+        refused({"tokenizer": f"{name}.json", "vocab_size": 9, "bos_id": 0}, f"{name}.json: wanted")
     (tmp_path / "encoder.json").write_text('{"a": 99999999}')  # no list of so many is made
     refused(each_kind["gpt2"] | {"tokenizer_sha256": ""}, "wanted GPT-2's vocabulary")
 
