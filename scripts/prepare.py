@@ -61,6 +61,7 @@ from scripts.text import (
     read_args,
     read_tokenizer,
     remove_staging,
+    say,
     sha256_of,
     train_bpe,
     usage_errors,
@@ -183,7 +184,7 @@ def make_bpe(folder, vocab_size, sources, args):
     if path.exists():
         blob = path.read_bytes()
     else:
-        print(f"a BPE of {vocab_size} from {args.bpe_mib} MiB of training text ...", flush=True)
+        say(f"a BPE of {vocab_size} from {args.bpe_mib} MiB of training text ...")
         text = first_texts(sources, args, "train", args.bpe_mib << 20)
         blob = train_bpe(text, vocab_size).to_str().encode()
     size = open_bpe(blob, path).get_vocab_size()
@@ -346,7 +347,7 @@ def write_shards(sources, meta, args, out):
         if batch.ends_shard:
             tokens = np.concatenate(parts.pop(batch.shard))
             write_shard(out / batch.shard, tokens)
-            print(f"{batch.shard}: {len(tokens)} tokens", flush=True)
+            say(f"{batch.shard}: {len(tokens)} tokens")
 
     pool = start_pool(jobs, meta, out)
     try:
@@ -362,7 +363,7 @@ def write_shards(sources, meta, args, out):
             if now - said > 10:
                 said = now
                 speed = written.size / 1e6 / (now - began)
-                print(f"{written.size / 1e6:.0f} MB of text, {speed:.1f} MB/s", flush=True)
+                say(f"{written.size / 1e6:.0f} MB of text, {speed:.1f} MB/s")
         for batch, future in ahead:
             finish(batch, future)
     except BrokenExecutor as error:
@@ -472,14 +473,14 @@ def tell(out, sources, written, seconds):
     val = sum(count for name, count in counts.items() if name.startswith("val"))
     train = sum(counts.values()) - val
     num_empty = sum(source.num_empty for source in sources)
-    print(f"documents: {written.num_documents}, and {num_empty} null or empty ones passed over")
-    print(
+    say(f"documents: {written.num_documents}, and {num_empty} null or empty ones passed over")
+    say(
         f"wrote: {out}, {train} training tokens and {val} for validation in {len(counts)} shards "
         f"({written.num_there} were there), {written.size / (train + val):.3f} bytes per token, "
         f"in {seconds:.0f} s"
     )
     if not val:
-        print(
+        say(
             "note: no document fell to validation, and train.py wants some: the same with --out of "
             "a new folder and --val=0.1, or, of one .txt, --val_tail=0.1"
         )
@@ -489,9 +490,13 @@ def tell(out, sources, written, seconds):
     targets = counts["val_000000.bin"] - 1
     if targets < 10_485_760:  # what a run scores by default
         line += f" --val_tokens={min(targets, 262_144)}"
+    if train < 1e8:  # the other presets are for a billion tokens
+        line += " --preset=demo"
     if train < 1e9:
         line += " --max_epochs=1000"
-    print(f"next: {line}")
+    if train < 2000:
+        say("note: this is too little to train on, even in a thousand epochs")
+    say(f"next: {line}")
 
 
 @contextlib.contextmanager
@@ -530,7 +535,7 @@ def write_folder(sources, args, out, put):
     if not before:
         describe({})  # first: another recipe might take the tokenizer to come for its own
     mb = sum(source.size for source in sources) / 1e6
-    print(f"{len(sources)} files, {mb:.1f} MB", flush=True)
+    say(f"{len(sources)} files, {mb:.1f} MB")
     meta, files = make_tokenizer(args.tokenizer, args.vocab_size, out, sources, args)
     check_tokenizer(out, before, meta, files)
     remove_staging(out, lambda name: name in files or name == "meta.json" or SHARD.fullmatch(name))

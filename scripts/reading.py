@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.text import hub_errors, package, remove_staging, usage_errors
+from scripts.text import hub_errors, package, remove_staging, say, usage_errors
 from train import UsageError, cache_dir, find_shards, owning, require
 
 PIECE = 1 << 20  # characters of a piece of text, and of a batch that a worker encodes at a time
@@ -135,7 +135,7 @@ def hub_files(repo, args):
     if not files and not args.revision:
         sha, files = list_parquet(repo, "refs/convert/parquet", args)
     if any("partial-" in name for name, _ in files):
-        print(f"note: of {repo} the Hub has made Parquet files of the first part only", flush=True)
+        say(f"note: of {repo} the Hub has made Parquet files of the first part only")
     require(files, f"{repo}: no Parquet file there has a path that matches --files={args.files}")
     sources = []
     for name, size in files:
@@ -231,7 +231,7 @@ def find_sources(args):
     for why, names in passed.items():
         if names:
             more = ", ..." if len(names) > 3 else ""
-            print(f"passed over, {why}: {len(names)} ({', '.join(names[:3])}{more})", flush=True)
+            say(f"passed over, {why}: {len(names)} ({', '.join(names[:3])}{more})")
     return list(found.values())
 
 

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import os
 import re
 import sys
 import threading
@@ -46,6 +47,14 @@ def usage_errors(what, kinds=READING):
     except kinds as error:
         said = f"{what} ({type(error).__name__}: {error})"
         raise UsageError(" ".join(said.split())) from error
+
+
+def say(line):
+    """Print a line at once. The work goes on where nobody can read it any more."""
+    try:
+        print(line, flush=True)
+    except OSError:  # a closed pipe, a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def package(name, what):

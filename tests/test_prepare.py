@@ -30,6 +30,7 @@ from train import (
     ROOT,
     UsageError,
     command,
+    open_data,
     open_shards,
     owning,
     parse_flags,
@@ -353,19 +354,20 @@ def test_awkward_folders_are_read_and_the_printed_command_names_them(tmp_path, c
     for i, name in enumerate(AWKWARD):
         folder = tmp_path / str(i) / name
         folder.mkdir(parents=True)
-        (folder / "a.txt").write_text("right one|" * 40)
+        (folder / "a.txt").write_text("right one|" * 200 + "right two|" * 200)
         for other in ("data1", "xx"):  # which the name as a pattern would match
             (tmp_path / str(i) / other).mkdir()
-            (tmp_path / str(i) / other / "a.txt").write_text("wrong|" * 40)
+            (tmp_path / str(i) / other / "a.txt").write_text("wrong|" * 400)
         out = folder / name
         run([folder], out, "--tokenizer=bytes", "--val_tail=0.5")
         said = capsys.readouterr().out
         python, file, *flags = shlex.split(re.search("^next: (.*)", said, re.M)[1])
         cfg = parse_flags(flags)
-        assert (python, file) == ("python", "train.py") and cfg.val_tokens > 100
-        for split, pattern in (("train", cfg.train_files), ("val", cfg.val_files)):
-            found = np.concatenate(open_shards(pattern).tokens).tolist()
-            assert found == as_bytes(["right one|" * 20]) == tokens(out, split)
+        assert (python, file, cfg.preset) == ("python", "train.py", "demo")
+        train, val, cfg, note = open_data(cfg)  # it is enough for a run of the demo
+        assert cfg.val_tokens == 2000 and "tokens read" in note
+        for shards, half in ((train, "right one|"), (val, "right two|")):
+            assert shards.tokens[0].tolist() == as_bytes([half * 200])
 
 
 def test_tens_of_thousands_of_files_make_a_folder_that_is_read_again(tmp_path):
@@ -569,6 +571,20 @@ def test_what_others_have_put_into_the_folder_stays_as_it_is(tmp_path):
         theirs = snapshot(other)
         fails(name, [source], other, *flags)
         assert snapshot(other) == theirs
+
+
+def test_a_console_that_is_gone_does_not_stop_the_work(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(16, 30))
+    flags = ["--tokenizer=bytes", "--val=0.5"]
+    whole = run([source], tmp_path / "whole", *flags)
+    for name, closes in (("pipe", "| true"), ("closed", ">&-")):
+        out = tmp_path / name
+        argv = shlex.join([sys.executable, "-m", "scripts.prepare", source, f"--out={out}", *flags])
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {argv} {closes}"], cwd=ROOT, capture_output=True
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
