@@ -176,7 +176,7 @@ def test_the_command_prints_the_dearest_instructions_and_refuses_in_one_sentence
     windows = PROGRAM.replace("\n", "\r\n").encode("utf-8-sig")
     (tmp_path / "windows.hlo").write_bytes(windows)
     assert run(tmp_path / "windows.hlo", "v5e") == (0, out, "")
-    half = PROGRAM[: len(PROGRAM) // 2]
+    half = PROGRAM.rstrip("}\n")  # the last computation does not end
     in_a_line = PROGRAM.replace(" = s32[] get-tuple-element(%s), index=0", " = s32[]get", 1)
     strange = {
         "half.hlo": (half.encode(), rf"line {half.count(chr(10)) + 1}: it ends before the ENTRY"),

@@ -49,38 +49,39 @@ def folder(tmp_path):
     return tmp_path / AWKWARD
 
 
+def record(folder):
+    """Of a name that is no text."""
+    name = os.fsdecode(b"2026-11-21_caf\xe9 [x]")
+    return shutil.copytree(ROOT / "records/cpu/2026-11-21_Demo", folder / "cpu" / name)
+
+
 def report(folder):
     pytest.importorskip("matplotlib", reason="of scripts/requirements.txt")
-    demo = shutil.copytree(ROOT / "records/cpu/2026-11-21_Demo", folder / "2026-11-21_é [x]")
-    return ["-m", "scripts.report", demo, f"--out={folder}/all.html"], 0, "all.html"
+    return ["-m", "scripts.report", record(folder), f"--out={folder}/all.html"], "all.html"
 
 
 def verify_record(folder):
-    """Of a track's name that is not there."""
-    shutil.copytree(ROOT / "records/cpu/2026-11-21_Demo", folder / "2026-11-21_é [x]")
-    return ["-m", "scripts.verify_record", folder / "2026-11-21_é [x]"], 2, ""
+    return ["-m", "scripts.verify_record", record(folder)], ""
 
 
 def compare(folder):
     for name in ("bytes.txt", "bytes.jsonl"):
         shutil.copy(ROOT / "records/ablations" / name, folder)
     shutil.copytree(ROOT / "records/ablations/patches", folder / "patches")
-    return ["-m", "scripts.compare", folder / "bytes.txt", "--table"], 0, ""
+    return ["-m", "scripts.compare", folder / "bytes.txt", "--table"], ""
 
 
 def estimate(folder):
     (folder / "step.hlo").write_text(HLO)
-    return ["-m", "scripts.dry_run.estimate", folder / "step.hlo"], 0, ""
+    return ["-m", "scripts.dry_run.estimate", folder / "step.hlo"], ""
 
 
 @pytest.mark.parametrize("prepare", [report, verify_record, compare, estimate])
 def test_a_folder_of_any_name_works_on_any_console_and_what_lies_there_stays(prepare, folder):
     is_as_it_was = fill(folder)
-    argv, wanted, written = prepare(folder)
+    argv, written = prepare(folder)
     code, _, errors = run(argv)
-    assert code == wanted, errors
-    if code:
-        assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert code == 0, errors
     is_as_it_was()
     if written:
         (folder / written).unlink()

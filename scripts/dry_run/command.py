@@ -67,16 +67,17 @@ def topology_devices(name):
     name = DEFAULT_TOPOLOGY.get(name, name)
     bounds = TOPOLOGIES.get(name)
     options = {"chips_per_host_bounds": bounds} if bounds else {}
+    refused = UsageError(
+        f"{name}: no such topology for the compiler; these work: {', '.join(TOPOLOGIES)}, and "
+        "more of a kind as far as libtpu knows them"
+    )
+    if name.split(":")[0] not in CHIPS:
+        raise refused
     try:
-        if name.split(":")[0] not in CHIPS:
-            raise ValueError(name)
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-        return list(found.devices)
-    except Exception as error:  # whatever libtpu throws at a name
-        raise UsageError(
-            f"{name}: no such topology for the compiler; these work: {', '.join(TOPOLOGIES)}, and "
-            "more of a kind as far as libtpu knows them"
-        ) from error
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise refused from error
+    return list(found.devices)
 
 
 # ---- Kernels by their bundles --------------------------------------------------------------------
