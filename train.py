@@ -1329,8 +1329,11 @@ class Shards(NamedTuple):
 def write_file(path, blob):
     """Write bytes under another name, then rename: the file is there whole or not at all."""
     staging = path.with_name(f".{path.name}.{os.getpid()}.part")
-    staging.write_bytes(blob)
-    staging.replace(path)
+    try:
+        staging.write_bytes(blob)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def write_shard(path, tokens):
@@ -1574,7 +1577,7 @@ def cache_dir():
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         return path
     except (OSError, RuntimeError) as error:  # a user may have no home
-        raise UsageError(f"no folder for the cache: {error}. Set XDG_CACHE_HOME to one") from error
+        raise UsageError(f"no folder for the cache ({error}); set XDG_CACHE_HOME to one") from error
 
 
 NOT_CORPUS = (
@@ -1938,7 +1941,11 @@ def compiler_options(mesh, cfg):
 
 
 def compile_all(model, mesh, cfg):
-    """({name: compiled program}, a line about each), compiled in parallel, before the clock."""
+    """({name: compiled program}, a line about each), compiled in parallel, before the clock.
+
+    Raises UsageError.
+    """
+    require(not jax.config.jax_disable_jit, "JAX_DISABLE_JIT is set, but every step is compiled")
     listed = list_programs(model, mesh, cfg)
     options = compiler_options(mesh, cfg)
 
@@ -2370,7 +2377,7 @@ def owning(folder):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(f"{folder}: another process is training this run") from error
+            raise UsageError(f"{folder}: another process is at work in this folder") from error
         except OSError:
             pass  # a disk that hosts share may know no locks
         yield
@@ -2466,8 +2473,7 @@ JAX_SETTINGS = {  # which the environment may have set otherwise
 
 
 def set_up_jax(cfg):
-    """A cache of compiled programs of this user's own, and what numbers are. Raises UsageError."""
-    require(not jax.config.jax_disable_jit, "JAX_DISABLE_JIT is set, but every step is compiled")
+    """A cache of compiled programs of this user's own, and what numbers are."""
     for name, value in JAX_SETTINGS.items():
         jax.config.update(name, value)
     several_cpu_hosts = jax.process_count() > 1 and jax.default_backend() == "cpu"
