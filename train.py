@@ -2614,6 +2614,16 @@ def show_samples(params, model, log):
         log.line("sample: " + "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text))
 
 
+def first_or_saved(programs, checkpoint, manifest, model, log):
+    """The State to train on from: the checkpoint's, or where there is none the model's first."""
+    state = programs["init"]()
+    if not checkpoint:
+        return model.first_state(state, log.cfg)
+    state = load_checkpoint(checkpoint, manifest["step"], state)
+    log.line(f"resumed: {checkpoint} at step {manifest['step']}")
+    return state
+
+
 def main(argv=None, model=GPT, hook=lambda step: False):
     """Train. Returns the run's folder.
 
@@ -2642,22 +2652,18 @@ def main(argv=None, model=GPT, hook=lambda step: False):
 
     specs = model.specs(cfg)
     log = Log(folder, specs, cfg, manifest)
+    own = owning if log.writes else contextlib.nullcontext
     with contextlib.ExitStack() as owned, memory_errors(cfg):
-        if checkpoint and log.writes:
-            owned.enter_context(owning(folder))
+        if checkpoint:
+            owned.enter_context(own(folder))
         print("compiling, or taking programs from the cache ...", flush=True)
         programs, notes = compile_all(model, mesh, cfg)
         notes = [data_note, f"parameters: {count_params(specs)}", *notes]
-        if log.writes and not checkpoint:  # a new folder, which no other process knows
-            owned.enter_context(owning(folder))
+        if not checkpoint:  # a new folder, which no other process knows
+            owned.enter_context(own(folder))
         log.begin(source, why, argv, train, val, notes)
         warm_up(programs, mesh, cfg)
-        state = programs["init"]()
-        if checkpoint:
-            state = load_checkpoint(checkpoint, manifest["step"], state)
-            log.line(f"resumed: {checkpoint} at step {manifest['step']}")
-        else:
-            state = model.first_state(state, cfg)
+        state = first_or_saved(programs, checkpoint, manifest, model, log)
         val_rows = to_devices(plan_val(val, cfg), cfg.val, mesh, cfg)
         batches = train_batches(train, int(state.step), mesh, cfg)
         state = train_loop(state, programs, batches, val_rows, about, log, hook)
