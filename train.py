@@ -2249,7 +2249,8 @@ class Log:
     def append(self, name, text):
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / name, "a", encoding="utf-8") as file:
+            path = self.folder / name
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
 
     def line(self, text):

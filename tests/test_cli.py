@@ -272,7 +272,7 @@ SMALL = """--preset=demo --steps=3 --num_layers=1 --model_dim=16 --num_heads=1 -
 
 def python_train(folder, *flags, **env):
     """(exit code, lines of stderr, the metrics' losses) of python train.py with a small model."""
-    logs = folder / "lögs [1]"
+    logs = folder / os.fsdecode(b"caf\xe9 \xc3\xa9 [1]")  # no text, text, a pattern
     env = {"XDG_CACHE_HOME": str(folder), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | env
     command = [sys.executable, "train.py", *SMALL, *make_folder(folder / "data"), *flags]
     done = subprocess.run(
