@@ -1415,7 +1415,8 @@ def open_shards(pattern):
     require(
         paths,
         f"no shards match {pattern}. Fetch FineWeb: python cached_fineweb10B.py 8; make shards of "
-        "your own text: python -m scripts.prepare --help; or --preset=demo, which needs none",
+        "your own text: python -m scripts.prepare --help; or learn from Python's own source: "
+        "--preset=demo --train_files= --val_files=",
     )
     tokens = [open_shard(path) for path in paths]
     with ThreadPoolExecutor() as pool:
@@ -1630,7 +1631,7 @@ def check_tokens(train, val, cfg):
         wanted = "wanted each only once in --train_files, and none of --val_files"
         require(same is path, f"{path}: the same tokens as in {same}; {wanted}")
     missing = cfg.val_tokens + 1 - len(val.tokens[0])
-    require(missing <= 0, f"{file}: {missing} too short for --val_tokens={cfg.val_tokens}")
+    require(missing <= 0, f"{file}: {missing} tokens too short for --val_tokens={cfg.val_tokens}")
     for path, tokens, _ in train.rows() + val.rows():
         largest = tokens.max()
         require(

@@ -403,7 +403,7 @@ def parse(argv):
     flag("--modded_jax", metavar="DIR", help="a checkout of modded-nanogpt-jax")
     flag("--nanogpt", metavar="DIR", help="a checkout of nanoGPT")
     flag("--loader", action="store_true", help="time the host's loader")
-    flag("--shard_tokens", type=int, default=100_000_000, help="that it reads (default: 1e8)")
+    flag("--shard_tokens", type=int, default=100_000_000, help="that it reads (100000000)")
     flag("--json", metavar="FILE", help="write the rows there, as they come")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])

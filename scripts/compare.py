@@ -86,7 +86,7 @@ def check(entry):
     """
     for word in entry.flags:
         is_given = word.partition("=")[0] in GIVEN
-        require(not is_given, f"{word} is given by the script (--seeds, --data); leave it out")
+        require(not is_given, f"{word} is given by compare (--seeds, --data); leave it out")
     known = ", ".join(MODELS)
     require(not entry.model or entry.model in MODELS, f"model={entry.model}: wanted {known}")
     if entry.patch:

@@ -184,10 +184,11 @@ def make_bpe(folder, vocab_size, sources, args):
     if path.exists():
         blob = path.read_bytes()
     else:
-        say(f"a BPE of {vocab_size} from {args.bpe_mib} MiB of training text ...")
+        say(f"a BPE of up to {vocab_size} from at most {args.bpe_mib} MiB of training text ...")
         text = first_texts(sources, args, "train", args.bpe_mib << 20)
         blob = train_bpe(text, vocab_size).to_str().encode()
     size = open_bpe(blob, path).get_vocab_size()
+    say(f"vocabulary: {size}")
     return {"tokenizer": path.name, "vocab_size": size, "bos_id": 0}, {path.name: blob}
 
 
@@ -473,7 +474,7 @@ def tell(out, sources, written, seconds):
     val = sum(count for name, count in counts.items() if name.startswith("val"))
     train = sum(counts.values()) - val
     num_empty = sum(source.num_empty for source in sources)
-    say(f"documents: {written.num_documents}, and {num_empty} null or empty ones passed over")
+    say(f"documents: {written.num_documents} ({num_empty} null or empty ones passed over)")
     say(
         f"wrote: {out}, {train} training tokens and {val} for validation in {len(counts)} shards "
         f"({written.num_there} were there), {written.size / (train + val):.3f} bytes per token, "
@@ -481,8 +482,8 @@ def tell(out, sources, written, seconds):
     )
     if not val:
         say(
-            "note: no document fell to validation, and train.py wants some: the same with --out of "
-            "a new folder and --val=0.1, or, of one .txt, --val_tail=0.1"
+            "note: no document fell to validation, and train.py wants some: with --out of a new "
+            "folder a greater --val, or, of one .txt that is one document, --val_tail=0.1"
         )
         return
     train_files, val_files = (shlex.quote(f"{out}/{split}_*.bin") for split in ("train", "val"))
@@ -535,7 +536,7 @@ def write_folder(sources, args, out, put):
     if not before:
         describe({})  # first: another recipe might take the tokenizer to come for its own
     mb = sum(source.size for source in sources) / 1e6
-    say(f"{len(sources)} files, {mb:.1f} MB")
+    say(f"{len(sources)} file{'s' if len(sources) > 1 else ''}, {mb:.1f} MB")
     meta, files = make_tokenizer(args.tokenizer, args.vocab_size, out, sources, args)
     check_tokenizer(out, before, meta, files)
     remove_staging(out, lambda name: name in files or name == "meta.json" or SHARD.fullmatch(name))

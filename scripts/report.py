@@ -71,7 +71,7 @@ else:
 OF_A_RUN = MAY_DIFFER | verify_record.MAY_DIFFER  # fields that may differ within a curve
 LOSSES = ("train_loss", "val_loss")
 PANELS = {  # fields of a row
-    "lr": "Learning rate, times each weight's own",
+    "lr": "Learning rate, as a multiple of each weight's own",
     "step_ms": "Step time, ms",
     "tokens_per_s": "Speed, tokens per second",
     "mfu": "Model FLOPs utilization, of the devices' peak",
@@ -431,7 +431,7 @@ def results_table(curves):
     rows = []
     for curve in curves:
         count = f"{len(curve.finished)} of {len(curve.runs)}"
-        target = curve.runs[0].config["target_loss"]
+        target = curve.runs[0].config["target_loss"] or "–"
         rows.append([curve, count, target, *result_cells(curve.finished)])
     return section("Results, mean ± sd", ("curve", "finished", "target", *RESULT), rows)
 

@@ -189,8 +189,8 @@ def hub_errors(what):
 def fetch_gpt2():
     """gpt2_files of the Hub's copy, in its cache. Raises UsageError."""
     with hub_errors(
-        "GPT-2's vocabulary cannot be had from the Hub; prepare takes --gpt2=DIR, a folder of "
-        "encoder.json and vocab.bpe, and --tokenizer=bytes or bpe, which need no network"
+        "GPT-2's vocabulary cannot be had from the Hub; prepare and its --report take "
+        "--gpt2=DIR, a folder of encoder.json and vocab.bpe; bytes, chars and bpe need none"
     ):
         from huggingface_hub import hf_hub_download
 

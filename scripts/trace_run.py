@@ -41,7 +41,7 @@ class Trace:
                 jax.profiler.stop_trace()
             except jax.errors.JaxRuntimeError as error:  # the disk
                 raise train.UsageError(f"{self.folder}: no trace is written: {error}") from error
-            print(f"wrote: {self.folder}, a trace of the steps after {self.begin} to {self.end}")
+            print(f"wrote: {self.folder}, a trace of steps {self.begin + 1} to {self.end}")
 
 
 def main(argv=None):
@@ -52,7 +52,11 @@ def main(argv=None):
     span, *flags = argv or [""]
     match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", span)
     begin, end = map(int, match.groups()) if match else (0, 0)
-    train.require(0 < begin < end, f"{span}: wanted START:STOP first, rising steps such as 20:25")
+    wanted = "wanted START:STOP first, rising steps such as 20:25"
+    train.require(0 < begin < end, f"{span or 'no steps'}: {wanted}")
+    steps = train.read_flags(flags).get("steps", "")
+    has_it = not steps.isdecimal() or begin < int(steps)
+    train.require(has_it, f"{span}: a run of --steps={steps} has no such step")
     outs = [f"logs/trace-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"]
     outs += [flag.removeprefix("--out=") for flag in flags if flag.startswith("--out=")]
     there = next(path for path in (Path(outs[-1]), *Path(outs[-1]).parents) if path.exists())

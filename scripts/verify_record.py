@@ -495,7 +495,9 @@ def parse(argv):
         raise UsageError(f"{message} (python -m scripts.verify_record --help)")
 
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.verify_record",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = fail
     flag = parser.add_argument

@@ -122,7 +122,7 @@ WRONG_LISTS = {
 }
 WRONG_COMMANDS = {
     "x --muon_lr=1,": "--muon_lr=",
-    "x --log_dir=a": "--log_dir=a is given by the script",
+    "x --log_dir=a": "--log_dir=a is given by compare",
     "x --jobs=0": "wanted a job",
     "x --seeds=a": "--seeds=a",
     "x --data=nowhere": "no shards match",
