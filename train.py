@@ -2021,11 +2021,16 @@ def as_json(cfg):
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
+def step_of(folder):
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def checkpoints_in(run_folder):
     """The checkpoints of a run, by step."""
     folders = (run_folder / "ckpt").glob("step-*")
     ours = [path for path in folders if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(ours, key=lambda path: int(path.name[5:]))
+    return sorted(ours, key=step_of)
 
 
 def remove_checkpoint(folder):
@@ -2066,11 +2071,11 @@ def save_checkpoint(run_folder, state, progress, about, cfg):
     }
     (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
     os.sync()  # all of it is on the disk before it bears its name
+    earlier = [path for path in checkpoints_in(run_folder) if step_of(path) < step_of(final)]
+    for old in earlier[:-1]:  # now: after a kill in here this save is made again
+        remove_checkpoint(old)
     remove_checkpoint(final)
     staging.rename(final)
-    saved = checkpoints_in(run_folder)
-    for old in saved[: saved.index(final) + 1][:-2]:
-        remove_checkpoint(old)
     return final
 
 
