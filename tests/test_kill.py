@@ -108,13 +108,13 @@ def test_killed_at_any_point_of_a_save_the_same_command_ends_with_the_same_bits(
         ("before the name", 1),
         ("after the name", 1),  # of step 3
         ("tensors half written", 4),  # the optimizer's of step 9
-        ("half deleted", 2),  # step 3, after .writing
+        ("half deleted", 2),  # step 3, after .writing; step 9 has no name yet
         ("samples", 1),  # after the last step
         ("seal", 1),
     ]:
         assert ended(home.start(logs, output, (point, count, [KILL]))) == -KILL, output.read_text()
         saved.append(saved_step(logs))
-    assert saved == [0, 0, 3, 6, 9, STEPS, STEPS]
+    assert saved == [0, 0, 3, 6, 6, STEPS, STEPS]
     assert ended(home.start(logs, output)) == 0, output.read_text()
     assert lost(logs) <= EVERY and "Traceback" not in output.read_text()
     check_finished(logs, home)
