@@ -2374,6 +2374,16 @@ def new_folder(cfg):
     return Path(cfg.log_dir) / f"{started}-{os.urandom(3).hex()}"
 
 
+def lock(file, holder):
+    """Lock an open file until it is closed. Raises UsageError where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(holder) from error
+    except OSError:
+        pass  # a disk that hosts share may know no locks
+
+
 @contextlib.contextmanager
 def owning(folder):
     """Hold the lock of a run's folder, which dies with the process. Raises UsageError."""
@@ -2381,12 +2391,7 @@ def owning(folder):
     handle = os.open(folder, os.O_RDONLY)
     with contextlib.ExitStack() as at_end:
         at_end.callback(os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{folder}: another process is at work in this folder") from error
-        except OSError:
-            pass  # a disk that hosts share may know no locks
+        lock(handle, f"{folder}: another process is at work in this folder")
         yield
 
 

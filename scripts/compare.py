@@ -30,7 +30,6 @@ import argparse
 import collections
 import contextlib
 import datetime
-import fcntl
 import glob
 import hashlib
 import itertools
@@ -283,12 +282,7 @@ def only_writer(path):
     """The file of results, open to add lines. Its lock dies with the process. Raises UsageError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{path}: another comparison adds to it; wait for its end") from error
-        except OSError:
-            pass  # a disk that hosts share may know no locks
+        train.lock(file, f"{path}: another comparison adds to it; wait for its end")
         yield file
 
 
