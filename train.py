@@ -129,6 +129,7 @@ class Stage:
     lr: float = 1.0  # multiplies every learning rate
     ahead: tuple = ()  # loss weights of the 2nd, 3rd ... next token; the last falls to 0
     tied: bool = False  # the embedding is the head
+    candidates: int = 0  # tokens of the vocabulary that the softmax is over; 0: all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -948,31 +949,37 @@ def softcap(z, cfg):
 
 
 def softcapped_logits(x_ND, head_VD, cfg):
-    """Float32 logits [N, V]. Ids that pad the table get -1e15: no probability, a finite square."""
-    z_NV = softcap(matmul("ND,VD->NV", x_ND, head_VD, f32), cfg)
-    used_1V = jnp.arange(cfg.padded_vocab)[None] < cfg.vocab_size
-    return jnp.where(used_1V, z_NV, -1e15)
+    """Float32 logits [N, V]. Ids that pad the table get no probability."""
+    return softcap(matmul("ND,VD->NV", x_ND, head_VD, f32), cfg) + padding(cfg)[None]
 
 
-def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
+def padding(cfg):
+    """What the logits of ids that pad the table get, [V]: far below all, yet its square finite."""
+    return jnp.where(jnp.arange(cfg.padded_vocab) < cfg.vocab_size, 0.0, -1e15)
+
+
+def _log_partition_forward(x_ND, head_VD, weight_N, cfg, offset_V=None):
     """(sum of w log Z, its gradients by x [N, D] and head [V, D]), by blocks of head_block tokens.
 
-    With logits z = x head^T, l = softcap(z) and Z = sum_v exp(l_v), of a token:
-        d(w log Z) / dz = (w / Z) exp(l) l'
+    With logits z = x head^T, l = softcap(z) and Z = sum_v exp(l_v + offset_v), of a token:
+        d(w log Z) / dz = (w / Z) exp(l + offset) l'
         l' = (height / width) (1 - (l / height)^2)
-    Of [N, V] only p = exp(l) (1 - (l / height)^2) is stored, in head_VD's dtype. The factor
+    Of [N, V] only p = exp(l + offset) l' width / height is stored, in head_VD's dtype. The factor
     (w / Z) (height / width) is a number per token and goes to the narrow side of two matmuls. The
     label is no part of it (predicted: 16.2 ms a step, 21.6 with the label in it).
     """
     height, width, _ = cfg.softcap or (1e9, 1e9, 0)  # so high a cap has a slope of 1
+    if offset_V is None:
+        offset_V = padding(cfg)
 
     def block(totals, rows):
         x_ND, x_DN, weight_N1 = rows
-        logits_NV = softcapped_logits(x_ND, head_VD, cfg)
+        logits_NV = softcap(matmul("ND,VD->NV", x_ND, head_VD, f32), cfg)
+        shifted_NV = logits_NV + offset_V[None]
         top_N1 = 0.0  # exp of capped logits needs no maximum
         if height > 60:
-            top_N1 = jnp.max(logits_NV, axis=1, keepdims=True)
-        exp_NV = jnp.exp(logits_NV - top_N1)
+            top_N1 = jnp.max(shifted_NV, axis=1, keepdims=True)
+        exp_NV = jnp.exp(shifted_NV - top_N1)
         p_NV = (exp_NV * (1 - jnp.square(logits_NV / height))).astype(head_VD.dtype)
         sum_N1 = jnp.sum(exp_NV, axis=1, keepdims=True)
         p_NV, sum_N1 = lax.optimization_barrier((p_NV, sum_N1))  # else XLA recomputes the logits
@@ -993,14 +1000,14 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def log_partition(x_ND, head_VD, weight_N, cfg):
-    """Sum over tokens of weight * log sum_v exp(logit_v), in nats."""
-    return _log_partition_forward(x_ND, head_VD, weight_N, cfg)[0]
+def log_partition(x_ND, head_VD, weight_N, cfg, offset_V=None):
+    """Sum over tokens of weight * log sum_v exp(logit_v + offset_v), in nats."""
+    return _log_partition_forward(x_ND, head_VD, weight_N, cfg, offset_V)[0]
 
 
 def _log_partition_backward(cfg, saved, g):
     dx_ND, dhead_VD = saved
-    return (g * dx_ND).astype(dx_ND.dtype), (g * dhead_VD).astype(dhead_VD.dtype), None
+    return (g * dx_ND).astype(dx_ND.dtype), (g * dhead_VD).astype(dhead_VD.dtype), None, None
 
 
 log_partition.defvjp(_log_partition_forward, _log_partition_backward)
@@ -1015,9 +1022,10 @@ def gpt_loss(weights, batch, key, stage, cfg):
     """(summed nats, summed weight) of a batch: -log p(target), each times its weight.
 
     batch: "tokens", "targets" int32 [B, T] and "weights" [B, T], from inputs_and_targets; "step";
-    and by LOOKUPS "inputs", "labels" [B, T, D], rows of embed and head. key is for models with
-    randomness; this one has none. The same logits also predict the second and later next tokens
-    (multi-token prediction, record 53; gain 0.018); the loss is then a weighted mean.
+    and by LOOKUPS "inputs", "labels" [B, T, D], rows of embed and head. In a stage with candidates
+    weights["head"] has their rows alone, and "offsets" [P] are added to their logits. key is for
+    models with randomness; this one has none. The same logits also predict the second and later
+    next tokens (multi-token prediction, record 53; gain 0.018); the loss is then a weighted mean.
     """
     x_BTD = forward(weights, batch["tokens"], batch["inputs"], stage, cfg)
     x_BTD = x_BTD.astype(weights["head"].dtype)
@@ -1030,7 +1038,8 @@ def gpt_loss(weights, batch, key, stage, cfg):
         nats -= jnp.sum(weight_BT * softcap(logit_BT, cfg))
         total_BT += weight_BT
     x_ND = rearrange(x_BTD, "B T D -> (B T) D")
-    nats += log_partition(x_ND, weights["head"], total_BT.ravel(), cfg)
+    offset_V = batch.get("offsets")
+    nats += log_partition(x_ND, weights["head"], total_BT.ravel(), cfg, offset_V)
     return nats, jnp.sum(batch["weights"])
 
 
@@ -1527,28 +1536,101 @@ def plan_val(shards, cfg):
     return [[tokens[start : start + cfg.val.seq_len + 1]] for start in starts]
 
 
+GROUPS = 8  # into which the rows of a batch are cut where a stage has candidates
+
+
+def targets_in(rows, stage, cfg):
+    """[8, V] of bool: which tokens are targets in each eighth of the rows.
+
+    Raises UsageError where they are more than the stage's candidates.
+    """
+    are_targets = np.zeros((GROUPS, cfg.vocab_size), bool)
+    for i, row in enumerate(rows):
+        are_targets[i * GROUPS // len(rows), np.concatenate(row)[1:]] = True
+    most = np.count_nonzero(are_targets, axis=1).max()
+    flag = f"--stages.candidates={stage.candidates}"
+    require(most <= stage.candidates, f"{flag}: an eighth of a batch has {most} targets")
+    return are_targets
+
+
+def choose_candidates(rows, step, stage, cfg):
+    """(ids, offsets) [8, P]: what the softmax of each eighth of the rows is over, ids ascending.
+
+    Sampled softmax (record 92): the eighth's own targets and, up to P in all, the next tokens of a
+    permutation of the vocabulary, which goes on from step to step. In the partition the P - U
+    others stand for all V - U tokens that are no targets. Adding log((V - U) / (P - U)) to their
+    logits would make it right on average; half of that loses the least.
+    """
+    ids, offsets = [], []
+    for i, is_chosen_V in enumerate(targets_in(rows, stage, cfg)):
+        start = i * cfg.vocab_size // GROUPS + step * stage.candidates
+        others = (start + np.arange(stage.candidates)) * 20011 % cfg.vocab_size
+        target_ids = np.flatnonzero(is_chosen_V)
+        others = others[~is_chosen_V[others]][: stage.candidates - len(target_ids)]
+        is_chosen_V[others] = True
+        ids.append(np.flatnonzero(is_chosen_V))
+        share = (cfg.vocab_size - len(target_ids)) / max(1, len(others))
+        offsets.append(np.full(stage.candidates, 0.5 * math.log(max(1, share)), np.float32))
+        offsets[-1][np.searchsorted(ids[-1], target_ids)] = 0
+    return np.array(ids, np.uint16), np.array(offsets)
+
+
 def batch_shape(stage, num_devices, cfg):
     """(A, B, T + 1): micro-steps, their rows on all devices, tokens. The val stage is one batch.
 
-    Spare places stay empty, so any number of devices will do.
+    Spare places stay empty, so any number of devices will do, but for stages with candidates: a
+    micro-step has rows of one eighth only. Raises UsageError.
     """
     num_rows = stage.batch_tokens // stage.seq_len
     if stage == cfg.val:
         num_rows = math.ceil(cfg.val_tokens / (stage.seq_len - cfg.val_context))
-    per_device = math.ceil(num_rows / num_devices)
-    num_micro = math.ceil(per_device / max(1, cfg.micro_tokens // stage.seq_len))
-    return num_micro, math.ceil(per_device / num_micro) * num_devices, stage.seq_len + 1
+    num_groups = 1
+    if stage.candidates:
+        num_groups = max(GROUPS // num_devices, 1)
+        parts = math.lcm(GROUPS, num_devices)
+        wanted = f"wanted a power of two devices, and rows in {parts}s, not {num_rows}"
+        whole = parts in (GROUPS, num_devices) and num_rows % parts == 0
+        require(whole, f"--stages.candidates={stage.candidates}: {wanted}")
+    per_group = math.ceil(num_rows / num_devices / num_groups)
+    num_micro = math.ceil(per_group / max(1, cfg.micro_tokens // stage.seq_len))
+    per_micro = math.ceil(per_group / num_micro)
+    return num_groups * num_micro, per_micro * num_devices, stage.seq_len + 1
 
 
-def to_devices(rows, stage, mesh, cfg):
-    """Rows -> a batch {"tokens": uint16 [A, B, T+1]}, split over B."""
-    tokens = np.full(batch_shape(stage, mesh.size, cfg), NO_TOKEN, np.uint16)
-    places = tokens.reshape(-1, tokens.shape[2])
-    for i, row in enumerate(rows):
-        np.concatenate(row, out=places[i, : sum(map(len, row))])
+def batch_shapes(stage, mesh, cfg):
+    """{name: ShapeDtypeStruct} of a batch. Each array is split along its second axis."""
+    arrays = {"tokens": (batch_shape(stage, mesh.size, cfg), jnp.uint16)}
+    if stage.candidates:
+        shape = 1, max(GROUPS, mesh.size), stage.candidates
+        arrays |= {"candidates": (shape, jnp.uint16), "offsets": (shape, f32)}
     sharding = NamedSharding(mesh, P(None, "data"))
-    batch = jax.make_array_from_callback(tokens.shape, sharding, tokens.__getitem__)
-    return {"tokens": batch}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in arrays.items()
+    }
+
+
+def to_devices(rows, stage, mesh, cfg, step=0):
+    """Rows -> a batch {"tokens": uint16 [A, B, T+1]}, on each device the next rows in order.
+
+    With candidates also "candidates" and "offsets" [1, U, P], U groups on all devices.
+    """
+    shapes = batch_shapes(stage, mesh, cfg)
+    num_micro, _, width = shapes["tokens"].shape
+    tokens = np.full(shapes["tokens"].shape, NO_TOKEN, np.uint16).reshape(-1, width)
+    for place, row in zip(tokens, rows, strict=False):
+        np.concatenate(row, out=place[: sum(map(len, row))])
+    in_order = "(devices A B) T -> A (devices B) T"
+    arrays = {"tokens": rearrange(tokens, in_order, devices=mesh.size, A=num_micro)}
+    if stage.candidates:
+        chosen = choose_candidates(rows, step, stage, cfg)
+        repeats = shapes["offsets"].shape[1] // GROUPS
+        ids, offsets = (np.repeat(array, repeats, axis=0)[None] for array in chosen)
+        arrays |= {"candidates": ids, "offsets": offsets}
+    return {
+        name: jax.make_array_from_callback(array.shape, shapes[name].sharding, array.__getitem__)
+        for name, array in arrays.items()
+    }
 
 
 def train_batches(shards, first_step, mesh, cfg, depth=2):
@@ -1557,7 +1639,7 @@ def train_batches(shards, first_step, mesh, cfg, depth=2):
 
     def make(step):
         rows, _ = next(planned)
-        return to_devices(rows, cfg.stages[stage_at(step, cfg)], mesh, cfg)
+        return to_devices(rows, cfg.stages[stage_at(step, cfg)], mesh, cfg, step)
 
     with ThreadPoolExecutor(1) as pool:
         ahead = collections.deque()
@@ -1618,6 +1700,10 @@ def complete_config(train, cfg):
     fits = 0 <= cfg.bos_id < cfg.vocab_size <= 65536
     wanted = f"wanted at most 65536, and more than --bos_id={cfg.bos_id}"
     require(fits, f"--vocab_size={cfg.vocab_size}: {wanted}")
+    candidates = max(stage.candidates for stage in cfg.stages)
+    sampled = candidates <= cfg.vocab_size and (cfg.vocab_size % 20011 or not candidates)
+    wanted = f"wanted at most --vocab_size={cfg.vocab_size}, and that no multiple of 20011"
+    require(sampled, f"--stages.candidates={candidates}: {wanted}")
     return cfg
 
 
@@ -1652,7 +1738,12 @@ def open_data(cfg):
     val = open_shards(cfg.val_files or corpus[1])
     cfg = complete_config(train, cfg)
     check_tokens(train, val, cfg)
-    reads = [read for _, read in plan(train, cfg)]
+    reads = []
+    for step, (rows, read) in enumerate(plan(train, cfg)):
+        stage = cfg.stages[stage_at(step, cfg)]
+        if stage.candidates:
+            targets_in(rows, stage, cfg)  # are there more?
+        reads.append(read)
     trained = tokens_before(cfg.steps, cfg)
     epochs = math.ceil(cfg.max_epochs * trained / max(1, tokens_before(len(reads), cfg)))
     require(
@@ -1812,33 +1903,60 @@ def tie(tree, stage):
     return tree | {"embed": tree["head"]} if alike else tree
 
 
+def spread_rows(ids_P, rows_PD, num_rows):
+    """[V, D]: rows_PD[i] at ids_P[i], which ascend, and zeros. By gathers, as sum_rows."""
+    all_V = jnp.arange(num_rows)
+    at_V = jnp.searchsorted(ids_P, all_V, method="sort")
+    is_there_V = ids_P.at[at_V].get(mode="clip") == all_V
+    return jnp.where(is_there_V[:, None], rows_PD.at[at_V].get(mode="clip"), 0.0)
+
+
 def accumulate(weights, batch, key, step, stage, model, cfg):
     """Sums over a device's micro-steps: (nats, weight of the targets, gradients), float32.
 
-    weights: compute copies, layers unstacked. batch: {"tokens": [A, B, T+1], ...}, this device's.
+    weights: compute copies, layers unstacked. batch: as from to_devices, this device's part.
     """
     weights = tie(weights, stage)  # for look_up
     batch = inputs_and_targets(batch, cfg)
+    sampled = [batch.pop(name)[0] for name in ("candidates", "offsets") if name in batch]
+    micros = batch, jax.random.split(key, len(batch["tokens"]))
 
     def loss_of(weights, looked_up, micro, micro_key):
         weights = tie(weights, stage)  # again, so that all gradients reach the head
         return model.loss(weights, micro | looked_up | {"step": step}, micro_key, stage, cfg)
 
-    def micro_step(totals, micro):
+    def micro_step(weights_here, more, totals, micro):
         micro, micro_key = micro
         looked_up = look_up(weights, micro, model)
         with_grads = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        (nats, weight), (grads, row_grads) = with_grads(weights, looked_up, micro, micro_key)
+        given = weights_here, looked_up, micro | more, micro_key
+        (nats, weight), (grads, row_grads) = with_grads(*given)
         new = nats, weight, grads
         return tree_map(lambda total, x: total + x.astype(f32), totals, new), row_grads
 
-    keys_A = jax.random.split(key, len(batch["tokens"]))
-    start = f32(0), f32(0), tree_map(lambda w: jnp.zeros(w.shape, f32), weights)
-    (nats, weight, grads), row_grads = lax.scan(micro_step, start, (batch, keys_A))
+    def group(totals, here):
+        """The micro-steps that share their candidates: a head of these rows alone."""
+        ids_P, offsets_P, micros = here
+        nats, weight, grads = totals
+        rows_PD = weights["head"][ids_P]
+        totals = nats, weight, grads | {"head": jnp.zeros(rows_PD.shape, f32)}
+        small = functools.partial(micro_step, weights | {"head": rows_PD}, {"offsets": offsets_P})
+        (nats, weight, new), row_grads = lax.scan(small, totals, micros)
+        new["head"] = grads["head"] + spread_rows(ids_P, new["head"], len(weights["head"]))
+        return (nats, weight, new), row_grads
+
+    totals = f32(0), f32(0), tree_map(lambda w: jnp.zeros(w.shape, f32), weights)
+    if sampled:
+        num_groups = len(sampled[0])
+        grouped = tree_map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), micros)
+        totals, row_grads = lax.scan(group, totals, (*sampled, grouped), unroll=num_groups == 1)
+    else:
+        totals, row_grads = lax.scan(functools.partial(micro_step, weights, {}), totals, micros)
+    nats, weight, grads = totals
     for name, (table, ids) in model.lookups.items():  # once per step, not per micro-step
         if stage.tied and table == "embed":
             table = "head"
-        rows_ND = rearrange(row_grads[name], "A B T D -> (A B T) D")
+        rows_ND = row_grads[name].reshape(-1, row_grads[name].shape[-1])
         grads[table] += sum_rows(batch[ids].ravel(), rows_ND, len(weights[table]))
     return nats, weight, grads
 
@@ -1904,17 +2022,13 @@ def list_programs(model, mesh, cfg):
     """{"init", "train_0", "train_1", ..., "eval": (jitted function, shapes of its arguments)}."""
     init = make_init(model, mesh, cfg)
 
-    def batch(stage):
-        rows = NamedSharding(mesh, P(None, "data"))
-        shape = batch_shape(stage, mesh.size, cfg)
-        return {"tokens": jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=rows)}
-
     state = jax.eval_shape(init)  # with the shardings of init's results
     programs = {"init": (init, ())}
     for i, stage in enumerate(cfg.stages):
         step = make_train_step(stage, model, mesh, cfg)
-        programs[f"train_{i}"] = step, (state, batch(stage))
-    programs["eval"] = make_eval_step(model, mesh, cfg), (state.params, batch(cfg.val))
+        programs[f"train_{i}"] = step, (state, batch_shapes(stage, mesh, cfg))
+    val_batch = batch_shapes(cfg.val, mesh, cfg)
+    programs["eval"] = make_eval_step(model, mesh, cfg), (state.params, val_batch)
     return programs
 
 
@@ -1972,7 +2086,9 @@ def flops_per_token(stage, specs, cfg):
     """
     matrices = 0
     for spec in jax.tree.leaves(specs):
-        if spec.group not in ("embed", *SCALAR_GROUPS):
+        if spec.group == "head" and stage.candidates:
+            matrices += stage.candidates * cfg.model_dim
+        elif spec.group not in ("embed", *SCALAR_GROUPS):
             matrices += math.prod(spec.shape)
     keys = 0.0
     for i in range(cfg.num_layers):

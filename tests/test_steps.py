@@ -114,15 +114,18 @@ def assert_same_update(found, expected):
         np.testing.assert_allclose(found[2][name], weight, atol=1e-4, err_msg=name)
 
 
-def oracle_loss(weights, rows, ahead=(0.5, 0.25), scores=1.0):
-    """The float64 mean over the targets that are there, each times its score."""
+def oracle_loss(weights, rows, ahead=(0.5, 0.25), scores=1.0, offsets=0.0):
+    """The float64 mean over the targets that are there, each times its score.
+
+    offsets: [rows, 1, V], added to the logits.
+    """
     tokens, there = np.full((len(rows), LENGTH + 1), BOS), np.zeros((len(rows), LENGTH))
     for i, (row,) in enumerate(rows):
         tokens[i, : len(row)] = row
         there[i, : len(row) - 1] = 1
     logits = numpy_gpt.logits(weights, tokens[:, :-1], (5, 11), (), CFG, packed=True)
     weight = there * scores
-    return numpy_gpt.loss(logits, tokens[:, 1:], weight, ahead) / weight.sum()
+    return numpy_gpt.loss(logits + offsets, tokens[:, 1:], weight, ahead) / weight.sum()
 
 
 # ---- One update, however it is split ----
@@ -158,6 +161,87 @@ def test_eight_devices_in_micro_steps_make_the_same_update_as_one_with_the_whole
     assert one().batch([])["tokens"].shape == (1, 24, LENGTH + 1)
     rows = random_rows(count)
     assert_same_update(few_steps(eight(), rows), few_steps(one(), rows))
+
+
+# ---- A softmax over candidates ----
+
+SAMPLED = config(stages=(replace(STAGE, candidates=60),))
+
+
+def candidate_offsets(rows, step, cfg):
+    """[rows, 1, V]: what the equation adds to each row's logits; -inf to those that are out.
+
+    Which tokens stand in for those that are no targets is taken from train.py, the rest is not.
+    """
+    size, num_candidates = cfg.vocab_size, cfg.stages[0].candidates
+    ids, _ = train.choose_candidates(rows, step, cfg.stages[0], cfg)
+    offsets = np.full((len(rows), 1, size), -np.inf)
+    eighth = len(rows) // 8
+    for i in range(len(rows)):
+        group = rows[i // eighth * eighth : (i // eighth + 1) * eighth]
+        targets = {token for (row,) in group for token in row[1:].tolist()}
+        others = set(ids[i // eighth].tolist()) - targets
+        assert len(targets | others) == num_candidates == len(targets) + len(others)
+        offsets[i, 0, sorted(targets)] = 0
+        share = len(others) / (size - len(targets))
+        offsets[i, 0, sorted(others)] = -0.5 * math.log(share)
+    return offsets
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loss_over_candidates_and_its_slopes_are_those_of_the_float64_equation(tied):
+    cfg = replace(SAMPLED, stages=(replace(SAMPLED.stages[0], tied=tied),), micro_tokens=48)
+    built, rows = build(cfg, 1), random_rows(24)
+    offsets = candidate_offsets(rows, 0, cfg)
+    loss, slots, _ = few_steps(built, rows, 1)
+
+    def exact(**changes):
+        weights = WEIGHTS | changes
+        if tied:
+            weights |= {"embed": weights["head"]}
+        return oracle_loss(weights, rows, offsets=offsets)
+
+    assert loss == pytest.approx(exact(), rel=1e-5)
+    for name, new_share in {"head": 0.5, "embed": 0.5, "skip_gate": 0.1}.items():
+        if tied and name == "embed":
+            continue
+        grad = slots[f"{name}/m"] / new_share
+        change = 1e-5 * np.random.default_rng(0).standard_normal(grad.shape)
+        up, down = (exact(**{name: WEIGHTS[name] + sign * change}) for sign in (1, -1))
+        error = np.vdot(grad, change) - (up - down) / 2
+        assert abs(error) < 1e-8 * np.linalg.norm(grad), name
+
+
+def test_with_candidates_eight_devices_make_the_same_update_as_one():
+    rows = random_rows(24)
+    assert_same_update(few_steps(build(SAMPLED, 8), rows), few_steps(build(SAMPLED, 1), rows))
+
+
+def test_all_tokens_as_candidates_are_the_whole_softmax():
+    rows = random_rows(24)
+    everything = config(stages=(replace(STAGE, candidates=CFG.vocab_size),))
+    assert_same_update(few_steps(build(everything, 1), rows), few_steps(one(), rows))
+
+
+def test_the_other_candidates_go_round_the_vocabulary_and_follow_from_the_step():
+    rows, stage = random_rows(24), SAMPLED.stages[0]
+    steps = [train.choose_candidates(rows, step, stage, SAMPLED) for step in range(12)]
+    again, _ = train.choose_candidates(rows, 5, stage, SAMPLED)
+    assert np.array_equal(again, steps[5][0])
+    for group in range(8):
+        chosen = [ids[group] for ids, _ in steps]
+        assert all(np.all(np.diff(ids.astype(int)) > 0) for ids in chosen)
+        assert set(np.concatenate(chosen).tolist()) == set(range(SAMPLED.vocab_size))
+
+
+def test_more_targets_than_candidates_and_rows_in_no_eighths_are_refused():
+    few = replace(STAGE, candidates=9)
+    with pytest.raises(train.UsageError, match=r"candidates=9: an eighth of a batch has \d+ targets"):
+        train.choose_candidates(random_rows(24), 0, few, CFG)
+    for num_devices, rows in ((8, 20), (3, 24), (16, 24)):
+        stage = replace(STAGE, candidates=60, batch_tokens=rows * LENGTH)
+        with pytest.raises(train.UsageError, match="wanted a power of two devices, and rows in"):
+            batch_shape(stage, num_devices, CFG)
 
 
 def test_a_batch_may_bring_a_weight_for_each_target():
