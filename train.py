@@ -25,6 +25,7 @@ One letter is one axis, in array names, einsum strings and the weight table alik
     L  layers   I  layers with attention   J  skips      D  model width      F  MLP width
     H  query heads                G  key heads           R  query heads per key head
     K  head width                 E  inputs of a gate    V  vocabulary       C  chunks of tokens
+    Q  width of the copy pointer's queries and keys
     M, N  any matrix's two axes, or several axes merged: tokens, heads and their width
     1  an axis of size one        K4  the first quarter of K
 
@@ -767,11 +768,25 @@ def gated(y_BTN, gate_BTH):
     return y_BTHK.reshape(y_BTN.shape).astype(y_BTN.dtype)
 
 
+def query_blocks(first_BT, last_1T, window):
+    """(queries, keys, visible_BTS) of blocks of at most 512 queries: two slices and a mask.
+
+    The keys are all that a window can reach. Query t sees the keys first_BT[:, t] .. last_1T[:, t].
+    """
+    num_tokens = first_BT.shape[1]
+    block = min(512, -(-num_tokens // 2))
+    for begin in range(0, num_tokens, block):
+        here = slice(begin, begin + block)
+        keys = slice(max(0, begin - window), begin + block)
+        key_11S = jnp.arange(num_tokens)[None, None, keys]
+        visible_BTS = (key_11S >= first_BT[:, here, None]) & (key_11S <= last_1T[:, here, None])
+        yield here, keys, visible_BTS
+
+
 def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     """Gated attention, [B, T, HK], for any machine. Query t sees the keys first_BT[:, t] .. t.
 
-    q [B, T, HK], k and v [B, T, GK] are raw projections; table is rotary's. Rows go by blocks of at
-    most 512 queries, each against the keys that its window can reach.
+    q [B, T, HK], k and v [B, T, GK] are raw projections; table is rotary's.
     """
     cos_TK, sin_TK, scale = table
     heads = "B T (H K) -> B T H K"
@@ -781,20 +796,29 @@ def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     q_BTHK, k_BTGK, v_BTGK = (z.astype(cfg.compute_dtype) for z in (q_BTHK, k_BTGK, v_BTGK))
     q_BGRTK = rearrange(q_BTHK, "B T (G R) K -> B G R T K", G=cfg.kv_heads)
     k_BGSK, v_BGSK = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
-    num_tokens = q_BTN.shape[1]
-    position_1T = jnp.arange(num_tokens)[None]
-    block = min(512, -(-num_tokens // 2))
+    position_1T = jnp.arange(q_BTN.shape[1])[None]
     outputs = []
-    for begin in range(0, num_tokens, block):
-        here = slice(begin, begin + block)
-        keys = slice(max(0, begin - window), begin + block)
-        key_11S = position_1T[:, None, keys]
-        causal_1TS = key_11S <= position_1T[:, here, None]
-        visible_BTS = causal_1TS & (key_11S >= first_BT[:, here, None])
+    for here, keys, visible_BTS in query_blocks(first_BT, position_1T, window):
         k, v = k_BGSK[:, :, keys], v_BGSK[:, :, keys]
         outputs.append(softmax_average(q_BGRTK[:, :, :, here], k, v, visible_BTS))
     y_BGRTK = jnp.concatenate(outputs, axis=3)
     return gated(rearrange(y_BGRTK, "B G R T K -> B T (G R K)"), gate_BTH)
+
+
+def copy_sums_xla(q_BTQ, k_BTQ, targets_BT, first_BT, window):
+    """(sum, hit) [B, T] of exp(q.k) over the keys first_BT[:, t] .. t - 1, for any machine.
+
+    hit counts only keys with the query's target. q and k are normed, so exp needs no maximum.
+    """
+    before_1T = jnp.arange(q_BTQ.shape[1])[None] - 1
+    sums, hits = [], []
+    for here, keys, visible_BTS in query_blocks(first_BT, before_1T, window):
+        score_BTS = matmul("BTQ,BSQ->BTS", q_BTQ[:, here], k_BTQ[:, keys], f32)
+        exp_BTS = jnp.where(visible_BTS, jnp.exp(score_BTS), 0)
+        same_BTS = targets_BT[:, here, None] == targets_BT[:, None, keys]
+        sums.append(jnp.sum(exp_BTS, axis=2))
+        hits.append(jnp.sum(jnp.where(same_BTS, exp_BTS, 0), axis=2))
+    return jnp.concatenate(sums, axis=1), jnp.concatenate(hits, axis=1)
 
 
 def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
@@ -810,6 +834,7 @@ def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
 
 
 ATTENTION = {"xla": attention_xla, "band": attention_band}
+COPY_SUMS = {"xla": copy_sums_xla}
 
 
 def choose_attention(cfg, backend):

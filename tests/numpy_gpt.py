@@ -153,6 +153,24 @@ def attention_and_gradients(q, k, v, gate, first, g, cfg):
     return y * gate_BTN, (dq, dk, dv, dgate)
 
 
+def copy_sums_and_gradients(q, k, targets, first, dsum, dhit):
+    """(sum, hit) [B, T] of the copy pointer, gradients of sum . dsum + hit . dhit by q and k.
+
+    Query t sums exp(q.k) over the keys first[t] .. t - 1, and over those with its own target.
+    """
+    q, k, dsum, dhit = (np.float64(x) for x in (q, k, dsum, dhit))
+    place = np.arange(q.shape[1])
+    sums, hits, dq, dk = np.zeros(first.shape), np.zeros(first.shape), q * 0, k * 0
+    for b in range(len(q)):
+        seen = (place >= first[b][:, None]) & (place < place[:, None])
+        e = np.where(seen, np.exp(q[b] @ k[b].T), 0)
+        same = targets[b][:, None] == targets[b]
+        sums[b], hits[b] = e.sum(axis=1), (e * same).sum(axis=1)
+        ds = e * (dsum[b][:, None] + dhit[b][:, None] * same)
+        dq[b], dk[b] = ds @ k[b], ds.T @ q[b]
+    return (sums, hits), (dq, dk)
+
+
 def final_activations(weights, row, windows, longs, cfg, packed):
     """[T, D] of one row: what the head multiplies."""
     few, place = cfg.gate_dims, np.arange(len(row))

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxprs import equations, jit
 
 from train import (
+    COPY_SUMS,
     GPT,
     SPEEDRUN,
     Band,
@@ -168,6 +169,61 @@ def test_with_the_band_a_models_loss_and_gradients_are_those_with_the_plain_atte
         for attention in ("band", "xla")
     )
     assert_near(band, xla, 1e-5)
+
+
+# ---- The copy pointer ----------------------------------------------------------------------------
+def copy_inputs(num_rows, length, window, dtype="float32", seed=0):
+    """(q, k, targets, first, dsum, dhit), scores between -11.4 and 11.4, few different targets.
+
+    The first row begins with a document of one token and has one more in it. The last row is one
+    document.
+    """
+    rng = np.random.default_rng(seed)
+    q, k = (numpy_gpt.rms_norm(rng.standard_normal((num_rows, length, 128))) for _ in range(2))
+    q[:, ::50] = np.roll(k, 7, axis=1)[:, ::50]  # some keys are all that their query looks at
+    targets = rng.integers(0, 20, (num_rows, length), dtype=np.int32)
+    begins = rng.random((num_rows, length)) < 0.01
+    begins[0, [1, length // 2, length // 2 + 1]] = True
+    begins[-1] = False
+    place = np.arange(length, dtype=np.int32)[None]
+    first = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    dsum, dhit = rng.standard_normal((2, num_rows, length)).astype(np.float32)
+    q, k = np.asarray(q * 128**-0.5, dtype), np.asarray(k, dtype)
+    return q, k, targets, np.maximum(first, place - window), dsum, dhit
+
+
+def copy_with_gradients(core, window, q, k, targets, first, dsum, dhit):
+    sums, pull = jax.vjp(lambda q, k: core(q, k, targets, first, window), q, k)
+    return sums, pull((dsum, dhit))
+
+
+COPIES = {  # rows, tokens, window
+    "two rows of one tile": (2, 256, 128),
+    "rows of three blocks, the last two alike": (2, 768, 200),
+    "a row of two blocks of four tiles": (1, 2048, 1100),
+}
+
+
+@pytest.mark.parametrize("core", COPY_SUMS)
+@pytest.mark.parametrize("case", COPIES)
+def test_copy_sums_and_their_gradients_are_those_of_float64(case, core):
+    """The first token of a document has no key."""
+    inputs = copy_inputs(*COPIES[case])
+    window = COPIES[case][2]
+    found = run(functools.partial(copy_with_gradients, COPY_SUMS[core], window), *inputs)
+    assert_near(found, numpy_gpt.copy_sums_and_gradients(*inputs), 1e-5)
+    alone = inputs[3] == np.arange(inputs[3].shape[1])
+    assert np.any(alone) and not np.any(found[0][0][alone]) and not np.any(found[1][0][alone])
+
+
+@pytest.mark.parametrize("core", COPY_SUMS)
+def test_in_bfloat16_copy_sums_stay_within_two_roundings_of_float64(core):
+    inputs = copy_inputs(2, 768, 500, "bfloat16")
+    found = run(functools.partial(copy_with_gradients, COPY_SUMS[core], 500), *inputs)
+    found, expected = map(jax.tree.leaves, (found, numpy_gpt.copy_sums_and_gradients(*inputs)))
+    assert [a.dtype.name for a in found] == ["float32"] * 2 + ["bfloat16"] * 2
+    for a, b in zip(found, expected, strict=True):
+        assert np.linalg.norm(np.float64(a) - b) < 2 * 2**-8 * np.linalg.norm(b)
 
 
 # ---- What they are said to cost ------------------------------------------------------------------
