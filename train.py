@@ -833,8 +833,17 @@ def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     return banded((first_BT[:, None, None], gate_BTH.mT[:, :, None], *inputs), band)
 
 
+def copy_sums_band(q_BTQ, k_BTQ, targets_BT, first_BT, window):
+    """The same as copy_sums_xla by the kernels, for rows of a multiple of 256 tokens."""
+    length = q_BTQ.shape[1]
+    band = Band(length, window, math.gcd(length, 1024), 1.0, 1)
+    z_BTQ = (q_BTQ.astype(f32) / LN2).astype(q_BTQ.dtype)  # exponents of 2
+    sums = copied(first_BT[:, None, None], targets_BT[:, None, None], z_BTQ, k_BTQ, band)
+    return tuple(sum_B11T[:, 0, 0] for sum_B11T in sums)
+
+
 ATTENTION = {"xla": attention_xla, "band": attention_band}
-COPY_SUMS = {"xla": copy_sums_xla}
+COPY_SUMS = {"xla": copy_sums_xla, "band": copy_sums_band}
 
 
 def choose_attention(cfg, backend):
@@ -2959,14 +2968,14 @@ def prepare_backward(dz_TK, z_TK, r_T1, cos, sin, scale):
     return (turned_back * (r_T1 * LN2)).astype(z_TK.dtype)  # d 2^s = ln 2 2^s ds
 
 
-def visible(weights, first, keys_axis):
-    """Zero the weights of keys before `first`, and of keys after the query.
+def visible(weights, first, keys_axis, gap=0):
+    """Zero the weights of keys before `first`, and of keys after the query's place - gap.
 
     The last TILE keys are the queries' own.
     """
     key = lax.broadcasted_iota(jnp.int32, weights.shape, keys_axis)
     query = lax.broadcasted_iota(jnp.int32, weights.shape, 1 - keys_axis)
-    own = query + weights.shape[keys_axis] - TILE
+    own = query + (weights.shape[keys_axis] - TILE - gap)
     return jnp.where((key >= first) & (key <= own), weights, 0.0)
 
 
@@ -3086,7 +3095,7 @@ def band_call(kernel, num_matmuls, inputs, input_specs, outputs, output_specs, s
     """
     specs = band_specs(*inputs[2:4], band)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs]
-    num_rows, length, width = shapes[0].shape
+    num_rows, length, width = inputs[2].shape
     scores = num_rows * band.num_scores
     cost = pl.CostEstimate(  # without it XLA would plan as if the kernel took no time
         flops=2 * num_matmuls * scores * width,
@@ -3152,6 +3161,88 @@ def _banded_backward(band, saved, dy_BTN):
 
 
 banded.defvjp(_banded_forward, _banded_backward)
+
+
+# The copy pointer's kernels: a head without values, whose scores are summed, all and by target. A
+# row's keys stay in fast memory, and so does the target of each, in all columns.
+CopyForwardRefs = collections.namedtuple("CopyForwardRefs", "first targets z k sum hit key_targets")
+CopyBackwardRefs = collections.namedtuple(
+    "CopyBackwardRefs", "first targets z k dsum dhit dz dk key_targets"
+)
+
+
+def copy_tile(refs, here, own, keys):
+    """(2^(z.k) of the visible keys, whether their target is the query's), both [S, T]."""
+    targets_T1 = refs.targets[0, here].reshape(TILE, 1)
+    refs.key_targets[own] = jnp.broadcast_to(targets_T1, (TILE, 128))
+    e_ST = jnp.exp2(dot(refs.k[keys], refs.z[here], 1, 1))
+    e_ST = visible(e_ST, refs.first[:, here] - keys.start, 0, gap=1)
+    key_targets_ST = jnp.tile(refs.key_targets[keys], (1, TILE // 128))
+    return e_ST, key_targets_ST == refs.targets[:, here]
+
+
+def copy_fwd(*refs, band):
+    """The sums of a block of queries."""
+    refs = CopyForwardRefs(*refs)
+
+    def tile(here, own, keys):
+        e_ST, same_ST = copy_tile(refs, here, own, keys)
+        refs.sum[:, here] = jnp.sum(e_ST, axis=0, keepdims=True)
+        refs.hit[:, here] = jnp.sum(jnp.where(same_ST, e_ST, 0.0), axis=0, keepdims=True)
+
+    each_tile(tile, band)
+
+
+def copy_bwd(*refs, band):
+    """Scores are computed again. dk grows in fast memory until the row ends."""
+    refs = CopyBackwardRefs(*refs)
+
+    def tile(here, own, keys):
+        e_ST, same_ST = copy_tile(refs, here, own, keys)
+        dsum_1T, dhit_1T = refs.dsum[:, here], refs.dhit[:, here]
+        ds_ST = e_ST * jnp.where(same_ST, dsum_1T + dhit_1T, dsum_1T)
+        ds_ST = ds_ST.astype(refs.k.dtype)
+        refs.dz[here] = dot(ds_ST, refs.k[keys], 0, 0).astype(refs.dz.dtype)
+        refs.dk[own] = jnp.zeros((TILE, refs.k.shape[1]), f32)
+        refs.dk[keys] += dot(ds_ST, refs.z[here], 1, 0)
+
+    each_tile(tile, band)
+
+
+COPY_INPUTS = "row row queries whole"  # first, targets, z, k
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def copied(first_B11T, targets_B11T, z_BTQ, k_BTQ, band):
+    """[sum, hit], each [B, 1, 1, T], of 2^(z.k) over the keys first .. T - 1."""
+    inputs = first_B11T, targets_B11T, z_BTQ, k_BTQ
+    sums = [jax.ShapeDtypeStruct(first_B11T.shape, f32)] * 2
+    scratch = [(128, jnp.int32)]  # key_targets
+    return band_call(copy_fwd, 1, inputs, COPY_INPUTS, sums, "row row", scratch, band)
+
+
+def _copied_forward(*inputs_and_band):
+    return copied(*inputs_and_band), inputs_and_band[:4]
+
+
+def _copied_backward(band, inputs, dsums):
+    z_BTQ, k_BTQ = inputs[2:]
+    dsums = [LN2 * d for d in dsums]  # d 2^s = ln 2 2^s ds
+    dk = jax.ShapeDtypeStruct(k_BTQ.shape, f32)
+    dz, dk = band_call(
+        copy_bwd,
+        3,
+        (*inputs, *dsums),
+        COPY_INPUTS + " row row",
+        (z_BTQ, dk),
+        "queries whole",
+        [(128, jnp.int32)],
+        band,
+    )
+    return None, None, dz, dk.astype(k_BTQ.dtype)
+
+
+copied.defvjp(_copied_forward, _copied_backward)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def branch_rule(eqn):
     """How often the branches and inner loops of train.py's kernels run, for bundles.count."""
     name = str(eqn.params["name"])
     steps = eqn.params["grid_mapping"].grid[-1]
-    if "band_fwd" in name:
+    if "band_fwd" in name or "copy_" in name:
         return {"weigh": bundles.one_of_chain(steps)}
     if "band_bwd" in name:
         tiles = eqn.invars[1].aval.shape[1] // train.TILE

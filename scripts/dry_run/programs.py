@@ -122,6 +122,25 @@ def attention_jobs(stage, model, mesh, cfg):
     return jobs
 
 
+def copy_jobs(stage, model, mesh, cfg):
+    """The copy pointer's sums, forward and backward, in a window of 2048 tokens."""
+    one = first_chip(mesh)
+    B, T = share_of(stage, mesh, cfg)
+
+    def copy(q_BTQ, k_BTQ, targets_BT, first_BT, dsum_BT, dhit_BT):
+        def sums(q_BTQ, k_BTQ):
+            return train.COPY_SUMS[cfg.attention](q_BTQ, k_BTQ, targets_BT, first_BT, 2048)
+
+        found, pull = jax.vjp(sums, q_BTQ, k_BTQ)
+        return found, pull((dsum_BT, dhit_BT))
+
+    q_BTQ = shape(one, cfg.compute_dtype, B, T, 128)
+    ids_BT, d_BT = shape(one, jnp.int32, B, T), shape(one, f32, B, T)
+    arguments = q_BTQ, q_BTQ, ids_BT, ids_BT, d_BT, d_BT
+    function = train.on_devices(copy, one, P(), P())
+    return [Job("copy", function, arguments, one, stage, B * T, chips=mesh.size)]
+
+
 def head_jobs(stage, model, mesh, cfg):
     """The loss from the last activations, with its gradients."""
     one = first_chip(mesh)
@@ -158,6 +177,7 @@ def optimizer_jobs(stage, model, mesh, cfg):
 PIECES = {
     "layer": layer_jobs,
     "attention": attention_jobs,
+    "copy": copy_jobs,
     "head": head_jobs,
     "optimizer": optimizer_jobs,
 }
