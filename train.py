@@ -159,6 +159,7 @@ class Config:
     backout: tuple = (7,)  # the stream after 7 is taken out of the last one in part
     gate_dims: int = 12  # dims of its input that a gate reads; 0: no gates
     smear: bool = True  # a gate lets some of the token before into each embedding
+    copy_dim: int = 128  # width of the copy pointer's queries and keys; 0: no pointer
     softcap: tuple = (11.5, 15.0, 5.0)  # (A, B, C): A * tanh((logit + C) / B); empty: no cap
     attn_scale: float = 0.0707  # multiplies q.k, both of unit rms, in the first stage
     attention: str = "auto"  # band: the TPU kernels; xla: plain; auto: band on a TPU if it can
@@ -248,6 +249,7 @@ DEMO = Config(  # minutes on two CPU cores
     skips=((1, 3),),
     late_inputs=(),
     backout=(2,),
+    copy_dim=0,
     attn_scale=0.2,
     residual_dtype="float32",
     stages=(
@@ -588,8 +590,11 @@ def axis_sizes(cfg):
         "HK": cfg.num_heads * cfg.head_dim,
         "GK": cfg.kv_heads * cfg.head_dim,
         "E": cfg.gate_dims,
+        "Q": cfg.copy_dim,
+        "2Q": 2 * cfg.copy_dim,
         "V": cfg.padded_vocab,
         "smear": int(cfg.smear),
+        "copy": int(cfg.copy_dim > 0),
         "backout": len(cfg.backout),
     }
 
@@ -641,6 +646,9 @@ def param_specs(cfg):
         "smear_mix": Spec("smear", "", constant(0.0), "scalar"),
         "smear_gate": Spec("E smear", "", constant(0.0), "smear_gate"),
         "backout_mix": Spec("backout", "", constant(0.5), "scalar"),
+        "copy_qk": Spec("D 2Q", "2Q", uniform(cfg.model_dim**-0.5), "copy"),
+        "copy_sink": Spec("Q copy", "", normal(128**-0.5), "copy"),
+        "copy_gate": Spec("D copy", "", constant(0.0), "copy"),
     }
     return with_shapes(specs, axis_sizes(cfg))
 
@@ -910,16 +918,19 @@ def mlp(x_BTD, p):
     return matmul("BTF,FD->BTD", h_BTF, p["w_down"])
 
 
-def attend_row(tokens_BT, stage, cfg):
-    """attend(layer, q, k, v, gate) over whole rows: within the window and the document.
-
-    A document begins with BOS where rows are packed; a plain stream is one document.
-    """
+def document_starts(tokens_BT, cfg):
+    """Where each position's document begins: at a BOS where rows are packed, else at 0."""
     position_1T = jnp.arange(tokens_BT.shape[1])[None]
-    table = rotary(tokens_BT.shape[1], stage, cfg)
     packed = any(row.doc_len for row in cfg.stages)
     starts_BT = (tokens_BT == cfg.bos_id) & packed
-    document_BT = lax.cummax(jnp.where(starts_BT, position_1T, 0), axis=1)
+    return lax.cummax(jnp.where(starts_BT, position_1T, 0), axis=1)
+
+
+def attend_row(tokens_BT, stage, cfg):
+    """attend(layer, q, k, v, gate) over whole rows: within the window and the document."""
+    position_1T = jnp.arange(tokens_BT.shape[1])[None]
+    table = rotary(tokens_BT.shape[1], stage, cfg)
+    document_BT = document_starts(tokens_BT, cfg)
 
     def attend(layer, q_BTN, k_BTN, v_BTN, gate_BTH):
         window = window_of(layer, stage, cfg)
@@ -992,22 +1003,20 @@ def padding(cfg):
     return jnp.where(jnp.arange(cfg.padded_vocab) < cfg.vocab_size, 0.0, -1e15)
 
 
-def _log_partition_forward(x_ND, head_VD, weight_N, cfg, offset_V=None):
-    """(sum of w log Z, its gradients by x [N, D] and head [V, D]), by blocks of head_block tokens.
+def _softmax_nats_forward(x_ND, head_VD, terms, nats_of, cfg, offset_V):
+    """(softmax_nats, its gradients by x, head and terms), by blocks of head_block tokens.
 
     With logits z = x head^T, l = softcap(z) and Z = sum_v exp(l_v + offset_v), of a token:
-        d(w log Z) / dz = (w / Z) exp(l + offset) l'
+        d(log Z) / dz = exp(l + offset) l' / Z
         l' = (height / width) (1 - (l / height)^2)
-    Of [N, V] only p = exp(l + offset) l' width / height is stored, in head_VD's dtype. The factor
-    (w / Z) (height / width) is a number per token and goes to the narrow side of two matmuls. The
-    label is no part of it (predicted: 16.2 ms a step, 21.6 with the label in it).
+    Of [N, V] only p = exp(l + offset) (1 - (l / height)^2) is stored, in head_VD's dtype. The other
+    factors are a number per token and go to the narrow side of two matmuls. The label is no part
+    of it (predicted: 16.2 ms a step, 21.6 with the label in it).
     """
     height, width, _ = cfg.softcap or (1e9, 1e9, 0)  # so high a cap has a slope of 1
-    if offset_V is None:
-        offset_V = padding(cfg)
 
     def block(totals, rows):
-        x_ND, x_DN, weight_N1 = rows
+        x_ND, x_DN, terms = rows
         logits_NV = softcap(matmul("ND,VD->NV", x_ND, head_VD, f32), cfg)
         shifted_NV = logits_NV + offset_V[None]
         top_N1 = 0.0  # exp of capped logits needs no maximum
@@ -1017,34 +1026,107 @@ def _log_partition_forward(x_ND, head_VD, weight_N, cfg, offset_V=None):
         p_NV = (exp_NV * (1 - jnp.square(logits_NV / height))).astype(head_VD.dtype)
         sum_N1 = jnp.sum(exp_NV, axis=1, keepdims=True)
         p_NV, sum_N1 = lax.optimization_barrier((p_NV, sum_N1))  # else XLA recomputes the logits
-        nats = jnp.sum(weight_N1 * (jnp.log(sum_N1) + top_N1))
-        scale_N1 = weight_N1 / sum_N1 * (height / width)
+        log_z_N = (jnp.log(sum_N1) + top_N1)[:, 0]
+        nats_N, pull_back = jax.vjp(nats_of, log_z_N, terms)
+        slope_N, dterms = pull_back(jnp.ones_like(nats_N))
+        scale_N1 = slope_N[:, None] / sum_N1 * (height / width)
         dhead_DV = product("DN,NV->DV", (x_DN * scale_N1.T).astype(head_VD.dtype), p_NV)
         dx_ND = product("NV,VD->ND", p_NV, head_VD) * scale_N1
-        return (totals[0] + nats, totals[1] + dhead_DV), dx_ND
+        return (totals[0] + jnp.sum(nats_N), totals[1] + dhead_DV), (dx_ND, dterms)
 
     size = cfg.head_block if len(x_ND) % cfg.head_block == 0 else len(x_ND)
     x_CND = rearrange(x_ND, "(C N) D -> C N D", N=size)
-    weight_CN1 = rearrange(weight_N, "(C N) -> C N 1", N=size)
+    terms_CN = tree_map(lambda z_N: z_N.reshape(-1, size), terms)
     # x goes in both ways round: XLA's CPU would widen a bf16 matmul that sums over the first axis
     start = f32(0), jnp.zeros(head_VD.shape[::-1], f32)
-    (nats, dhead_DV), dx_CND = lax.scan(block, start, (x_CND, x_CND.mT, weight_CN1))
+    (nats, dhead_DV), (dx_CND, dterms_CN) = lax.scan(block, start, (x_CND, x_CND.mT, terms_CN))
     dx_ND = dx_CND.reshape(x_ND.shape).astype(x_ND.dtype)
-    return nats, (dx_ND, dhead_DV.T.astype(head_VD.dtype))
+    dterms = tree_map(jnp.ravel, dterms_CN)
+    return nats, (dx_ND, dhead_DV.T.astype(head_VD.dtype), dterms)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def softmax_nats(x_ND, head_VD, terms, nats_of, cfg, offset_V):
+    """Sum over tokens of nats_of(log Z, terms), where Z = sum_v exp(logit_v + offset_v).
+
+    terms: a dict of arrays [N]. The gradients are made with the value, in one pass.
+    """
+    return _softmax_nats_forward(x_ND, head_VD, terms, nats_of, cfg, offset_V)[0]
+
+
+def _softmax_nats_backward(nats_of, cfg, saved, g):
+    return *tree_map(lambda d: (g * d).astype(d.dtype), saved), None
+
+
+softmax_nats.defvjp(_softmax_nats_forward, _softmax_nats_backward)
+
+
+def weighted(log_z_N, terms):
+    return terms["weight"] * log_z_N
+
+
 def log_partition(x_ND, head_VD, weight_N, cfg, offset_V=None):
     """Sum over tokens of weight * log sum_v exp(logit_v + offset_v), in nats."""
-    return _log_partition_forward(x_ND, head_VD, weight_N, cfg, offset_V)[0]
+    offset_V = padding(cfg) if offset_V is None else offset_V
+    terms = {"weight": lax.stop_gradient(weight_N)}
+    return softmax_nats(x_ND, head_VD, terms, weighted, cfg, offset_V)
 
 
-def _log_partition_backward(cfg, saved, g):
-    dx_ND, dhead_VD = saved
-    return (g * dx_ND).astype(dx_ND.dtype), (g * dhead_VD).astype(dhead_VD.dtype), None, None
+# The copy pointer (CPLM, modded-nanogpt pull request 379): a head that looks for earlier positions
+# of the document where the model expected what it expects now, and copies what followed them.
+
+COPY_WINDOW = 2048  # tokens that it looks back
 
 
-log_partition.defvjp(_log_partition_forward, _log_partition_backward)
+def copy_queries(x_BTD, weights, cfg):
+    """(queries, keys [B, T, Q]; the sink's exp(q.k) and the logit of the pointer, [B, T])."""
+    qk_BTN = matmul("BTD,DN->BTN", x_BTD, weights["copy_qk"])
+    q_BTQ, k_BTQ = map(rms_norm, jnp.split(qk_BTN, 2, axis=-1))
+    q_BTQ = (q_BTQ * cfg.copy_dim**-0.5).astype(k_BTQ.dtype)
+    sink_BT = jnp.exp(matmul("BTQ,QN->BTN", q_BTQ, weights["copy_sink"], f32)[:, :, 0])
+    gate_BT = softcap(matmul("BTD,DN->BTN", x_BTD, weights["copy_gate"], f32)[:, :, 0], cfg)
+    return q_BTQ, k_BTQ, sink_BT, gate_BT
+
+
+def copy_first(tokens_BT, cfg):
+    """The first key that each query sees, [B, T]."""
+    position_1T = jnp.arange(tokens_BT.shape[1])[None]
+    return jnp.maximum(document_starts(tokens_BT, cfg), position_1T - COPY_WINDOW)
+
+
+def copy_terms(x_BTD, weights, tokens_BT, targets_BT, cfg):
+    """What mixture_nats asks of the pointer: {name: [B, T]}."""
+    q_BTQ, k_BTQ, sink_BT, gate_BT = copy_queries(x_BTD, weights, cfg)
+    sums = COPY_SUMS.get(cfg.attention, copy_sums_xla)
+    sum_BT, hit_BT = sums(q_BTQ, k_BTQ, targets_BT, copy_first(tokens_BT, cfg), COPY_WINDOW)
+    total_BT = sum_BT + sink_BT
+    return {"gate": gate_BT, "hit": hit_BT / total_BT, "none": sink_BT / total_BT}
+
+
+def mixture_nats(log_z_N, terms):
+    """The nats of the next token with the pointer, and of the later ones without, plus each logit.
+
+    alpha = e^a / (Z + e^a), where a is the pointer's logit and l the target's. hit and none are the
+    pointer's shares on positions that the target followed, and on its sink.
+        p = e^l / Z (1 - alpha (1 - none)) + alpha hit
+        -log p = log Z - l + log(1 + e^a / Z) - log(1 + none e^a / Z + hit e^(a - l))
+    """
+    odds_N = jnp.exp(terms["gate"] - log_z_N)
+    copied_N = terms["none"] * odds_N + terms["hit"] * jnp.exp(terms["gate"] - terms["label"])
+    mixed_N = jnp.log1p(odds_N) - jnp.log1p(copied_N)
+    return terms["weight"] * log_z_N + terms["next_weight"] * mixed_N
+
+
+def copy_log_probs(logits_NV, exp_NS, next_NS, sink_N, gate_N):
+    """Log-probabilities [N, V] of the same mixture: exp_NS of the keys that next_NS followed."""
+    total_N1 = jnp.sum(exp_NS, axis=1, keepdims=True) + sink_N[:, None]
+    query_N1 = jnp.arange(len(exp_NS))[:, None]
+    hit_NV = jnp.zeros_like(logits_NV).at[query_N1, next_NS].add(exp_NS / total_N1)
+    log_z_N1 = jax.nn.logsumexp(logits_NV, axis=1, keepdims=True)
+    odds_N1 = jnp.exp(gate_N[:, None] - log_z_N1)
+    kept_N1 = 1 + odds_N1 * sink_N[:, None] / total_N1
+    p_NV = jnp.exp(logits_NV - log_z_N1) * kept_N1 + odds_N1 * hit_NV
+    return jnp.where(p_NV > 0, jnp.log(p_NV), -1e15) - jnp.log1p(odds_N1)
 
 
 # Rows that gpt_loss gets looked up, so that their gradients are summed once a step: {name: (table,
@@ -1065,24 +1147,59 @@ def gpt_loss(weights, batch, key, stage, cfg):
     x_BTD = x_BTD.astype(weights["head"].dtype)
     shares = [1.0, *ahead_weights(batch["step"], stage, cfg)]
     nats = total_BT = 0.0
+    terms = {}
     for k, share in enumerate(shares):  # rolled left by k, position t holds the token at t + 1 + k
         weight_BT = jnp.pad(batch["weights"][:, k:], ((0, 0), (0, k))) * (share / sum(shares))
         label_BTD = jnp.roll(batch["labels"], -k, axis=1)
-        logit_BT = jnp.sum(x_BTD.astype(f32) * label_BTD.astype(f32), axis=-1)
-        nats -= jnp.sum(weight_BT * softcap(logit_BT, cfg))
+        logit_BT = softcap(jnp.sum(x_BTD.astype(f32) * label_BTD.astype(f32), axis=-1), cfg)
+        nats -= jnp.sum(weight_BT * logit_BT)
         total_BT += weight_BT
+        if k == 0:
+            terms |= {"next_weight": weight_BT, "label": logit_BT}
+    terms["weight"] = total_BT
+    nats_of = weighted
+    if cfg.copy_dim:
+        nats_of = mixture_nats
+        terms |= copy_terms(x_BTD, weights, batch["tokens"], batch["targets"], cfg)
     x_ND = rearrange(x_BTD, "B T D -> (B T) D")
-    offset_V = batch.get("offsets")
-    nats += log_partition(x_ND, weights["head"], total_BT.ravel(), cfg, offset_V)
+    offset_V = batch["offsets"] if "offsets" in batch else padding(cfg)
+    terms = tree_map(jnp.ravel, terms)
+    nats += softmax_nats(x_ND, weights["head"], terms, nats_of, cfg, offset_V)
     return nats, jnp.sum(batch["weights"])
 
 
-def next_logits(weights, tokens_BT, cfg):
-    """Float32 logits [B, T, V] of what follows each token, with the windows of validation."""
+def map_logits(function, weights, tokens_BT, others, cfg):
+    """function(logits [T, V] of what follows each token, *others) of each row, with its others.
+
+    Float32, with the windows of validation; log-probabilities where there is a copy pointer. One
+    row at a time, so that they fit into memory.
+    """
     cfg = replace(cfg, attention="xla")  # for rows of any length
     x_BTD = forward(weights, tokens_BT, weights["embed"][tokens_BT], cfg.val, cfg)
-    logits_NV = softcapped_logits(rearrange(x_BTD, "B T D -> (B T) D"), weights["head"], cfg)
-    return logits_NV.reshape(*tokens_BT.shape, -1)
+    x_BTD = x_BTD.astype(weights["head"].dtype)
+    position_T = jnp.arange(tokens_BT.shape[1])
+    pointer = ()
+    if cfg.copy_dim:
+        pointer = copy_first(tokens_BT, cfg), *copy_queries(x_BTD, weights, cfg)
+
+    def row(inputs):
+        x_TD, tokens_T, pointer, others = inputs
+        logits_TV = softcapped_logits(x_TD, weights["head"], cfg)
+        if pointer:
+            first_T, q_TQ, k_TQ, sink_T, gate_T = pointer
+            key_1S = position_T[None]
+            visible_TS = (key_1S >= first_T[:, None]) & (key_1S < position_T[:, None])
+            exp_TS = jnp.where(visible_TS, jnp.exp(matmul("TQ,SQ->TS", q_TQ, k_TQ, f32)), 0)
+            next_TS = jnp.broadcast_to(jnp.roll(tokens_T, -1)[None], exp_TS.shape)
+            logits_TV = copy_log_probs(logits_TV, exp_TS, next_TS, sink_T, gate_T)
+        return function(logits_TV, *others)
+
+    return lax.map(row, (x_BTD, tokens_BT, pointer, others))
+
+
+def next_logits(weights, tokens_BT, cfg):
+    """Logits [B, T, V] of what follows each token, as map_logits."""
+    return map_logits(lambda logits_TV: logits_TV, weights, tokens_BT, (), cfg)
 
 
 # ---- Schedules -----------------------------------------------------------------------------------
@@ -1222,6 +1339,7 @@ def optimizer_rules(cfg):
         "gate": small._replace(wd=cfg.adam_wd / 150),
         "skip_gate": small._replace(lr=cfg.adam_lr / 20),
         "smear_gate": small._replace(lr=cfg.adam_lr / 100),
+        "copy": small,
         "scalar": scalar,
         "stream": scalar._replace(beta2=0.95),
         "mix": scalar._replace(lr=cfg.scalar_lr / 5, beta2=0.95),

@@ -52,7 +52,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import train
@@ -145,26 +144,22 @@ def make_scorer(mesh, cfg):
 
     They are sums over the tokens of a row from place `first` on. A miss is not the likeliest.
     """
-    cfg = replace(cfg, attention="xla")
     specs = GPT.specs(cfg)
 
     def score(params, tokens_BT1, first_B):
         weights = train.unstack(train.gather(params, specs, mesh.size, cfg))
         batch = train.inputs_and_targets({"tokens": tokens_BT1}, cfg)
         tokens_BT = batch["tokens"]
-        x_BTD = train.forward(weights, tokens_BT, weights["embed"][tokens_BT], cfg.val, cfg)
         place_1T = jnp.arange(1, tokens_BT1.shape[1])[None]
         scored_BT = (batch["weights"] > 0) & (place_1T >= first_B[:, None])
 
-        def sums(row):  # one at a time: its logits fit into memory
-            x_TD, target_T, scored_T = row
-            logits_TV = train.softcapped_logits(x_TD, weights["head"], cfg)
+        def sums(logits_TV, target_T, scored_T):
             likelihood_TV = jax.nn.log_softmax(logits_TV)
             likelihood_T1 = jnp.take_along_axis(likelihood_TV, target_T[:, None], axis=1)
             missed_T = scored_T & (jnp.argmax(logits_TV, axis=1) != target_T)
             return jnp.sum(jnp.where(scored_T, likelihood_T1[:, 0], 0)), jnp.sum(missed_T)
 
-        return lax.map(sums, (x_BTD, batch["targets"], scored_BT))
+        return train.map_logits(sums, weights, tokens_BT, (batch["targets"], scored_BT), cfg)
 
     shares = train.partition(train.state_shardings(GPT, mesh, cfg).params)
     inputs = shares, P("data"), P("data")

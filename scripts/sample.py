@@ -212,6 +212,8 @@ class Cache(NamedTuple):
     keys: dict  # {layer: [N, S, K]} as the scores take them: offset, normed and turned
     values: dict  # {layer: [N, S, K]}
     raw_keys: dict  # {layer: [B, 1, GK]} of the last token, where keys are offset
+    copy_keys: jax.Array | None  # [B, S, Q] of the copy pointer
+    copy_next_BS: jax.Array | None  # the token that followed each
     token_B: jax.Array  # the last token
     start_B: jax.Array  # where its document begins
     position: jax.Array  # how many tokens there are
@@ -241,10 +243,13 @@ def held(last, num_slots):
     return last - (last - jnp.arange(num_slots)) % num_slots
 
 
+def put_at(slots, new, slot):
+    return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), slot, axis=1)
+
+
 def put(slots_NSK, z_B1GK, position, cfg):
     """The slots with what belongs to a position."""
-    slot = position % slots_NSK.shape[1]
-    return lax.dynamic_update_slice_in_dim(slots_NSK, as_slots(z_B1GK, cfg), slot, axis=1)
+    return put_at(slots_NSK, as_slots(z_B1GK, cfg), position % slots_NSK.shape[1])
 
 
 def starts_document(tokens, cfg):
@@ -281,9 +286,31 @@ def prefill(weights, tokens_BT, length, capacity, cfg):
         return y_BTN
 
     x_BTD = train.forward(weights, tokens_BT, weights["embed"][tokens_BT], cfg.val, cfg, attend)
-    logits_BV = train.softcapped_logits(at_last(x_BTD), weights["head"], cfg)
     last_B, start_B = at_last(tokens_BT), at_last(start_BT)
-    return logits_BV, Cache(keys, values, raw_keys, last_B, start_B, length)
+    x_B1D = at_last(x_BTD)[:, None]
+    pointer = None, None
+    if cfg.copy_dim:
+        _, k_BTQ, _, _ = train.copy_queries(x_BTD.astype(weights["head"].dtype), weights, cfg)
+        place_S = held(last, min(train.COPY_WINDOW + 1, capacity))
+        next_BT = jnp.roll(tokens_BT, -1, axis=1)
+        pointer = (jnp.take(z, place_S, axis=1, mode="clip") for z in (k_BTQ, next_BT))
+    cache = Cache(keys, values, raw_keys, *pointer, last_B, start_B, length)
+    return head_logits(x_B1D, weights, cache, cfg), cache
+
+
+def head_logits(x_B1D, weights, cache, cfg):
+    """[B, V] of what follows the last token, whose activations are x_B1D."""
+    x_B1D = x_B1D.astype(weights["head"].dtype)
+    logits_BV = train.softcapped_logits(x_B1D[:, 0], weights["head"], cfg)
+    if not cfg.copy_dim:
+        return logits_BV
+    q_B1Q, _, sink_B1, gate_B1 = train.copy_queries(x_B1D, weights, cfg)
+    place_1S = held(cache.position - 1, cache.copy_keys.shape[1])[None]
+    visible_BS = (place_1S >= cache.start_B[:, None]) & (place_1S < cache.position - 1)
+    score_BS = train.matmul("BTQ,BSQ->BTS", q_B1Q, cache.copy_keys, jnp.float32)[:, 0]
+    exp_BS = jnp.where(visible_BS, jnp.exp(score_BS), 0)
+    pointer = exp_BS, cache.copy_next_BS, sink_B1[:, 0], gate_B1[:, 0]
+    return train.copy_log_probs(logits_BV, *pointer)
 
 
 def attend_slots(q_B1HK, k_NSK, v_NSK, visible_BS, cfg):
@@ -329,8 +356,15 @@ def decode(weights, cache, token_B, capacity, cfg):
     tokens = [cache.token_B, token_B] if cfg.smear else [token_B]
     tokens_BT = jnp.stack(tokens, axis=1)
     x_BTD = train.forward(weights, tokens_BT, weights["embed"][tokens_BT], cfg.val, cfg, attend)
-    logits_BV = train.softcapped_logits(x_BTD[:, -1], weights["head"], cfg)
-    return logits_BV, Cache(keys, values, raw_keys, token_B, start_B, position + 1)
+    x_B1D = x_BTD[:, -1:]
+    pointer = None, None
+    if cfg.copy_dim:
+        _, k_B1Q, _, _ = train.copy_queries(x_B1D.astype(weights["head"].dtype), weights, cfg)
+        size = cache.copy_keys.shape[1]
+        copy_keys = put_at(cache.copy_keys, k_B1Q, position % size)
+        pointer = copy_keys, put_at(cache.copy_next_BS, token_B[:, None], (position - 1) % size)
+    cache = Cache(keys, values, raw_keys, *pointer, token_B, start_B, position + 1)
+    return head_logits(x_B1D, weights, cache, cfg), cache
 
 
 # ---- Choice of a token ---------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def random_weights(cfg, shapes, seed=0):
             return rng.uniform(0.6, 1.4, shape)
         if name.endswith("_mix"):
             return rng.uniform(0.3, 0.8, shape) * rng.choice([-1, 1], shape)
-        if "gate" in name:
+        if "gate" in name or name == "copy_sink":
             return rng.standard_normal(shape)
         std = {"embed": 0.3, "head": 0.5}.get(name, 1.3 * shape[-2] ** -0.5)
         return std * rng.standard_normal(shape)
@@ -206,19 +206,57 @@ def final_activations(weights, row, windows, longs, cfg, packed):
     return rms_norm(x)
 
 
-def logits(weights, tokens, windows, longs, cfg, packed):
-    """[B, T, vocab_size]. windows: per layer; packed: attention stays in its document."""
+def capped(z, cfg):
+    if not cfg.softcap:
+        return z
+    height, width, shift = cfg.softcap
+    return height * np.tanh((z + shift) / width)
+
+
+def with_copies(x, z, weights, row, packed, cfg):
+    """Log-probabilities [T, V] of the mixture of softmax(z) and a copy pointer.
+
+    Of row t, with alpha = e^a / (sum_v e^z_v + e^a), a = x . gate, capped as the logits are:
+        p(v) = softmax(z)(v) (1 - alpha (1 - none)) + alpha sum_j share_j [row j + 1 is v]
+    where share is the softmax over the keys j < t of the document and a sink, none the sink's.
+    """
+    width, place = cfg.copy_dim, np.arange(len(row))
+    starts = np.maximum.accumulate(np.where((row == cfg.bos_id) & packed, place, 0))
+    q, k = rms_norm(x @ weights["copy_qk"][:, :width]), rms_norm(x @ weights["copy_qk"][:, width:])
+    a = capped(x @ weights["copy_gate"][:, 0], cfg)
+    mixed = np.zeros(z.shape)
+    for t in place:
+        shares = [np.exp(q[t] @ k[j] / width**0.5) for j in range(starts[t], t)]
+        shares.append(np.exp(q[t] @ weights["copy_sink"][:, 0] / width**0.5))
+        *shares, none = np.array(shares) / sum(shares)
+        odds = np.exp(z[t])
+        alpha = np.exp(a[t]) / (odds.sum() + np.exp(a[t]))
+        mixed[t] = odds / odds.sum() * (1 - alpha * (1 - none))
+        for j, share in zip(range(starts[t], t), shares, strict=True):
+            mixed[t, row[j + 1]] += alpha * share
+    return np.log(mixed)
+
+
+def outputs(weights, tokens, windows, longs, cfg, packed, offsets=0.0):
+    """(logits plus offsets, the same with the copy pointer where there is one), [B, T, vocab_size].
+
+    windows: per layer; packed: attention stays in its document.
+    """
 
     def doubled(tree):
         return {k: doubled(v) if isinstance(v, dict) else np.float64(v) for k, v in tree.items()}
 
     weights, rows = doubled(weights), np.asarray(tokens)
     x = [final_activations(weights, row, windows, longs, cfg, packed) for row in rows]
-    z = np.array(x) @ weights["head"][: cfg.vocab_size].T
-    if not cfg.softcap:
-        return z
-    height, width, shift = cfg.softcap
-    return height * np.tanh((z + shift) / width)
+    z = capped(np.array(x) @ weights["head"][: cfg.vocab_size].T, cfg) + offsets
+    if not cfg.copy_dim:
+        return z, z
+    parts = zip(x, z, rows, strict=True)
+    return z, np.array([with_copies(x, z, weights, row, packed, cfg) for x, z, row in parts])
+
+
+def logits(weights, tokens, windows, longs, cfg, packed):
+    return outputs(weights, tokens, windows, longs, cfg, packed)[1]
 
 
 def nats(logits, targets):
@@ -228,15 +266,15 @@ def nats(logits, targets):
     return log_sum - np.take_along_axis(logits, np.asarray(targets)[..., None], axis=-1)[..., 0]
 
 
-def loss(logits, targets, weight, ahead=()):
+def loss(logits, mixed, targets, weight, ahead=()):
     """Summed nats of the targets, each times its weight.
 
-    ahead: the same logits predict the second and later next tokens too, with these weights beside
-    the first's 1, in their mean; beyond the row there are none.
+    mixed: the logits of the next token. ahead: `logits` predict the second and later next tokens
+    too, with these weights beside the first's 1, in their mean; beyond the row there are none.
     """
     total, shares = 0.0, [1.0, *ahead]
     for k, share in enumerate(shares):
         length = logits.shape[1] - k
-        cost = weight[:, k:] * nats(logits[:, :length], targets[:, k:])
+        cost = weight[:, k:] * nats((logits if k else mixed)[:, :length], targets[:, k:])
         total += share / sum(shares) * cost.sum()
     return total

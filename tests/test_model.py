@@ -36,6 +36,7 @@ PACKED = config(
     offset_layers=(0, 2),
     skips=((0, 1), (1, 2)),
     late_inputs=((0, 2),),
+    copy_dim=6,
     stages=(*GROWING, replace(ROW, doc_len=22, short=5, long=13, ahead=(0.5, 0.25))),
     val=Stage(seq_len=LENGTH, short=4, long=11),
 )
@@ -43,6 +44,7 @@ UNGATED = config(
     num_kv_heads=3,
     gate_dims=0,
     softcap=(),
+    copy_dim=4,
     skips=((0, 2), (1, 2)),
     late_inputs=((0, 1), (0, 2)),
     backout=(0,),
@@ -52,8 +54,8 @@ UNGATED = config(
 )
 CASES = {
     "without what is optional, as many key heads": PLAIN,
-    "packed, one key head, windows of which the long one has grown, two tokens ahead": PACKED,
-    "no softcap, no gates, two skips into one block, one token ahead, tied": UNGATED,
+    "packed, one key head, growing windows, copies, two tokens ahead": PACKED,
+    "no softcap, no gates, two skips into one block, copies, one token ahead, tied": UNGATED,
 }
 each_case = pytest.mark.parametrize("cfg", CASES.values(), ids=CASES.keys())
 
@@ -104,12 +106,13 @@ def sums(weights, rows, weight, cfg):
     return nats, total, train.restack(grads)
 
 
-def oracle_logits(weights, tokens, stage, cfg):
+def oracle_outputs(weights, tokens, stage, cfg):
+    """(logits, log-probabilities with the copy pointer where there is one)."""
     longs, packed = [row.long for row in cfg.stages], cfg.stages[0].doc_len > 0
     windows = [stage.long if i in cfg.long_layers else stage.short for i in range(cfg.num_layers)]
     if stage.tied:
         weights = weights | {"embed": weights["head"]}
-    return numpy_gpt.logits(weights, tokens, windows, longs, cfg, packed)
+    return numpy_gpt.outputs(weights, tokens, windows, longs, cfg, packed)
 
 
 def oracle_loss(weights, rows, weight, cfg):
@@ -117,8 +120,8 @@ def oracle_loss(weights, rows, weight, cfg):
     stage, begin = cfg.stages[-1], cfg.bounds[-2]
     left = 1 - max(0, STEP - begin) / (cfg.steps - begin)
     ahead = [*stage.ahead[:-1], *(left * last for last in stage.ahead[-1:])]
-    logits = oracle_logits(weights, rows[:, :-1], stage, cfg)
-    return numpy_gpt.loss(logits, rows[:, 1:], weight, ahead)
+    outputs = oracle_outputs(weights, rows[:, :-1], stage, cfg)
+    return numpy_gpt.loss(*outputs, rows[:, 1:], weight, ahead)
 
 
 # ---- The whole model -----------------------------------------------------------------------------
@@ -129,7 +132,7 @@ def test_logits_are_those_of_a_plain_float64_gpt(cfg):
     """With validation's windows, and the rotation of the last stage."""
     weights, tokens = random_weights(cfg), random_tokens(cfg)
     logits = model_logits(weights, tokens, cfg)
-    expected = oracle_logits(weights, tokens, cfg.val, cfg)
+    expected = oracle_outputs(weights, tokens, cfg.val, cfg)[1]
     assert expected.std() > 0.5  # the comparison is not one of zeros
     assert logits.shape == (ROWS, LENGTH, 256) and logits.dtype == np.float32
     np.testing.assert_allclose(logits[..., :131], expected, atol=2e-4)
@@ -162,7 +165,7 @@ def test_bfloat16_stays_near_the_float64_gpt():
     changes = {"skips": ((0, 1),), "late_inputs": (), "softcap": (15.0, 15.0, 0.0)}
     cfg = config(num_layers=2, offset_layers=(0,), compute_dtype="bfloat16", **changes)
     weights, tokens = random_weights(cfg), random_tokens(cfg)
-    expected = oracle_logits(weights, tokens, cfg.val, cfg)
+    expected = oracle_outputs(weights, tokens, cfg.val, cfg)[1]
     error = model_logits(weights, tokens, cfg)[..., :131] - expected
     assert np.sqrt(np.mean(error**2)) < 0.03 * expected.std()
 
@@ -211,7 +214,7 @@ def test_first_values_are_the_recipes_and_the_first_loss_that_of_chance():
     rows, weight = random_batch(PACKED)
     logits = model_logits(first_weights(5, PACKED), rows[:, :-1], PACKED)[..., :131]
     assert logits.std() > 0.01
-    nats = numpy_gpt.loss(logits, rows[:, 1:], weight)
+    nats = numpy_gpt.loss(logits, logits, rows[:, 1:], weight)
     np.testing.assert_allclose(nats / weight.sum(), math.log(131), atol=0.01)
 
 
