@@ -819,7 +819,8 @@ def copy_sums_xla(q_BTQ, k_BTQ, targets_BT, first_BT, window):
     hit counts only keys with the query's target. q and k are normed, so exp needs no maximum.
     """
     before_1T = jnp.arange(q_BTQ.shape[1])[None] - 1
-    sums, hits = [], []
+    sums = []
+    hits = []
     for here, keys, visible_BTS in query_blocks(first_BT, before_1T, window):
         score_BTS = matmul("BTQ,BSQ->BTS", q_BTQ[:, here], k_BTQ[:, keys], f32)
         exp_BTS = jnp.where(visible_BTS, jnp.exp(score_BTS), 0)
@@ -1713,7 +1714,8 @@ def choose_candidates(rows, step, stage, cfg):
     others stand for all V - U tokens that are no targets. Adding log((V - U) / (P - U)) to their
     logits would make it right on average; half of that loses the least.
     """
-    ids, offsets = [], []
+    ids = []
+    offsets = []
     for i, is_chosen_V in enumerate(targets_in(rows, stage, cfg)):
         start = i * cfg.vocab_size // GROUPS + step * stage.candidates
         others = (start + np.arange(stage.candidates)) * 20011 % cfg.vocab_size
@@ -2063,39 +2065,48 @@ def spread_rows(ids_P, rows_PD, num_rows):
     return jnp.where(is_there_V[:, None], rows_PD.at[at_V].get(mode="clip"), 0.0)
 
 
+def sum_micro_steps(totals, micros, weights, tables, given, stage, model, cfg):
+    """(totals with (nats, weight, gradients) of the micro-steps, the gradients of looked-up rows).
+
+    weights: what the loss gets. tables: where rows are looked up. given: for the loss, as a batch.
+    """
+
+    def loss_of(weights, looked_up, micro, micro_key):
+        weights = tie(weights, stage)  # so that all gradients reach the head
+        return model.loss(weights, micro | looked_up | given, micro_key, stage, cfg)
+
+    def micro_step(totals, micro):
+        micro, micro_key = micro
+        looked_up = look_up(tables, micro, model)
+        with_grads = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+        (nats, weight), (grads, row_grads) = with_grads(weights, looked_up, micro, micro_key)
+        new = nats, weight, grads
+        return tree_map(lambda total, x: total + x.astype(f32), totals, new), row_grads
+
+    return lax.scan(micro_step, totals, micros)
+
+
 def accumulate(weights, batch, key, step, stage, model, cfg):
     """Sums over a device's micro-steps: (nats, weight of the targets, gradients), float32.
 
-    weights: compute copies, layers unstacked. batch: as from to_devices, this device's part.
+    weights: compute copies, layers unstacked. batch: as from to_devices, this device's part. Groups
+    of rows with candidates of their own go one after the other, each with those rows of the head.
     """
     weights = tie(weights, stage)  # for look_up
     batch = inputs_and_targets(batch, cfg)
     sampled = [batch.pop(name)[0] for name in ("candidates", "offsets") if name in batch]
     micros = batch, jax.random.split(key, len(batch["tokens"]))
-
-    def loss_of(weights, looked_up, micro, micro_key):
-        weights = tie(weights, stage)  # again, so that all gradients reach the head
-        return model.loss(weights, micro | looked_up | {"step": step}, micro_key, stage, cfg)
-
-    def micro_step(weights_here, more, totals, micro):
-        micro, micro_key = micro
-        looked_up = look_up(weights, micro, model)
-        with_grads = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        given = weights_here, looked_up, micro | more, micro_key
-        (nats, weight), (grads, row_grads) = with_grads(*given)
-        new = nats, weight, grads
-        return tree_map(lambda total, x: total + x.astype(f32), totals, new), row_grads
+    of = {"tables": weights, "stage": stage, "model": model, "cfg": cfg}
 
     def group(totals, here):
-        """The micro-steps that share their candidates: a head of these rows alone."""
         ids_P, offsets_P, micros = here
         nats, weight, grads = totals
-        rows_PD = weights["head"][ids_P]
-        totals = nats, weight, grads | {"head": jnp.zeros(rows_PD.shape, f32)}
-        small = functools.partial(micro_step, weights | {"head": rows_PD}, {"offsets": offsets_P})
-        (nats, weight, new), row_grads = lax.scan(small, totals, micros)
-        new["head"] = grads["head"] + spread_rows(ids_P, new["head"], len(weights["head"]))
-        return (nats, weight, new), row_grads
+        some = {"head": weights["head"][ids_P]}
+        totals = nats, weight, grads | tree_map(lambda w: jnp.zeros(w.shape, f32), some)
+        given = {"step": step, "offsets": offsets_P}
+        totals, row_grads = sum_micro_steps(totals, micros, weights | some, given=given, **of)
+        spread = spread_rows(ids_P, totals[2]["head"], len(weights["head"]))
+        return (*totals[:2], totals[2] | {"head": grads["head"] + spread}), row_grads
 
     totals = f32(0), f32(0), tree_map(lambda w: jnp.zeros(w.shape, f32), weights)
     if sampled:
@@ -2103,7 +2114,8 @@ def accumulate(weights, batch, key, step, stage, model, cfg):
         grouped = tree_map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), micros)
         totals, row_grads = lax.scan(group, totals, (*sampled, grouped), unroll=num_groups == 1)
     else:
-        totals, row_grads = lax.scan(functools.partial(micro_step, weights, {}), totals, micros)
+        given = {"step": step}
+        totals, row_grads = sum_micro_steps(totals, micros, weights, given=given, **of)
     nats, weight, grads = totals
     for name, (table, ids) in model.lookups.items():  # once per step, not per micro-step
         if stage.tied and table == "embed":
