@@ -168,10 +168,11 @@ class Config:
     residual_dtype: str | None = None  # of activations between matmuls; None: compute_dtype
     # Schedule
     stages: tuple = (
-        Stage(0.3263, 131_072, doc_len=896, short=128, long=384, ahead=(0.5, 0.25), tied=True),
-        Stage(0.6527, 262_144, doc_len=2048, short=384, long=896, lr=1.52, ahead=(0.5,), tied=True),
-        Stage(0.9790, 393_216, doc_len=2048, short=640, long=1408, lr=1.73),
-        Stage(1.0000, 393_216, doc_len=2048, short=768, long=1664, lr=1.73),
+        # end     tokens   row   doc  short long  lr    ahead        tied  candidates
+        Stage(0.3263, 131_072, 4096, 896, 128, 384, 1.00, (0.5, 0.25), True, 10_240),
+        Stage(0.6527, 262_144, 4096, 2048, 384, 896, 1.52, (0.5,), True, 10_240),
+        Stage(0.9300, 393_216, 4096, 2048, 640, 1408, 1.73, (), False, 14_336),
+        Stage(1.0000, 327_680, 4096, 2048, 768, 1664, 1.60, (), False, 0),
     )
     val: Stage = Stage(seq_len=8192, short=768, long=2560)  # --val.seq_len=..., --val.short=...
     val_tokens: int = 10_485_760  # targets scored, each once, from the first validation shard
