@@ -142,15 +142,17 @@ def copy_jobs(stage, model, mesh, cfg):
 
 
 def head_jobs(stage, model, mesh, cfg):
-    """The loss from the last activations, with its gradients."""
+    """The softmax over the vocabulary or the stage's candidates, with its gradients."""
     one = first_chip(mesh)
     B, T = share_of(stage, mesh, cfg)
+    num_rows = stage.candidates or cfg.padded_vocab
 
     def head(x_ND, head_VD, weight_N):
-        return train.log_partition(x_ND, head_VD, weight_N, cfg)
+        offset_V = jnp.zeros(num_rows) if stage.candidates else None
+        return train.log_partition(x_ND, head_VD, weight_N, cfg, offset_V)
 
     x_ND = shape(one, cfg.compute_dtype, B * T, cfg.model_dim)
-    head_VD = shape(one, cfg.compute_dtype, cfg.padded_vocab, cfg.model_dim)
+    head_VD = shape(one, cfg.compute_dtype, num_rows, cfg.model_dim)
     arguments = x_ND, head_VD, shape(one, f32, B * T)
     loss = jax.value_and_grad(head, argnums=(0, 1))
     function = train.on_devices(loss, one, P(), P())
