@@ -847,8 +847,7 @@ def copy_sums_band(q_BTQ, k_BTQ, targets_BT, first_BT, window):
     """The same as copy_sums_xla by the kernels, for rows of a multiple of 256 tokens."""
     length = q_BTQ.shape[1]
     band = Band(length, window, math.gcd(length, 1024), 1.0, 1)
-    z_BTQ = (q_BTQ.astype(f32) / LN2).astype(q_BTQ.dtype)  # exponents of 2
-    sums = copied(first_BT[:, None, None], targets_BT[:, None, None], z_BTQ, k_BTQ, band)
+    sums = copied(first_BT[:, None, None], targets_BT[:, None, None], q_BTQ, k_BTQ, band)
     return tuple(sum_B11T[:, 0, 0] for sum_B11T in sums)
 
 
@@ -3203,14 +3202,18 @@ def band_specs(q_BTN, k_BTN, band):
         return b, i, lax.div(h, heads_per_key)
 
     return {
-        # [B, 1, 1, T], one for all heads, and [B, H, 1, T]; a kernel does not see axes of None
+        # [B, 1, 1, T], one for all heads, a block or all, and [B, H, 1, T]; a kernel does not see
+        # axes of None
         "row": pl.BlockSpec((None, None, 1, block), lambda b, h, i: (b, 0, 0, i)),
+        "whole_row": pl.BlockSpec((None, None, 1, band.length), lambda b, h, i: (b, 0, 0, 0)),
         "head": pl.BlockSpec((None, None, 1, block), lambda b, h, i: (b, h, 0, i)),
         # [B, T, HK]: a block of one head; the same of the key head it shares; a whole row, which
         # leaves with its last block
         "queries": pl.BlockSpec((None, block, head_dim), lambda b, h, i: (b, i, h)),
         "keys": pl.BlockSpec((None, block, head_dim), key_head),
         "whole": pl.BlockSpec((None, band.length, head_dim), lambda b, h, i: (b, 0, h)),
+        # [B, HK, T]: the same
+        "columns": pl.BlockSpec((None, head_dim, band.length), lambda b, h, i: (b, h, 0)),
         # [T, K/2], all of it
         "table": pl.BlockSpec((band.length, head_dim // 2), lambda b, h, i: (0, 0)),
     }
@@ -3294,22 +3297,20 @@ def _banded_backward(band, saved, dy_BTN):
 banded.defvjp(_banded_forward, _banded_backward)
 
 
-# The copy pointer's kernels: a head without values, whose scores are summed, all and by target. A
-# row's keys stay in fast memory, and so does the target of each, in all columns.
-CopyForwardRefs = collections.namedtuple("CopyForwardRefs", "first targets z k sum hit key_targets")
+# The copy pointer's kernels: one head without values. Its weights are summed: all of them, and
+# those of keys with the query's target. All keys and targets of a row lie in fast memory.
+CopyForwardRefs = collections.namedtuple("CopyForwardRefs", "first targets q k key_targets sum hit")
 CopyBackwardRefs = collections.namedtuple(
-    "CopyBackwardRefs", "first targets z k dsum dhit dz dk key_targets"
+    "CopyBackwardRefs", "first targets q k key_targets dsum dhit dq dk"
 )
+COPY_INPUTS = "row row queries whole whole_row"
 
 
-def copy_tile(refs, here, own, keys):
-    """(2^(z.k) of the visible keys, whether their target is the query's), both [S, T]."""
-    targets_T1 = refs.targets[0, here].reshape(TILE, 1)
-    refs.key_targets[own] = jnp.broadcast_to(targets_T1, (TILE, 128))
-    e_ST = jnp.exp2(dot(refs.k[keys], refs.z[here], 1, 1))
-    e_ST = visible(e_ST, refs.first[:, here] - keys.start, 0, gap=1)
-    key_targets_ST = jnp.tile(refs.key_targets[keys], (1, TILE // 128))
-    return e_ST, key_targets_ST == refs.targets[:, here]
+def copy_weights(refs, here, keys):
+    """2^(q.k) of the visible keys, and whether key and query have one target, both [T, S]."""
+    first_T1 = refs.first[0, here].reshape(TILE, 1) - keys.start
+    e_TS = visible(jnp.exp2(dot(refs.q[here], refs.k[keys], 1, 1)), first_T1, 1, gap=1)
+    return e_TS, refs.key_targets[:, keys] == refs.targets[0, here].reshape(TILE, 1)
 
 
 def copy_fwd(*refs, band):
@@ -3317,60 +3318,55 @@ def copy_fwd(*refs, band):
     refs = CopyForwardRefs(*refs)
 
     def tile(here, own, keys):
-        e_ST, same_ST = copy_tile(refs, here, own, keys)
-        refs.sum[:, here] = jnp.sum(e_ST, axis=0, keepdims=True)
-        refs.hit[:, here] = jnp.sum(jnp.where(same_ST, e_ST, 0.0), axis=0, keepdims=True)
+        e_TS, same_TS = copy_weights(refs, here, keys)
+        refs.sum[:, here] = as_row(jnp.sum(e_TS, axis=1, keepdims=True))
+        refs.hit[:, here] = as_row(jnp.sum(jnp.where(same_TS, e_TS, 0.0), axis=1, keepdims=True))
 
     each_tile(tile, band)
 
 
 def copy_bwd(*refs, band):
-    """Scores are computed again. dk grows in fast memory until the row ends."""
+    """Weights are computed again. dk is [Q, S], so that only q needs a transposition."""
     refs = CopyBackwardRefs(*refs)
 
     def tile(here, own, keys):
-        e_ST, same_ST = copy_tile(refs, here, own, keys)
-        dsum_1T, dhit_1T = refs.dsum[:, here], refs.dhit[:, here]
-        ds_ST = e_ST * jnp.where(same_ST, dsum_1T + dhit_1T, dsum_1T)
-        ds_ST = ds_ST.astype(refs.k.dtype)
-        refs.dz[here] = dot(ds_ST, refs.k[keys], 0, 0).astype(refs.dz.dtype)
-        refs.dk[own] = jnp.zeros((TILE, refs.k.shape[1]), f32)
-        refs.dk[keys] += dot(ds_ST, refs.z[here], 1, 0)
+        e_TS, same_TS = copy_weights(refs, here, keys)
+        dsum_T1, dhit_T1 = (d[0, here].reshape(TILE, 1) for d in (refs.dsum, refs.dhit))
+        ds_TS = e_TS * jnp.where(same_TS, dsum_T1 + dhit_T1, dsum_T1)
+        ds_TS = ds_TS.astype(refs.k.dtype)
+        refs.dq[here] = dot(ds_TS, refs.k[keys], 1, 0).astype(refs.dq.dtype)
+        refs.dk[:, own] = jnp.zeros((len(refs.dk), TILE), f32)
+        refs.dk[:, keys] += dot(refs.q[here].T, ds_TS, 1, 0)
 
     each_tile(tile, band)
 
 
-COPY_INPUTS = "row row queries whole"  # first, targets, z, k
+def _copied_forward(first_B11T, targets_B11T, q_BTQ, k_BTQ, band):
+    q_BTQ = (q_BTQ.astype(f32) / LN2).astype(q_BTQ.dtype)  # q.k: an exponent of 2
+    inputs = first_B11T, targets_B11T, q_BTQ, k_BTQ, targets_B11T
+    sums = [jax.ShapeDtypeStruct(first_B11T.shape, f32)] * 2
+    return band_call(copy_fwd, 1, inputs, COPY_INPUTS, sums, "row row", [], band), inputs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def copied(first_B11T, targets_B11T, z_BTQ, k_BTQ, band):
-    """[sum, hit], each [B, 1, 1, T], of 2^(z.k) over the keys first .. T - 1."""
-    inputs = first_B11T, targets_B11T, z_BTQ, k_BTQ
-    sums = [jax.ShapeDtypeStruct(first_B11T.shape, f32)] * 2
-    scratch = [(128, jnp.int32)]  # key_targets
-    return band_call(copy_fwd, 1, inputs, COPY_INPUTS, sums, "row row", scratch, band)
-
-
-def _copied_forward(*inputs_and_band):
-    return copied(*inputs_and_band), inputs_and_band[:4]
+def copied(first_B11T, targets_B11T, q_BTQ, k_BTQ, band):
+    """(sum, hit) [B, 1, 1, T] of exp(q.k) over the keys first .. T - 1."""
+    return _copied_forward(first_B11T, targets_B11T, q_BTQ, k_BTQ, band)[0]
 
 
 def _copied_backward(band, inputs, dsums):
-    z_BTQ, k_BTQ = inputs[2:]
-    dsums = [LN2 * d for d in dsums]  # d 2^s = ln 2 2^s ds
-    dk = jax.ShapeDtypeStruct(k_BTQ.shape, f32)
-    dz, dk = band_call(
+    q_BTQ, k_BTQ = inputs[2:4]
+    dq_BTQ, dk_BQT = band_call(
         copy_bwd,
         3,
         (*inputs, *dsums),
         COPY_INPUTS + " row row",
-        (z_BTQ, dk),
-        "queries whole",
-        [(128, jnp.int32)],
+        (q_BTQ, jax.ShapeDtypeStruct(k_BTQ.mT.shape, f32)),
+        "queries columns",
+        [],
         band,
     )
-    return None, None, dz, dk.astype(k_BTQ.dtype)
+    return None, None, dq_BTQ, (LN2 * dk_BQT.mT).astype(k_BTQ.dtype)
 
 
 copied.defvjp(_copied_forward, _copied_backward)
