@@ -229,24 +229,39 @@ def test_in_bfloat16_copy_sums_stay_within_two_roundings_of_float64(core):
 # ---- What they are said to cost ------------------------------------------------------------------
 
 
-@functools.cache
-def traced(window, length=4096, cfg=SPEEDRUN):
-    """Equations of the recipe's attention and its gradients, those inside the kernels left out."""
-    table = rotary(length, cfg.stages[0], cfg)
-    attend = functools.partial(attention_band, table=table, window=window, cfg=cfg)
-    trace = jax.make_jaxpr(functools.partial(with_gradients, attend))
-    jaxpr = trace(*random_inputs(cfg, 1, length, window)).jaxpr
+def traced(function, *given):
+    """Equations of a function, those inside its kernels left out."""
+    jaxpr = jax.make_jaxpr(function)(*given).jaxpr
     return list(equations(jaxpr, lambda eqn: eqn.primitive.name != "pallas_call"))
 
 
+@functools.cache
+def traced_attention(window, length=4096, cfg=SPEEDRUN):
+    """Of the recipe's attention and its gradients."""
+    table = rotary(length, cfg.stages[0], cfg)
+    attend = functools.partial(attention_band, table=table, window=window, cfg=cfg)
+    inputs = random_inputs(cfg, 1, length, window)
+    return traced(functools.partial(with_gradients, attend), *inputs)
+
+
+@functools.cache
+def traced_copy(window, length=4096):
+    inputs = copy_inputs(1, length, window, "bfloat16")
+    return traced(functools.partial(copy_with_gradients, COPY_SUMS["band"], window), *inputs)
+
+
 @pytest.mark.parametrize("window", [384, 4096])
-def test_the_kernels_are_said_to_cost_what_they_move_and_multiply(window):
+@pytest.mark.parametrize(
+    "trace, width, matmuls",
+    [(traced_attention, 3 * 256, (2, 5)), (traced_copy, 128, (1, 3))],
+)
+def test_the_kernels_are_said_to_cost_what_they_move_and_multiply(trace, width, matmuls, window):
     """Tiles of 256 queries and the keys in their reach: forward two matmuls; backward the scores
-    once more and four for the gradients."""
-    kernels = [eqn for eqn in traced(window) if eqn.primitive.name == "pallas_call"]
+    once more and four for the gradients. Without values one and three."""
+    kernels = [eqn for eqn in trace(window) if eqn.primitive.name == "pallas_call"]
     scores = sum(256 * (256 + min(begin, window)) for begin in range(0, 4096, 256))
-    matmul = 2 * scores * 3 * 256
-    for kernel, num_matmuls in zip(kernels, (2, 5), strict=True):
+    matmul = 2 * scores * width
+    for kernel, num_matmuls in zip(kernels, matmuls, strict=True):
         arrays = [v.aval for v in (*kernel.invars, *kernel.outvars)]
         moved = sum(array.size * array.dtype.itemsize for array in arrays)
         cost = kernel.params["cost_estimate"]
@@ -255,10 +270,11 @@ def test_the_kernels_are_said_to_cost_what_they_move_and_multiply(window):
         assert cost.transcendentals > 0
 
 
-def test_outside_the_kernels_there_is_no_score_of_a_query_and_a_key():
+@pytest.mark.parametrize("trace, width", [(traced_attention, 3 * 256), (traced_copy, 128)])
+def test_outside_the_kernels_there_is_no_score_of_a_query_and_a_key(trace, width):
     """Nothing there is larger than the queries of all heads."""
-    found = traced(4096)
+    found = trace(4096)
     for eqn in found:
         for v in eqn.outvars:
-            assert v.aval.size <= 4096 * 3 * 256 and list(v.aval.shape).count(4096) <= 1, eqn
+            assert v.aval.size <= 4096 * width and list(v.aval.shape).count(4096) <= 1, eqn
     assert "dot_general" not in {eqn.primitive.name for eqn in found}

@@ -200,6 +200,7 @@ def test_the_numbers_and_the_projection_follow_from_the_programs(compiled):
     [
         ("layer", ["layer"]),
         ("attention", ["attention_128", "attention_256"]),
+        ("copy", ["copy"]),
         ("head", ["head"]),
         ("optimizer", ["optimizer"]),
     ],
