@@ -3105,7 +3105,7 @@ def visible(weights, first, keys_axis, gap=0):
     """
     key = lax.broadcasted_iota(jnp.int32, weights.shape, keys_axis)
     query = lax.broadcasted_iota(jnp.int32, weights.shape, 1 - keys_axis)
-    own = query + (weights.shape[keys_axis] - TILE - gap)
+    own = query + weights.shape[keys_axis] - (TILE + gap)
     return jnp.where((key >= first) & (key <= own), weights, 0.0)
 
 
