@@ -88,6 +88,17 @@ def test_a_program_costs_what_a_count_by_hand_says():
     assert estimate(Module(PROGRAM), "v5e").est_s > cost.est_s  # a chip with less of everything
 
 
+def test_products_of_int8_have_a_peak_of_their_own():
+    int8 = PROGRAM.replace("bf16[256,512]", "s8[256,512]").replace("bf16[512,384]", "s8[512,384]")
+    mixed = PROGRAM.replace("bf16[256,512]", "s8[256,512]")  # one operand of bf16: no int8
+    seconds = 2 * 256 * 512 * 384 / 1836e12
+    for text, wanted in ((int8, seconds), (mixed, 2 * seconds), (PROGRAM, 2 * seconds)):
+        text = text.replace("[256,512]{1,0}", "[256,512]{1,0:S(1)}")  # no HBM bytes
+        (matmul,) = (row for row in estimate(Module(text)).rows if row.kind == "matmul")
+        assert matmul.low_s == exactly(wanted)
+        assert matmul.high_s == exactly(7000 / CHIP.clock)
+
+
 CONVOLUTION = """HloModule m
 ENTRY %main (x: f32[2,INPUTS,3], w: f32[SIZE,3,5]) -> f32[2,OUTPUTS,5] {
   %x = f32[2,INPUTS,3]{2,1,0} parameter(0)

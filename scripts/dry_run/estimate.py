@@ -5,7 +5,8 @@
 Two sums over the instructions that run, loop bodies times their trip count:
 
     low    the roofline: the longer of FLOPs / peak and HBM bytes / bandwidth. What lies in VMEM is
-           free, a slice counts what it touches, prefetch to VMEM counts once in total.
+           free, a slice counts what it touches, prefetch to VMEM counts once in total. Products
+           of int8 have a peak of their own, all others that of bf16.
     high   the compiler's own `estimated_cycles` / clock, at least the time of its HBM bytes.
 
 The estimate is their mean. Synchronous collectives are added to both, asynchronous ones as far as
@@ -27,13 +28,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.dry_run.hlo import COLLECTIVES, Module, NoProgram, total_bytes
+from scripts.dry_run.hlo import COLLECTIVES, INT8, Module, NoProgram, total_bytes
 from scripts.files import NotText, read_text
 from train import UsageError, command
 
 
 class Chip(NamedTuple):
     flops: float  # bf16, per second
+    int8_flops: float  # the same of int8
     bandwidth: float  # of HBM, bytes per second
     clock: float  # Hz
     link: float  # bytes per second, one way
@@ -41,9 +43,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v6e": Chip(918e12, 1638e9, 1.75e9, 90e9, 31.25),
-    "v5e": Chip(197e12, 819e9, 1.5e9, 45e9, 15.75),
-    "v5p": Chip(459e12, 2765e9, 1.75e9, 90e9, 95.0),
+    "v6e": Chip(918e12, 1836e12, 1638e9, 1.75e9, 90e9, 31.25),
+    "v5e": Chip(197e12, 394e12, 819e9, 1.5e9, 45e9, 15.75),
+    "v5p": Chip(459e12, 918e12, 2765e9, 1.75e9, 90e9, 95.0),
 }
 KERNEL_EFFICIENCY = 0.70  # share of the peak FLOPs; a fit to attention kernels timed on a v6e
 BUNDLE_RANGE = (1.0, 1.15, 1.3)  # low, estimate, high: of a kernel's bundles, which lack stalls
@@ -253,11 +255,13 @@ class Walk:
         if i.op == "custom-call" and i.find(r'custom_call_target="([^"]*)"', "") in FREE_CALLS:
             return []
         flops = self.module.flops(i, computation)
+        int8 = self.module.flops(i, computation, INT8)
+        matmul_s = (flops - int8) / self.chip.flops + int8 / self.chip.int8_flops
         moved = self.module.hbm_bytes(i, computation)
         if i.op == "custom-call" and not cycles:
             moved = 0
         transfer_s = moved / self.chip.bandwidth
-        low = max(flops / self.chip.flops, transfer_s)
+        low = max(matmul_s, transfer_s)
         high = max(cycles / self.chip.clock, transfer_s) if cycles else low
         kind = "matmul" if flops else i.op
         numbers = {"flops": flops, "hbm_bytes": moved}

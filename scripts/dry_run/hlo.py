@@ -31,6 +31,7 @@ COLLECTIVES = {
     "collective-broadcast",
 }
 SLICES = ("dynamic-slice", "slice", "gather")  # they touch only a part of their first operand
+INT8 = ("s8", "u8")
 
 
 class NoProgram(ValueError):
@@ -246,18 +247,21 @@ class Module:
                 if i.is_kernel:
                     yield i
 
-    def flops(self, instruction, computation):
-        if instruction.op == "convolution":
-            return convolution_flops(instruction, computation)
-        if instruction.op == "dot":
-            return dot_flops(instruction, computation)
+    def flops(self, instruction, computation, dtypes=None):
+        """Of all products, or of those whose operands are both of these dtypes."""
+        if instruction.op in ("convolution", "dot"):
+            operands = [computation[name].arrays[0] for name in instruction.operands[:2]]
+            if dtypes and not all(array.dtype in dtypes for array in operands):
+                return 0
+            count = convolution_flops if instruction.op == "convolution" else dot_flops
+            return count(instruction, computation)
         if instruction.op != "fusion":
             return 0
-        called = instruction.called("calls")
-        if called not in self.fusion_flops:
+        known = called, _ = instruction.called("calls"), dtypes
+        if known not in self.fusion_flops:
             inner = self.computations.get(called, {})
-            self.fusion_flops[called] = sum(self.flops(i, inner) for i in inner.values())
-        return self.fusion_flops[called]
+            self.fusion_flops[known] = sum(self.flops(i, inner, dtypes) for i in inner.values())
+        return self.fusion_flops[known]
 
     def touched(self, name, value, full):
         """Bytes of a value that its users inside a fusion read: of what is sliced only a part."""
