@@ -447,6 +447,7 @@ def rules(cfg):
                 yield table + name, least <= value < 1 << 31, f"{least} or more, below 2^31"
     yield "head_dim", cfg.head_dim % 4 == 0, "a multiple of 4, for half-RoPE"
     yield "num_kv_heads", cfg.num_heads % cfg.kv_heads == 0, f"a divisor of {cfg.num_heads}"
+    yield "copy_dim", cfg.copy_dim <= 1024, "at most 1024: the pointer's softmax takes no maximum"
     yield "gate_dims", cfg.gate_dims <= cfg.model_dim, f"at most {cfg.model_dim}, the model's width"
     bounded = cfg.attn_scale * cfg.head_dim < 60  # softmax_average takes no maximum
     yield "attn_scale", bounded, f"less than 60 / head_dim, here {60 / cfg.head_dim:.3g}"
@@ -857,10 +858,11 @@ COPY_SUMS = {"xla": copy_sums_xla, "band": copy_sums_band}
 
 def choose_attention(cfg, backend):
     """The Config with --attention=auto settled. Raises UsageError where band cannot run."""
-    able = backend == "tpu" and cfg.head_dim % 128 == 0 and cfg.compute_dtype == "bfloat16"
+    able = backend == "tpu" and cfg.compute_dtype == "bfloat16"
+    able &= cfg.head_dim % 128 == cfg.copy_dim % 128 == 0
     for stage in (*cfg.stages, cfg.val):  # a row of one head lies in fast memory
         able &= stage.seq_len % TILE == 0 and stage.seq_len * cfg.head_dim <= 1 << 21
-    wanted = f"head_dim in 128s, rows in {TILE}s of at most 2^21 / head_dim tokens, bfloat16"
+    wanted = f"head_dim and copy_dim in 128s, rows in {TILE}s of at most 2^21 / head_dim tokens, bfloat16"
     require(able or cfg.attention != "band", f"--attention=band: wanted a TPU, {wanted}")
     best = "band" if able else "xla"
     return replace(cfg, attention=best) if cfg.attention == "auto" else cfg

@@ -211,6 +211,10 @@ def test_first_values_are_the_recipes_and_the_first_loss_that_of_chance():
     for name, w in p.items():
         assert np.all(w == np.float32(FIRST[name])), name
 
+    p = named(first_weights(5, PACKED))
+    np.testing.assert_allclose(np.std(p["copy_qk"]), 20**-0.5, rtol=0.1)
+    assert not np.any(p["copy_gate"]) and np.all(np.abs(p["copy_sink"]) > 0)
+
     rows, weight = random_batch(PACKED)
     logits = model_logits(first_weights(5, PACKED), rows[:, :-1], PACKED)[..., :131]
     assert logits.std() > 0.01
