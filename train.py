@@ -862,8 +862,9 @@ def choose_attention(cfg, backend):
     able &= cfg.head_dim % 128 == cfg.copy_dim % 128 == 0
     for stage in (*cfg.stages, cfg.val):  # a row of one head lies in fast memory
         able &= stage.seq_len % TILE == 0 and stage.seq_len * cfg.head_dim <= 1 << 21
-    wanted = f"head_dim and copy_dim in 128s, rows in {TILE}s of at most 2^21 / head_dim tokens, bfloat16"
-    require(able or cfg.attention != "band", f"--attention=band: wanted a TPU, {wanted}")
+    wanted = f"a TPU, bfloat16, rows in {TILE}s of at most 2^21 / head_dim tokens"
+    wanted += ", head_dim and copy_dim in 128s"
+    require(able or cfg.attention != "band", f"--attention=band: wanted {wanted}")
     best = "band" if able else "xla"
     return replace(cfg, attention=best) if cfg.attention == "auto" else cfg
 

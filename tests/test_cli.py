@@ -193,7 +193,7 @@ def test_attention_follows_platform_and_shapes_unless_it_is_asked_for():
     for changes, platform, chosen in [
         ({}, "tpu", "band"), (band, "tpu", "band"), ({"attention": "xla"}, "tpu", "xla"),
         ({}, "cpu", "xla"), ({}, "gpu", "xla"), ({"head_dim": 192}, "tpu", "xla"),
-        (half_tile, "tpu", "xla"),
+        (half_tile, "tpu", "xla"), ({"copy_dim": 64}, "tpu", "xla"),
         ({"compute_dtype": "float32"}, "tpu", "xla"), ({"val": Stage(seq_len=800)}, "tpu", "xla"),
     ]:  # fmt: skip
         cfg = replace(fits, **changes)
