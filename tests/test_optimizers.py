@@ -64,13 +64,13 @@ def svd_orthogonalize(g):
 
 
 def test_the_speedruns_learning_rate_is_what_its_table_gives_by_hand():
-    """From 0.4 of 1866 steps on, w = (1 - x) / 0.6 of the stage's rate and 1 - w of 0.15."""
+    """From 0.4 of 1664 steps on, w = (1 - x) / 0.6 of the stage's rate and 1 - w of 0.15."""
     cfg = train.Config()
     late = 1.73 * 1 / 3 + 0.15 * 2 / 3  # at x = 0.8
-    by_hand = [(621, 1), (622, 1.52), (746, 1.52), (933, 1.52 * 5 / 6 + 0.15 / 6)]
-    for step, wanted in [*by_hand, (1493, late), (1866, 0.15), (1905, 0.15)]:
+    by_hand = [(554, 1), (555, 1.52), (665, 1.52), (832, 1.52 * 5 / 6 + 0.15 / 6)]
+    for step, wanted in [*by_hand, (1331, late), (1665, 0.15), (1699, 0.15)]:
         stage = cfg.stages[train.stage_at(step, cfg)]
-        assert float(train.lr_scale(step, stage, cfg)) == pytest.approx(wanted, rel=5e-4), step
+        assert float(train.lr_scale(step, stage, cfg)) == pytest.approx(wanted, rel=2e-3), step
     cfg = config(warmup_steps=0, cooldown_frac=0.0, final_frac=0.0)
     assert {float(train.lr_scale(step, Stage(lr=1.5), cfg)) for step in range(cfg.steps)} == {1.5}
 
@@ -81,7 +81,7 @@ def test_muons_momentum_rises_linearly_stays_and_goes_the_way_back_at_the_end():
         return [pytest.approx(float(train.muon_momentum(step, cfg))) for step in steps]
 
     wanted = [0.85, 0.9, 0.95, 0.95, 0.9, 0.85]
-    assert values((0, 150, 300, 1856, 1881, 1906), 1906) == wanted
+    assert values((0, 150, 300, 1650, 1675, 1700), 1700) == wanted
     assert values((0, 10, 20, 95), 100, (0.95, 0.85, 20, 10)) == [0.95, 0.9, 0.85, 0.9]
     assert values((3, 99), 100, (0.85, 0.95, 0, 0)) == [0.95, 0.95]
     shorter_than_the_rise = [0.85, 0.875, 0.85 + 0.1 / 3, 0.9 - 0.1 / 3]

@@ -383,11 +383,10 @@ def config(flags, presets=train.PRESETS):
 
 def project(result, covers):
     seconds = result["projected_train_s"]
-    scaled = seconds * 505e6 / max(result["tokens"], 1)
     return (
         f"projection: {seconds:.1f} s of training (low {result['low_s']:.1f}, "
         f"high {result['high_s']:.1f}) on {result['tokens']} tokens ({covers}); "
-        f"{scaled:.1f} s per 505M tokens; allow 15 % either way. A projection is no measurement"
+        "allow 15 % either way. A projection is no measurement"
     )
 
 
