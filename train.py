@@ -2207,8 +2207,11 @@ def memory_of(program):
     return use.temp_size_in_bytes + arguments + use.output_size_in_bytes
 
 
-# Gradients and weights travel by the SparseCores (predicted for a v6e-8: 1.4 ms of 67 less)
+# Gradients and weights travel by the SparseCores (predicted for a v6e-8: 1.4 ms of 67 less), but
+# lookups do not, as from JAX 0.11 on they would (0.5 ms of 61 more; on a v7x jax #40553 saw 57 %)
 TPU_OPTIONS = {
+    "xla_tpu_offload_gather_to_sparsecore": "false",
+    "xla_tpu_offload_all_supported_gathers_to_sparsecore": "false",
     "xla_enable_async_all_reduce": "true",
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
