@@ -25,7 +25,7 @@ One letter is one axis, in array names, einsum strings and the weight table alik
     L  layers   I  layers with attention   J  skips      D  model width      F  MLP width
     H  query heads                G  key heads           R  query heads per key head
     K  head width                 E  inputs of a gate    V  vocabulary       C  chunks of tokens
-    Q  width of the copy pointer's queries and keys
+    Q  width of the copy pointer's queries and keys           P  candidates   U  their groups
     M, N  any matrix's two axes, or several axes merged: tokens, heads and their width
     1  an axis of size one        K4  the first quarter of K
 
@@ -651,7 +651,7 @@ def param_specs(cfg):
         "backout_mix": Spec("backout", "", constant(0.5), "scalar"),
         "copy_qk": Spec("D 2Q", "2Q", uniform(cfg.model_dim**-0.5), "copy"),
         "copy_sink": Spec("Q copy", "", normal(128**-0.5), "copy"),
-        "copy_gate": Spec("D copy", "", constant(0.0), "copy"),
+        "copy_logit": Spec("D copy", "", constant(0.0), "copy"),
     }
     return with_shapes(specs, axis_sizes(cfg))
 
@@ -862,9 +862,10 @@ def choose_attention(cfg, backend):
     able = backend == "tpu" and cfg.compute_dtype == "bfloat16"
     able &= cfg.head_dim % 128 == cfg.copy_dim % 128 == 0
     for stage in (*cfg.stages, cfg.val):  # a row of one head lies in fast memory
-        able &= stage.seq_len % TILE == 0 and stage.seq_len * cfg.head_dim <= 1 << 21
-    wanted = f"a TPU, bfloat16, rows in {TILE}s of at most 2^21 / head_dim tokens"
-    wanted += ", head_dim and copy_dim in 128s"
+        width = max(cfg.head_dim, cfg.copy_dim)
+        able &= stage.seq_len % TILE == 0 and stage.seq_len * width <= 1 << 21
+    wanted = f"a TPU, bfloat16, head_dim and copy_dim in 128s, rows in {TILE}s of at most"
+    wanted += " 2^21 / (the wider one) tokens"
     require(able or cfg.attention != "band", f"--attention=band: wanted {wanted}")
     best = "band" if able else "xla"
     return replace(cfg, attention=best) if cfg.attention == "auto" else cfg
@@ -1054,7 +1055,8 @@ def _softmax_nats_forward(x_ND, head_VD, terms, nats_of, cfg, offset_V):
 def softmax_nats(x_ND, head_VD, terms, nats_of, cfg, offset_V):
     """Sum over tokens of nats_of(log Z, terms), where Z = sum_v exp(logit_v + offset_v).
 
-    terms: a dict of arrays [N]. The gradients are made with the value, in one pass.
+    terms: a dict of arrays [N]. With candidates head and offset have P rows. The gradients are made
+    with the value, in one pass.
     """
     return _softmax_nats_forward(x_ND, head_VD, terms, nats_of, cfg, offset_V)[0]
 
@@ -1067,14 +1069,8 @@ softmax_nats.defvjp(_softmax_nats_forward, _softmax_nats_backward)
 
 
 def weighted(log_z_N, terms):
+    """The nats of all targets without a copy pointer, plus each logit."""
     return terms["weight"] * log_z_N
-
-
-def log_partition(x_ND, head_VD, weight_N, cfg, offset_V=None):
-    """Sum over tokens of weight * log sum_v exp(logit_v + offset_v), in nats."""
-    offset_V = padding(cfg) if offset_V is None else offset_V
-    terms = {"weight": lax.stop_gradient(weight_N)}
-    return softmax_nats(x_ND, head_VD, terms, weighted, cfg, offset_V)
 
 
 # The copy pointer (CPLM, modded-nanogpt pull request 379): a head that looks for earlier positions
@@ -1089,8 +1085,8 @@ def copy_queries(x_BTD, weights, cfg):
     q_BTQ, k_BTQ = map(rms_norm, jnp.split(qk_BTN, 2, axis=-1))
     q_BTQ = (q_BTQ * cfg.copy_dim**-0.5).astype(k_BTQ.dtype)
     sink_BT = jnp.exp(matmul("BTQ,QN->BTN", q_BTQ, weights["copy_sink"], f32)[:, :, 0])
-    gate_BT = softcap(matmul("BTD,DN->BTN", x_BTD, weights["copy_gate"], f32)[:, :, 0], cfg)
-    return q_BTQ, k_BTQ, sink_BT, gate_BT
+    pointer_BT = softcap(matmul("BTD,DN->BTN", x_BTD, weights["copy_logit"], f32)[:, :, 0], cfg)
+    return q_BTQ, k_BTQ, sink_BT, pointer_BT
 
 
 def copy_first(tokens_BT, cfg):
@@ -1101,37 +1097,42 @@ def copy_first(tokens_BT, cfg):
 
 def copy_terms(x_BTD, weights, tokens_BT, targets_BT, cfg):
     """What mixture_nats asks of the pointer: {name: [B, T]}."""
-    q_BTQ, k_BTQ, sink_BT, gate_BT = copy_queries(x_BTD, weights, cfg)
+    q_BTQ, k_BTQ, sink_BT, pointer_BT = copy_queries(x_BTD, weights, cfg)
     sums = COPY_SUMS.get(cfg.attention, copy_sums_xla)
     sum_BT, hit_BT = sums(q_BTQ, k_BTQ, targets_BT, copy_first(tokens_BT, cfg), COPY_WINDOW)
     total_BT = sum_BT + sink_BT
-    return {"gate": gate_BT, "hit": hit_BT / total_BT, "none": sink_BT / total_BT}
+    return {
+        "pointer": pointer_BT,
+        "hit_share": hit_BT / total_BT,
+        "sink_share": sink_BT / total_BT,
+    }
 
 
 def mixture_nats(log_z_N, terms):
     """The nats of the next token with the pointer, and of the later ones without, plus each logit.
 
-    alpha = e^a / (Z + e^a), where a is the pointer's logit and l the target's. hit and none are the
+    alpha = e^a / (Z + e^a), where a is the pointer's logit and l the target's. hit and sink are the
     pointer's shares on positions that the target followed, and on its sink.
-        p = e^l / Z (1 - alpha (1 - none)) + alpha hit
-        -log p = log Z - l + log(1 + e^a / Z) - log(1 + none e^a / Z + hit e^(a - l))
+        p = e^l / Z (1 - alpha (1 - sink)) + alpha hit
+        -log p = log Z - l + log(1 + e^a / Z) - log(1 + sink e^a / Z + hit e^(a - l))
     """
-    odds_N = jnp.exp(terms["gate"] - log_z_N)
-    copied_N = terms["none"] * odds_N + terms["hit"] * jnp.exp(terms["gate"] - terms["label"])
+    odds_N = jnp.exp(terms["pointer"] - log_z_N)
+    label_odds_N = jnp.exp(jnp.minimum(terms["pointer"] - terms["label"], 80.0))
+    copied_N = terms["sink_share"] * odds_N + terms["hit_share"] * label_odds_N
     mixed_N = jnp.log1p(odds_N) - jnp.log1p(copied_N)
     return terms["weight"] * log_z_N + terms["next_weight"] * mixed_N
 
 
-def copy_log_probs(logits_NV, exp_NS, next_NS, sink_N, gate_N):
-    """Log-probabilities [N, V] of the same mixture: exp_NS of the keys that next_NS followed."""
+def copy_log_probs(logits_NV, exp_NS, next_NS, sink_N, pointer_N):
+    """Log-probabilities [N, V] of the same mixture. exp_NS: of keys, which next_NS followed."""
     total_N1 = jnp.sum(exp_NS, axis=1, keepdims=True) + sink_N[:, None]
     query_N1 = jnp.arange(len(exp_NS))[:, None]
     hit_NV = jnp.zeros_like(logits_NV).at[query_N1, next_NS].add(exp_NS / total_N1)
     log_z_N1 = jax.nn.logsumexp(logits_NV, axis=1, keepdims=True)
-    odds_N1 = jnp.exp(gate_N[:, None] - log_z_N1)
-    kept_N1 = 1 + odds_N1 * sink_N[:, None] / total_N1
-    p_NV = jnp.exp(logits_NV - log_z_N1) * kept_N1 + odds_N1 * hit_NV
-    return jnp.where(p_NV > 0, jnp.log(p_NV), -1e15) - jnp.log1p(odds_N1)
+    odds_N1 = jnp.exp(pointer_N[:, None] - log_z_N1)
+    kept_N1 = jnp.log1p(odds_N1 * sink_N[:, None] / total_N1)
+    mixed_NV = jnp.logaddexp(logits_NV - log_z_N1 + kept_N1, jnp.log(odds_N1 * hit_NV))
+    return mixed_NV - jnp.log1p(odds_N1)
 
 
 # Rows that gpt_loss gets looked up, so that their gradients are summed once a step: {name: (table,
@@ -1151,23 +1152,23 @@ def gpt_loss(weights, batch, key, stage, cfg):
     x_BTD = forward(weights, batch["tokens"], batch["inputs"], stage, cfg)
     x_BTD = x_BTD.astype(weights["head"].dtype)
     shares = [1.0, *ahead_weights(batch["step"], stage, cfg)]
-    nats = total_BT = 0.0
-    terms = {}
+    nats = 0.0
+    weights_BT = []
+    logits_BT = []
     for k, share in enumerate(shares):  # rolled left by k, position t holds the token at t + 1 + k
         weight_BT = jnp.pad(batch["weights"][:, k:], ((0, 0), (0, k))) * (share / sum(shares))
         label_BTD = jnp.roll(batch["labels"], -k, axis=1)
         logit_BT = softcap(jnp.sum(x_BTD.astype(f32) * label_BTD.astype(f32), axis=-1), cfg)
         nats -= jnp.sum(weight_BT * logit_BT)
-        total_BT += weight_BT
-        if k == 0:
-            terms |= {"next_weight": weight_BT, "label": logit_BT}
-    terms["weight"] = total_BT
+        weights_BT.append(weight_BT)
+        logits_BT.append(logit_BT)
+    terms = {"weight": sum(weights_BT), "next_weight": weights_BT[0], "label": logits_BT[0]}
     nats_of = weighted
     if cfg.copy_dim:
         nats_of = mixture_nats
         terms |= copy_terms(x_BTD, weights, batch["tokens"], batch["targets"], cfg)
     x_ND = rearrange(x_BTD, "B T D -> (B T) D")
-    offset_V = batch["offsets"] if "offsets" in batch else padding(cfg)
+    offset_V = batch.get("offsets", padding(cfg))
     terms = tree_map(jnp.ravel, terms)
     nats += softmax_nats(x_ND, weights["head"], terms, nats_of, cfg, offset_V)
     return nats, jnp.sum(batch["weights"])
@@ -1191,12 +1192,12 @@ def map_logits(function, weights, tokens_BT, others, cfg):
         x_TD, tokens_T, pointer, others = inputs
         logits_TV = softcapped_logits(x_TD, weights["head"], cfg)
         if pointer:
-            first_T, q_TQ, k_TQ, sink_T, gate_T = pointer
+            first_T, q_TQ, k_TQ, sink_T, pointer_T = pointer
             key_1S = position_T[None]
             visible_TS = (key_1S >= first_T[:, None]) & (key_1S < position_T[:, None])
             exp_TS = jnp.where(visible_TS, jnp.exp(matmul("TQ,SQ->TS", q_TQ, k_TQ, f32)), 0)
             next_TS = jnp.broadcast_to(jnp.roll(tokens_T, -1)[None], exp_TS.shape)
-            logits_TV = copy_log_probs(logits_TV, exp_TS, next_TS, sink_T, gate_T)
+            logits_TV = copy_log_probs(logits_TV, exp_TS, next_TS, sink_T, pointer_T)
         return function(logits_TV, *others)
 
     return lax.map(row, (x_BTD, tokens_BT, pointer, others))
@@ -1706,7 +1707,7 @@ def targets_in(rows, stage, cfg):
         are_targets[i * GROUPS // len(rows), np.concatenate(row)[1:]] = True
     most = np.count_nonzero(are_targets, axis=1).max()
     flag = f"--stages.candidates={stage.candidates}"
-    require(most <= stage.candidates, f"{flag}: an eighth of a batch has {most} targets")
+    require(most <= stage.candidates, f"{flag}: an eighth of a batch has {most} different targets")
     return are_targets
 
 
@@ -1714,9 +1715,9 @@ def choose_candidates(rows, step, stage, cfg):
     """(ids, offsets) [8, P]: what the softmax of each eighth of the rows is over, ids ascending.
 
     Sampled softmax (record 92): the eighth's own targets and, up to P in all, the next tokens of a
-    permutation of the vocabulary, which goes on from step to step. In the partition the P - U
-    others stand for all V - U tokens that are no targets. Adding log((V - U) / (P - U)) to their
-    logits would make it right on average; half of that loses the least.
+    permutation of the vocabulary, which goes on from step to step. In the partition these others
+    stand for all tokens that are no targets, of which they are a share. Taking log(share) off their
+    logits would make it right on average; at full size half of it lost least (records/v6e).
     """
     ids = []
     offsets = []
@@ -1727,8 +1728,8 @@ def choose_candidates(rows, step, stage, cfg):
         others = others[~is_chosen_V[others]][: stage.candidates - len(target_ids)]
         is_chosen_V[others] = True
         ids.append(np.flatnonzero(is_chosen_V))
-        share = (cfg.vocab_size - len(target_ids)) / max(1, len(others))
-        offsets.append(np.full(stage.candidates, 0.5 * math.log(max(1, share)), np.float32))
+        share = max(1, len(others)) / max(1, cfg.vocab_size - len(target_ids))
+        offsets.append(np.full(stage.candidates, -0.5 * math.log(share), np.float32))
         offsets[-1][np.searchsorted(ids[-1], target_ids)] = 0
     return np.array(ids, np.uint16), np.array(offsets)
 
@@ -1742,15 +1743,18 @@ def batch_shape(stage, num_devices, cfg):
     num_rows = stage.batch_tokens // stage.seq_len
     if stage == cfg.val:
         num_rows = math.ceil(cfg.val_tokens / (stage.seq_len - cfg.val_context))
-    num_groups = 1
+    num_parts = num_devices
     if stage.candidates:
-        num_groups = max(GROUPS // num_devices, 1)
-        parts = math.lcm(GROUPS, num_devices)
-        wanted = f"wanted a power of two devices, and rows in {parts}s, not {num_rows}"
-        whole = parts in (GROUPS, num_devices) and num_rows % parts == 0
-        require(whole, f"--stages.candidates={stage.candidates}: {wanted}")
-    per_group = math.ceil(num_rows / num_devices / num_groups)
+        num_parts = max(GROUPS, num_devices)
+        whole = num_parts % GROUPS == num_parts % num_devices == num_rows % num_parts == 0
+        wanted = "wanted a divisor or a multiple of 8 devices, and equal eighths of rows on them"
+        said = f"here {num_devices} devices, {num_rows} rows"
+        require(whole, f"--stages.candidates={stage.candidates}: {wanted}, {said}")
+    per_group = math.ceil(num_rows / num_parts)
     num_micro = math.ceil(per_group / max(1, cfg.micro_tokens // stage.seq_len))
+    while stage.candidates and per_group % num_micro:  # spare places would shift rows into others
+        num_micro += 1
+    num_groups = num_parts // num_devices
     per_micro = math.ceil(per_group / num_micro)
     return num_groups * num_micro, per_micro * num_devices, stage.seq_len + 1
 
@@ -1900,7 +1904,7 @@ def open_data(cfg):
     for step, (rows, read) in enumerate(plan(train, cfg)):
         stage = cfg.stages[stage_at(step, cfg)]
         if stage.candidates:
-            targets_in(rows, stage, cfg)  # are there more?
+            targets_in(rows, stage, cfg)  # raises where they are more
         reads.append(read)
     trained = tokens_before(cfg.steps, cfg)
     epochs = math.ceil(cfg.max_epochs * trained / max(1, tokens_before(len(reads), cfg)))
@@ -1937,7 +1941,9 @@ class Model(NamedTuple):
     presets: dict  # {name: Config}, of one class, as PRESETS: speedrun, and demo for CPUs
     specs: Callable  # (cfg) -> nested dict of Spec
     rules: Callable  # (cfg) -> {group: rule}
-    loss: Callable  # (weights, batch, key, stage, cfg) -> (summed nats, summed weight)
+    # (weights, batch, key, stage, cfg) -> (summed nats, summed weight). In a stage with candidates
+    # the head has their rows alone, and where it is tied the embedding too
+    loss: Callable
     logits: Callable  # (weights, tokens_BT, cfg) -> float32 [B, T, V] of what follows each token
     update: Callable = update  # (state, grads, stage, specs, rules, num_devices, cfg) -> as update
     # {name: (table, ids)}: loss finds the table's rows at batch[ids] as batch[name]
@@ -2100,15 +2106,16 @@ def accumulate(weights, batch, key, step, stage, model, cfg):
     batch = inputs_and_targets(batch, cfg)
     sampled = [batch.pop(name)[0] for name in ("candidates", "offsets") if name in batch]
     micros = batch, jax.random.split(key, len(batch["tokens"]))
-    of = {"tables": weights, "stage": stage, "model": model, "cfg": cfg}
+    context = {"tables": weights, "stage": stage, "model": model, "cfg": cfg}
+    run = functools.partial(sum_micro_steps, **context)
 
     def group(totals, here):
         ids_P, offsets_P, micros = here
         nats, weight, grads = totals
-        some = {"head": weights["head"][ids_P]}
-        totals = nats, weight, grads | tree_map(lambda w: jnp.zeros(w.shape, f32), some)
+        head_PD = weights["head"][ids_P]
+        totals = nats, weight, grads | {"head": jnp.zeros(head_PD.shape, f32)}
         given = {"step": step, "offsets": offsets_P}
-        totals, row_grads = sum_micro_steps(totals, micros, weights | some, given=given, **of)
+        totals, row_grads = run(totals, micros, weights | {"head": head_PD}, given=given)
         spread = spread_rows(ids_P, totals[2]["head"], len(weights["head"]))
         return (*totals[:2], totals[2] | {"head": grads["head"] + spread}), row_grads
 
@@ -2119,7 +2126,7 @@ def accumulate(weights, batch, key, step, stage, model, cfg):
         totals, row_grads = lax.scan(group, totals, (*sampled, grouped), unroll=num_groups == 1)
     else:
         given = {"step": step}
-        totals, row_grads = sum_micro_steps(totals, micros, weights, given=given, **of)
+        totals, row_grads = run(totals, micros, weights, given=given)
     nats, weight, grads = totals
     for name, (table, ids) in model.lookups.items():  # once per step, not per micro-step
         if stage.tied and table == "embed":
@@ -2253,7 +2260,7 @@ def flops_per_token(stage, specs, cfg):
     """Model FLOPs of training on one token, for the MFU.
 
     6 per element of a matrix that is multiplied, 12 per dim of each query head and key that
-    causality and window leave visible. Document borders are not counted.
+    causality and window leave visible. Document borders and the pointer's scores are not counted.
     """
     matrices = 0
     for spec in jax.tree.leaves(specs):
@@ -2294,7 +2301,8 @@ def peak_flops():
 # RUN/ckpt/step-000250 holds params.safetensors, opt.safetensors, and a manifest.json with their
 # SHA-256, the config, the data's hash and the clock.
 
-CHECKPOINT_FORMAT = 2  # commit e79511b reads those without a number
+CHECKPOINT_FORMAT = 3
+OLD_FORMATS = "commit e520f26 reads format 2, e79511b those without a number"
 CHECKPOINT_FILES = {"params.safetensors", "opt.safetensors", "manifest.json"}
 
 
@@ -2374,7 +2382,7 @@ def read_manifest(folder, cfg, data=None):
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         is_ours = manifest.get("format") == CHECKPOINT_FORMAT
-        require(is_ours, "it is of an older train.py, which commit e79511b reads")
+        require(is_ours, f"it is of an older train.py; {OLD_FORMATS}")
         saved, mine = manifest["config"], as_json(cfg)
         for name in sorted((mine.keys() | saved.keys()) - MAY_DIFFER):
             was = saved.get(name)
@@ -3006,9 +3014,10 @@ def command(run):
 
 
 # ---- TPU kernels ---------------------------------------------------------------------------------
-# An appendix: attention_xla again as two Pallas kernels, one forward and one backward. Skip it on
-# first reading. From raw queries and keys they do QK norm, half-RoPE, scores, softmax, average and
-# gate (predicted for a v6e-8: 68.4 ms a step, 70.4 with the gate outside).
+# An appendix: attention_xla again as two Pallas kernels, one forward and one backward, and after
+# them copy_sums_xla on the same grid. Skip it on first reading. From raw queries and keys attention
+# does QK norm, half-RoPE, scores, softmax, average and gate (predicted for a v6e-8: 68.4 ms a step,
+# 70.4 with the gate outside).
 #
 # The scores of a row, T = 8 tiles of 256 queries down, keys across, window of 3 tiles, 2 tiles a
 # block. A tile meets one span of keys: "#" is its own tile, where causality cuts; "+" are keys
@@ -3313,7 +3322,7 @@ CopyBackwardRefs = collections.namedtuple(
 COPY_INPUTS = "row row queries whole whole_row"
 
 
-def copy_weights(refs, here, keys):
+def copy_exps(refs, here, keys):
     """2^(q.k) of the visible keys, and whether key and query have one target, both [T, S]."""
     first_T1 = refs.first[0, here].reshape(TILE, 1) - keys.start
     e_TS = visible(jnp.exp2(dot(refs.q[here], refs.k[keys], 1, 1)), first_T1, 1, gap=1)
@@ -3325,7 +3334,7 @@ def copy_fwd(*refs, band):
     refs = CopyForwardRefs(*refs)
 
     def tile(here, own, keys):
-        e_TS, same_TS = copy_weights(refs, here, keys)
+        e_TS, same_TS = copy_exps(refs, here, keys)
         refs.sum[:, here] = as_row(jnp.sum(e_TS, axis=1, keepdims=True))
         refs.hit[:, here] = as_row(jnp.sum(jnp.where(same_TS, e_TS, 0.0), axis=1, keepdims=True))
 
@@ -3337,7 +3346,7 @@ def copy_bwd(*refs, band):
     refs = CopyBackwardRefs(*refs)
 
     def tile(here, own, keys):
-        e_TS, same_TS = copy_weights(refs, here, keys)
+        e_TS, same_TS = copy_exps(refs, here, keys)
         dsum_T1, dhit_T1 = (d[0, here].reshape(TILE, 1) for d in (refs.dsum, refs.dhit))
         ds_TS = e_TS * jnp.where(same_TS, dsum_T1 + dhit_T1, dsum_T1)
         ds_TS = ds_TS.astype(refs.k.dtype)

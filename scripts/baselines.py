@@ -32,11 +32,11 @@ from train import (
     Stage,
     constant,
     f32,
-    log_partition,
     lr_scale,
     matmul,
     move,
     normal,
+    padding,
     product,
     ramp,
     relu_squared,
@@ -46,8 +46,10 @@ from train import (
     rotate,
     softcap,
     softcapped_logits,
+    softmax_nats,
     split_axis,
     uniform,
+    weighted,
 )
 
 # ---- Presets -------------------------------------------------------------------------------------
@@ -55,6 +57,7 @@ from train import (
 OFF = {  # what neither recipe reads, so other values are refused
     "optimizer": "muon",
     "num_kv_heads": None,
+    "copy_dim": 0,
     "mlp_only": (),
     "long_layers": (),
     "offset_layers": (),
@@ -64,7 +67,14 @@ OFF = {  # what neither recipe reads, so other values are refused
     "gate_dims": 0,
     "smear": False,
 }
-STAGE_OFF = ("doc_len", "short", "long", "ahead", "tied")  # the same, columns of a stage
+STAGE_OFF = (
+    "doc_len",
+    "short",
+    "long",
+    "ahead",
+    "tied",
+    "candidates",
+)  # the same, columns of a stage
 RECORD = dict(
     softcap=(15.0, 15.0, 0.0),
     attn_scale=0.12,
@@ -179,6 +189,12 @@ def attend(q_BTHK, k_BSHK, v_BSHK, scale, w_out, cfg):
 
 def mlp(x_BTD, p, bend):
     return matmul("BTF,FD->BTD", bend(matmul("BTD,DF->BTF", x_BTD, p["w_up"])), p["w_down"])
+
+
+def log_partition(x_ND, head_VD, weight_N, cfg):
+    """Sum over tokens of weight * log sum_v exp(logit_v), in nats."""
+    terms = {"weight": weight_N}
+    return softmax_nats(x_ND, head_VD, terms, weighted, cfg, padding(cfg))
 
 
 def loss(forward, head, weights, batch, key, stage, cfg):

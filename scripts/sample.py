@@ -160,7 +160,7 @@ def open_checkpoint(path):
     with usage_errors(f"{about}: its config cannot be read", MALFORMED):
         manifest = json.loads(about.read_text(encoding="utf-8"))
         is_ours = manifest.get("format") == train.CHECKPOINT_FORMAT
-        require(is_ours, f"{folder}: it is of an older train.py, which commit e79511b reads")
+        require(is_ours, f"{folder}: it is of an older train.py; {train.OLD_FORMATS}")
         cfg = as_config(manifest["config"])
         step = int(manifest["step"])
     train.read_manifest(folder, cfg)
@@ -212,7 +212,7 @@ class Cache(NamedTuple):
     keys: dict  # {layer: [N, S, K]} as the scores take them: offset, normed and turned
     values: dict  # {layer: [N, S, K]}
     raw_keys: dict  # {layer: [B, 1, GK]} of the last token, where keys are offset
-    copy_keys: jax.Array | None  # [B, S, Q] of the copy pointer
+    copy_keys_BSQ: jax.Array | None  # of the copy pointer
     copy_next_BS: jax.Array | None  # the token that followed each
     token_B: jax.Array  # the last token
     start_B: jax.Array  # where its document begins
@@ -304,12 +304,12 @@ def head_logits(x_B1D, weights, cache, cfg):
     logits_BV = train.softcapped_logits(x_B1D[:, 0], weights["head"], cfg)
     if not cfg.copy_dim:
         return logits_BV
-    q_B1Q, _, sink_B1, gate_B1 = train.copy_queries(x_B1D, weights, cfg)
-    place_1S = held(cache.position - 1, cache.copy_keys.shape[1])[None]
+    q_B1Q, _, sink_B1, pointer_B1 = train.copy_queries(x_B1D, weights, cfg)
+    place_1S = held(cache.position - 1, cache.copy_keys_BSQ.shape[1])[None]
     visible_BS = (place_1S >= cache.start_B[:, None]) & (place_1S < cache.position - 1)
-    score_BS = train.matmul("BTQ,BSQ->BTS", q_B1Q, cache.copy_keys, jnp.float32)[:, 0]
+    score_BS = train.matmul("BTQ,BSQ->BTS", q_B1Q, cache.copy_keys_BSQ, jnp.float32)[:, 0]
     exp_BS = jnp.where(visible_BS, jnp.exp(score_BS), 0)
-    pointer = exp_BS, cache.copy_next_BS, sink_B1[:, 0], gate_B1[:, 0]
+    pointer = exp_BS, cache.copy_next_BS, sink_B1[:, 0], pointer_B1[:, 0]
     return train.copy_log_probs(logits_BV, *pointer)
 
 
@@ -360,9 +360,9 @@ def decode(weights, cache, token_B, capacity, cfg):
     pointer = None, None
     if cfg.copy_dim:
         _, k_B1Q, _, _ = train.copy_queries(x_B1D.astype(weights["head"].dtype), weights, cfg)
-        size = cache.copy_keys.shape[1]
-        copy_keys = put_at(cache.copy_keys, k_B1Q, position % size)
-        pointer = copy_keys, put_at(cache.copy_next_BS, token_B[:, None], (position - 1) % size)
+        size = cache.copy_keys_BSQ.shape[1]
+        copy_keys_BSQ = put_at(cache.copy_keys_BSQ, k_B1Q, position % size)
+        pointer = copy_keys_BSQ, put_at(cache.copy_next_BS, token_B[:, None], (position - 1) % size)
     cache = Cache(keys, values, raw_keys, *pointer, token_B, start_B, position + 1)
     return head_logits(x_B1D, weights, cache, cfg), cache
 

@@ -22,7 +22,7 @@ def random_weights(cfg, shapes, seed=0):
             return rng.uniform(0.6, 1.4, shape)
         if name.endswith("_mix"):
             return rng.uniform(0.3, 0.8, shape) * rng.choice([-1, 1], shape)
-        if "gate" in name or name == "copy_sink":
+        if "gate" in name or name in ("copy_sink", "copy_logit"):
             return rng.standard_normal(shape)
         std = {"embed": 0.3, "head": 0.5}.get(name, 1.3 * shape[-2] ** -0.5)
         return std * rng.standard_normal(shape)
@@ -223,7 +223,7 @@ def with_copies(x, z, weights, row, packed, cfg):
     width, place = cfg.copy_dim, np.arange(len(row))
     starts = np.maximum.accumulate(np.where((row == cfg.bos_id) & packed, place, 0))
     q, k = rms_norm(x @ weights["copy_qk"][:, :width]), rms_norm(x @ weights["copy_qk"][:, width:])
-    a = capped(x @ weights["copy_gate"][:, 0], cfg)
+    a = capped(x @ weights["copy_logit"][:, 0], cfg)
     mixed = np.zeros(z.shape)
     for t in place:
         shares = [np.exp(q[t] @ k[j] / width**0.5) for j in range(starts[t], t)]
@@ -234,7 +234,8 @@ def with_copies(x, z, weights, row, packed, cfg):
         mixed[t] = odds / odds.sum() * (1 - alpha * (1 - none))
         for j, share in zip(range(starts[t], t), shares, strict=True):
             mixed[t, row[j + 1]] += alpha * share
-    return np.log(mixed)
+    with np.errstate(divide="ignore"):  # of no candidate
+        return np.log(mixed)
 
 
 def outputs(weights, tokens, windows, longs, cfg, packed, offsets=0.0):

@@ -15,6 +15,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 import train
+from scripts.baselines import log_partition
 from scripts.dry_run import command as dry_run
 from scripts.dry_run.estimate import CHIPS, Row, Walk, estimate
 from scripts.dry_run.hlo import Module
@@ -255,7 +256,7 @@ def chained_loss(weights, batch, key, stage, cfg):
     for work in (8, 8, 16, 32):
         x_BTD = jax.lax.stop_gradient(chain(work)(jax.lax.stop_gradient(x_BTD)))
     x_ND = x_BTD.reshape(-1, cfg.model_dim)
-    nats = train.log_partition(x_ND, weights["head"], batch["weights"].ravel(), cfg)
+    nats = log_partition(x_ND, weights["head"], batch["weights"].ravel(), cfg)
     return nats, batch["weights"].sum()
 
 

@@ -233,7 +233,7 @@ def test_what_cannot_be_scored_is_one_sentence(run, tmp_path):
     old = byte_run.changed(run, tmp_path / "run")
     manifest = next(old.glob("ckpt/step-*/manifest.json"))
     manifest.write_text(manifest.read_text().replace('"format"', '"formerly"'))
-    refused("e79511b", f"--checkpoint={old}")  # of an older train.py
+    refused("e520f26", f"--checkpoint={old}")  # of an older train.py
     for words, *flags in (
         ("no checkpoint there", "--checkpoint=/nowhere"),
         ("want --tasks", checkpoint, "--fetch"),

@@ -153,7 +153,7 @@ def test_where_none_is_whole_or_all_are_older_auto_starts_at_0_and_a_named_run_e
     older.write_text(older.read_text().replace('"format"', '"was"'))
     named = end_of(folder.parent, *data, f"--resume={folder}")
     assert (named.code, named.runs) == (2, [folder]) and str(folder) in named.error
-    assert "older train.py" in named.error and "e79511b" in named.error
+    assert "older train.py" in named.error and "e520f26" in named.error
     auto = end_of(folder.parent, *data, "--resume=auto")
     assert auto.code == 0 and len(auto.runs) == 2 and "step 0" in auto.out
 

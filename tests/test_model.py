@@ -12,6 +12,7 @@ import pytest
 from jaxprs import dots, jit
 
 import train
+from scripts.baselines import log_partition
 from train import GPT, Config, Spec, Stage, init_params, named, param_specs, replace, rotary
 
 BOS, ROWS, LENGTH, STEP = 7, 2, 22, 70
@@ -213,7 +214,7 @@ def test_first_values_are_the_recipes_and_the_first_loss_that_of_chance():
 
     p = named(first_weights(5, PACKED))
     np.testing.assert_allclose(np.std(p["copy_qk"]), 20**-0.5, rtol=0.1)
-    assert not np.any(p["copy_gate"]) and np.all(np.abs(p["copy_sink"]) > 0)
+    assert not np.any(p["copy_logit"]) and np.all(np.abs(p["copy_sink"]) > 0)
 
     rows, weight = random_batch(PACKED)
     logits = model_logits(first_weights(5, PACKED), rows[:, :-1], PACKED)[..., :131]
@@ -422,7 +423,7 @@ def compiled_partition(cfg, dtype="float32", with_gradients=True):
     """-1.3 times the log partition of 21 tokens, and its gradients by x and head."""
 
     def run(x_ND, head_VD, weight_N):
-        return -1.3 * train.log_partition(x_ND, head_VD, weight_N, cfg)
+        return -1.3 * log_partition(x_ND, head_VD, weight_N, cfg)
 
     function = jax.value_and_grad(run, argnums=(0, 1)) if with_gradients else run
     return jit(function).lower(*head_inputs(cfg, dtype)).compile()

@@ -16,6 +16,7 @@ from jaxprs import FAST, equations, jit
 from shards import make_folder
 
 import train
+from scripts.baselines import log_partition
 from scripts.dry_run.hlo import COLLECTIVES, parse
 from train import GPT, NO_TOKEN, Spec, Stage, batch_shape, make_mesh, named, param_specs, replace
 
@@ -237,12 +238,23 @@ def test_the_other_candidates_go_round_the_vocabulary_and_follow_from_the_step()
 
 def test_more_targets_than_candidates_and_rows_in_no_eighths_are_refused():
     few = replace(STAGE, candidates=9)
-    with pytest.raises(train.UsageError, match=r"candidates=9: an eighth .* has \d+ targets"):
+    with pytest.raises(train.UsageError, match=r"candidates=9: an eighth .* has \d+ different targets"):
         train.choose_candidates(random_rows(24), 0, few, CFG)
     for num_devices, rows in ((8, 20), (3, 24), (16, 24)):
         stage = replace(STAGE, candidates=60, batch_tokens=rows * LENGTH)
-        with pytest.raises(train.UsageError, match="wanted a power of two devices, and rows in"):
+        refusal = "wanted a divisor or a multiple of 8 devices, and equal eighths"
+        with pytest.raises(train.UsageError, match=refusal):
             batch_shape(stage, num_devices, CFG)
+
+
+def test_micro_steps_that_do_not_divide_an_eighth_leave_its_candidates_with_it():
+    """Three rows an eighth, two to a micro-step at most: a spare place would shift the others."""
+    rows = random_rows(24)
+    cfg = replace(SAMPLED, micro_tokens=2 * LENGTH)
+    assert batch_shape(cfg.stages[0], 1, cfg) == (24, 1, LENGTH + 1)
+    offsets = candidate_offsets(rows, 0, cfg)
+    loss, _, _ = few_steps(build(cfg, 1), rows, 1)
+    assert loss == pytest.approx(oracle_loss(WEIGHTS, rows, offsets=offsets), rel=1e-5)
 
 
 def test_a_batch_may_bring_a_weight_for_each_target():
@@ -592,7 +604,7 @@ def bigram_loss(weights, batch, key, stage, cfg):
     x_ND = batch["inputs"].reshape(-1, cfg.model_dim)
     y_ND = sum(jnp.tanh(train.matmul("ND,DM->NM", x_ND, p["w_mix"])) for p in weights["blocks"])
     label_N = jnp.sum(y_ND * weights["head"][batch["targets"].ravel()], axis=-1)
-    nats = train.log_partition(y_ND, weights["head"], weight_N, cfg)
+    nats = log_partition(y_ND, weights["head"], weight_N, cfg)
     return nats - jnp.sum(weight_N * train.softcap(label_N, cfg)), jnp.sum(weight_N)
 
 

@@ -123,18 +123,19 @@ def attention_jobs(stage, model, mesh, cfg):
 
 
 def copy_jobs(stage, model, mesh, cfg):
-    """The copy pointer's sums, forward and backward, in a window of 2048 tokens."""
+    """The copy pointer's sums, forward and backward."""
     one = first_chip(mesh)
     B, T = share_of(stage, mesh, cfg)
 
     def copy(q_BTQ, k_BTQ, targets_BT, first_BT, dsum_BT, dhit_BT):
         def sums(q_BTQ, k_BTQ):
-            return train.COPY_SUMS[cfg.attention](q_BTQ, k_BTQ, targets_BT, first_BT, 2048)
+            core = train.COPY_SUMS[cfg.attention]
+            return core(q_BTQ, k_BTQ, targets_BT, first_BT, train.COPY_WINDOW)
 
         found, pull = jax.vjp(sums, q_BTQ, k_BTQ)
         return found, pull((dsum_BT, dhit_BT))
 
-    q_BTQ = shape(one, cfg.compute_dtype, B, T, 128)
+    q_BTQ = shape(one, cfg.compute_dtype, B, T, cfg.copy_dim)
     ids_BT, d_BT = shape(one, jnp.int32, B, T), shape(one, f32, B, T)
     arguments = q_BTQ, q_BTQ, ids_BT, ids_BT, d_BT, d_BT
     function = train.on_devices(copy, one, P(), P())
@@ -148,8 +149,9 @@ def head_jobs(stage, model, mesh, cfg):
     num_rows = stage.candidates or cfg.padded_vocab
 
     def head(x_ND, head_VD, weight_N):
-        offset_V = jnp.zeros(num_rows) if stage.candidates else None
-        return train.log_partition(x_ND, head_VD, weight_N, cfg, offset_V)
+        offset_V = jnp.zeros(num_rows) if stage.candidates else train.padding(cfg)
+        terms = {"weight": weight_N}
+        return train.softmax_nats(x_ND, head_VD, terms, train.weighted, cfg, offset_V)
 
     x_ND = shape(one, cfg.compute_dtype, B * T, cfg.model_dim)
     head_VD = shape(one, cfg.compute_dtype, num_rows, cfg.model_dim)
