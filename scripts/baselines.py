@@ -67,14 +67,8 @@ OFF = {  # what neither recipe reads, so other values are refused
     "gate_dims": 0,
     "smear": False,
 }
-STAGE_OFF = (
-    "doc_len",
-    "short",
-    "long",
-    "ahead",
-    "tied",
-    "candidates",
-)  # the same, columns of a stage
+# the same, columns of a stage
+STAGE_OFF = ("doc_len", "short", "long", "ahead", "tied", "candidates")
 RECORD = dict(
     softcap=(15.0, 15.0, 0.0),
     attn_scale=0.12,

@@ -238,7 +238,7 @@ def test_the_other_candidates_go_round_the_vocabulary_and_follow_from_the_step()
 
 def test_more_targets_than_candidates_and_rows_in_no_eighths_are_refused():
     few = replace(STAGE, candidates=9)
-    with pytest.raises(train.UsageError, match=r"candidates=9: an eighth .* has \d+ different targets"):
+    with pytest.raises(train.UsageError, match=r"candidates=9: .* has \d+ different targets"):
         train.choose_candidates(random_rows(24), 0, few, CFG)
     for num_devices, rows in ((8, 20), (3, 24), (16, 24)):
         stage = replace(STAGE, candidates=60, batch_tokens=rows * LENGTH)
