@@ -1749,7 +1749,7 @@ def batch_shape(stage, num_devices, cfg):
         whole = num_parts % GROUPS == num_parts % num_devices == num_rows % num_parts == 0
         wanted = "wanted a divisor or a multiple of 8 devices, and equal eighths of rows on them"
         said = f"here {num_devices} devices, {num_rows} rows"
-        require(whole, f"--stages.candidates={stage.candidates}: {wanted}, {said}")
+        require(whole, f"--stages.candidates={stage.candidates}: {wanted}, {said}; 0 is for any")
     per_group = math.ceil(num_rows / num_parts)
     num_micro = math.ceil(per_group / max(1, cfg.micro_tokens // stage.seq_len))
     while stage.candidates and per_group % num_micro:  # spare places would shift rows into others

@@ -60,10 +60,15 @@ DTYPES = ("bfloat16", "float32")
 BOS = 50256
 
 
+def draw_tokens(vocab_size, shape):
+    """uint16, as frequent as Zipf's law says, so that a batch has about as many kinds as a text."""
+    ids = vocab_size ** np.random.default_rng(1337).random(shape) - 1
+    return ids.astype(np.uint16)
+
+
 def random_tokens(num_rows, stage, cfg):
     """uint16 [B, T+1], a document every 500 tokens."""
-    shape = num_rows, stage.seq_len + 1
-    tokens = np.random.default_rng(1337).integers(0, cfg.vocab_size, shape, np.uint16)
+    tokens = draw_tokens(cfg.vocab_size, (num_rows, stage.seq_len + 1))
     tokens[:, ::500] = cfg.bos_id
     return tokens
 
@@ -346,7 +351,7 @@ def time_peer(name, folder, args):
 def write_random_shard(path, num_tokens):
     """Like FineWeb's: documents of log-normal length, median 403 tokens, mean 690."""
     rng = np.random.default_rng(1337)
-    tokens = rng.integers(0, BOS, num_tokens, np.uint16)
+    tokens = draw_tokens(BOS, num_tokens)
     spread = np.sqrt(2 * np.log(690 / 403))
     lengths = rng.lognormal(np.log(403), spread, num_tokens // 500)
     starts = np.cumsum(lengths).astype(int)
