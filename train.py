@@ -1074,7 +1074,8 @@ def weighted(log_z_N, terms):
 
 
 # The copy pointer (CPLM, modded-nanogpt pull request 379): a head that looks for earlier positions
-# of the document where the model expected what it expects now, and copies what followed them.
+# of the document where the model expected what it expects now, and copies what followed them. Gain
+# 0.164 after 1M tokens, one seed, nothing on bytes. Predicted: 57.1 ms a step, 56.0 without.
 
 COPY_WINDOW = 2048  # tokens that it looks back
 
@@ -1717,7 +1718,9 @@ def choose_candidates(rows, step, stage, cfg):
     Sampled softmax (record 92): the eighth's own targets and, up to P in all, the next tokens of a
     permutation of the vocabulary, which goes on from step to step. In the partition these others
     stand for all tokens that are no targets, of which they are a share. Taking log(share) off their
-    logits would make it right on average; at full size half of it lost least (records/v6e).
+    logits would make it right on average; at full size half of it lost least in a public port.
+    Predicted: 68.6 to 56.0 ms a step. Gain -0.0024 in record 92, -0.09 after 1M tokens here, whose
+    batches are too small for it (one seed).
     """
     ids = []
     offsets = []
