@@ -24,7 +24,7 @@ FLAGS = """
 --gate_dims=5 --compute_dtype=float32 --stages.end=0.5,1 --stages.lr=0.7,0.4 --muon_lr=0.03
 --muon_wd=40 --muon_momentum=0.8,0.95,3,2 --adam_lr=0.3 --scalar_lr=0.1 --adamw_lr=0.01
 --adam_beta1=0.7 --adam_beta2=0.9 --adam_eps=1e-2 --adam_wd=3 --warmup_steps=2
---cooldown_frac=0.5 --final_lr_scale=0.1
+--cooldown_frac=0.5 --final_lr_scale=0.1 --copy_dim=8
 """
 CFG = replace(train.parse_flags(FLAGS.split()), final_frac=1 / 9)
 config = functools.partial(replace, CFG)
@@ -277,6 +277,7 @@ RULES = {  # what the flags should make
     "gate": Adam(0.3, 3.0 / 150, **SMALL),
     "skip_gate": Adam(0.3 / 20, **SMALL),
     "smear_gate": Adam(0.3 / 100, **SMALL),
+    "copy": Adam(0.3, **SMALL),
     "scalar": Adam(0.1, **SMALL),
     "stream": Adam(0.1, beta1=0.9, beta2=0.95, eps=1e-2),
     "mix": Adam(0.02, beta1=0.9, beta2=0.95, eps=1e-2),
