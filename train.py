@@ -1867,7 +1867,7 @@ def complete_config(train, cfg):
     require(fits, f"--vocab_size={cfg.vocab_size}: {wanted}")
     candidates = max(stage.candidates for stage in cfg.stages)
     sampled = candidates <= cfg.vocab_size and (cfg.vocab_size % 20011 or not candidates)
-    wanted = f"wanted at most --vocab_size={cfg.vocab_size}, and that no multiple of 20011"
+    wanted = f"wanted at most --vocab_size={cfg.vocab_size}, no multiple of 20011"
     require(sampled, f"--stages.candidates={candidates}: {wanted}")
     return cfg
 

@@ -33,7 +33,7 @@ SMALL = """
 --long_layers=1 --stages.end=1 --stages.batch_tokens=16384 --stages.seq_len=512
 --stages.doc_len=512 --stages.short=128 --stages.long=256 --stages.lr=1 --micro_tokens=1024
 --head_block=256 --steps=100 --val.seq_len=1024 --val.short=128 --val.long=512
---val_tokens=32768 --val_context=256
+--val_tokens=32768 --val_context=256 --stages.candidates=0
 """.split()
 ONE_LAYER = "--num_layers=1 --skips= --late_inputs= --backout= --offset_layers= --long_layers="
 TOY = [*SMALL, *ONE_LAYER.split()]

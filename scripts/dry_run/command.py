@@ -31,7 +31,6 @@ import multiprocessing
 import re
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -369,12 +368,9 @@ def config(flags, presets=train.PRESETS):
     Raises UsageError.
     """
     cfg = train.parse_flags(flags, next(iter(presets)), presets)
-    vocab_size, bos_id = 257, 256
-    if cfg.train_files and cfg.val_files:
-        vocab_size, bos_id = 50257, 50256
-    if cfg.bos_id is not None:
-        bos_id = cfg.bos_id
-    cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab_size, bos_id=bos_id)
+    is_gpt2 = cfg.train_files and cfg.val_files
+    meta = train.GPT2_META if is_gpt2 else train.BYTES_META
+    cfg = train.complete_config(train.Shards([], [], meta), cfg)
     jax.config.update("jax_enable_x64", False)
     precision = "float32" if cfg.compute_dtype == "float32" else None
     jax.config.update("jax_default_matmul_precision", precision)
