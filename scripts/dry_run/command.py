@@ -8,8 +8,8 @@
 The TPU compiler runs on any Linux machine. Of each program this prints what is certain, its memory
 and collectives, and a prediction of its time: estimate.py says how, and how wrong it has
 been. Train.py's kernels count by their instruction bundles (bundles.py). The train time
-that follows is a projection, not a measurement. Compiling the preset's programs takes about ten
-minutes on two cores.
+that follows is a projection, not a measurement. Compiling the preset's programs takes about half an
+hour on two cores.
 """
 
 import os
