@@ -932,6 +932,11 @@ def document_starts(tokens_BT, cfg):
     return lax.cummax(jnp.where(starts_BT, position_1T, 0), axis=1)
 
 
+def first_keys(document_BT, window):
+    """The first key that each query sees, [B, T]: within the window and the document."""
+    return jnp.maximum(document_BT, jnp.arange(document_BT.shape[1])[None] - window)
+
+
 def attend_row(tokens_BT, stage, cfg):
     """attend(layer, q, k, v, gate) over whole rows: within the window and the document."""
     position_1T = jnp.arange(tokens_BT.shape[1])[None]
@@ -942,7 +947,7 @@ def attend_row(tokens_BT, stage, cfg):
         window = window_of(layer, stage, cfg)
         if layer in cfg.offset_layers:
             k_BTN = offset_keys(k_BTN, document_BT == position_1T, cfg)
-        first_BT = jnp.maximum(document_BT, position_1T - window)
+        first_BT = first_keys(document_BT, window)
         core = ATTENTION.get(cfg.attention, attention_xla)  # xla where auto was not settled
         return core(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg)
 
@@ -1090,17 +1095,12 @@ def copy_queries(x_BTD, weights, cfg):
     return q_BTQ, k_BTQ, sink_BT, pointer_BT
 
 
-def copy_first(tokens_BT, cfg):
-    """The first key that each query sees, [B, T]."""
-    position_1T = jnp.arange(tokens_BT.shape[1])[None]
-    return jnp.maximum(document_starts(tokens_BT, cfg), position_1T - COPY_WINDOW)
-
-
 def copy_terms(x_BTD, weights, tokens_BT, targets_BT, cfg):
     """What mixture_nats asks of the pointer: {name: [B, T]}."""
     q_BTQ, k_BTQ, sink_BT, pointer_BT = copy_queries(x_BTD, weights, cfg)
+    first_BT = first_keys(document_starts(tokens_BT, cfg), COPY_WINDOW)
     sums = COPY_SUMS.get(cfg.attention, copy_sums_xla)
-    sum_BT, hit_BT = sums(q_BTQ, k_BTQ, targets_BT, copy_first(tokens_BT, cfg), COPY_WINDOW)
+    sum_BT, hit_BT = sums(q_BTQ, k_BTQ, targets_BT, first_BT, COPY_WINDOW)
     total_BT = sum_BT + sink_BT
     return {
         "pointer": pointer_BT,
@@ -1187,7 +1187,8 @@ def map_logits(function, weights, tokens_BT, others, cfg):
     position_T = jnp.arange(tokens_BT.shape[1])
     pointer = ()
     if cfg.copy_dim:
-        pointer = copy_first(tokens_BT, cfg), *copy_queries(x_BTD, weights, cfg)
+        first_BT = first_keys(document_starts(tokens_BT, cfg), COPY_WINDOW)
+        pointer = first_BT, *copy_queries(x_BTD, weights, cfg)
 
     def row(inputs):
         x_TD, tokens_T, pointer, others = inputs

@@ -322,6 +322,17 @@ def attend_slots(q_B1HK, k_NSK, v_NSK, visible_BS, cfg):
     return rearrange(y_N1R1K, "(B G) 1 R 1 K -> B 1 (G R K)", G=cfg.kv_heads)
 
 
+def put_pointer(x_B1D, token_B, weights, cache, cfg):
+    """(keys, next tokens) of the copy pointer with a token's key; the token followed the last."""
+    if not cfg.copy_dim:
+        return None, None
+    _, k_B1Q, _, _ = train.copy_queries(x_B1D.astype(weights["head"].dtype), weights, cfg)
+    size = cache.copy_keys_BSQ.shape[1]
+    keys_BSQ = put_at(cache.copy_keys_BSQ, k_B1Q, cache.position % size)
+    next_BS = put_at(cache.copy_next_BS, token_B[:, None], (cache.position - 1) % size)
+    return keys_BSQ, next_BS
+
+
 def decode(weights, cache, token_B, capacity, cfg):
     """(float32 logits_BV of what follows token_B, the next of each row; the Cache with it).
 
@@ -353,16 +364,10 @@ def decode(weights, cache, token_B, capacity, cfg):
 
     # smear reads the embedding of the token before: it is there for that alone, and nobody looks
     # at what becomes of it
-    tokens = [cache.token_B, token_B] if cfg.smear else [token_B]
-    tokens_BT = jnp.stack(tokens, axis=1)
+    tokens_BT = jnp.stack([cache.token_B, token_B] if cfg.smear else [token_B], axis=1)
     x_BTD = train.forward(weights, tokens_BT, weights["embed"][tokens_BT], cfg.val, cfg, attend)
     x_B1D = x_BTD[:, -1:]
-    pointer = None, None
-    if cfg.copy_dim:
-        _, k_B1Q, _, _ = train.copy_queries(x_B1D.astype(weights["head"].dtype), weights, cfg)
-        size = cache.copy_keys_BSQ.shape[1]
-        copy_keys_BSQ = put_at(cache.copy_keys_BSQ, k_B1Q, position % size)
-        pointer = copy_keys_BSQ, put_at(cache.copy_next_BS, token_B[:, None], (position - 1) % size)
+    pointer = put_pointer(x_B1D, token_B, weights, cache, cfg)
     cache = Cache(keys, values, raw_keys, *pointer, token_B, start_B, position + 1)
     return head_logits(x_B1D, weights, cache, cfg), cache
 
