@@ -163,7 +163,7 @@ class Config:
     copy_dim: int = 128  # width of the copy pointer's queries and keys; 0: no pointer
     softcap: tuple = (11.5, 15.0, 5.0)  # (A, B, C): A * tanh((logit + C) / B); empty: no cap
     attn_scale: float = 0.0707  # multiplies q.k, both of unit rms, in the first stage
-    attention: str = "auto"  # band: the TPU kernels; xla: plain; auto: band on a TPU if it can
+    attention: str = "auto"  # band: the TPU kernels; cudnn: for GPUs; xla: plain; auto: the fastest
     head_block: int = 4096  # tokens whose logits exist at a time; all, where it is no divisor
     compute_dtype: str = "bfloat16"  # of matmul operands and of gradients between devices
     residual_dtype: str | None = None  # of activations between matmuls; None: compute_dtype
@@ -178,7 +178,8 @@ class Config:
     val: Stage = Stage(seq_len=8192, short=768, long=2560)  # --val.seq_len=..., --val.short=...
     val_tokens: int = 10_485_760  # targets scored, each once, from the first validation shard
     val_context: int = 2048  # first tokens of a validation row, context only (record 21)
-    micro_tokens: int = 4096  # tokens per device and micro-step, at least one row
+    micro_tokens: int | None = None  # tokens per device and micro-step, at least one row; None:
+    # 4096, but on a GPU up to 32768, as its memory allows
     warmup_steps: int = 0  # the learning rate rises linearly over these
     cooldown_frac: float = 0.6  # share of the steps before final_frac in which the rates fall
     final_lr_scale: float = 0.15  # what they fall to, of the base rates
@@ -224,6 +225,11 @@ class Config:
     @property
     def stream_dtype(self):
         return self.residual_dtype or self.compute_dtype
+
+    @property
+    def tokens_at_once(self):
+        """Of a device."""
+        return self.micro_tokens or 4096
 
     @property
     def bounds(self):
@@ -317,7 +323,7 @@ RETIRED = {  # flags of earlier versions or other programs, and what they are he
 
 
 CHOICES = {
-    "attention": ("auto", "band", "xla"),
+    "attention": ("auto", "band", "cudnn", "xla"),
     "optimizer": ("muon", "adamw"),
     "compute_dtype": ("bfloat16", "float32"),
     "residual_dtype": (None, "bfloat16", "float32"),
@@ -794,17 +800,25 @@ def query_blocks(first_BT, last_1T, window):
         yield here, keys, visible_BTS
 
 
-def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
-    """Gated attention, [B, T, HK], for any machine. Query t sees the keys first_BT[:, t] .. t.
+def heads_of(q_BTN, k_BTN, v_BTN, table, cfg):
+    """Raw projections -> q [B, T, H, K], k and v [B, T, G, K]: q and k normed and turned, q scaled.
 
-    q [B, T, HK], k and v [B, T, GK] are raw projections; table is rotary's.
+    table is rotary's.
     """
     cos_TK, sin_TK, scale = table
     heads = "B T (H K) -> B T H K"
     q_BTHK, k_BTGK, v_BTGK = (rearrange(z, heads, K=cfg.head_dim) for z in (q_BTN, k_BTN, v_BTN))
     q_BTHK = rotate(rms_norm(q_BTHK), cos_TK, sin_TK) * scale
     k_BTGK = rotate(rms_norm(k_BTGK), cos_TK, sin_TK)
-    q_BTHK, k_BTGK, v_BTGK = (z.astype(cfg.compute_dtype) for z in (q_BTHK, k_BTGK, v_BTGK))
+    return (z.astype(cfg.compute_dtype) for z in (q_BTHK, k_BTGK, v_BTGK))
+
+
+def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
+    """Gated attention, [B, T, HK], for any machine. Query t sees the keys first_BT[:, t] .. t.
+
+    q [B, T, HK], k and v [B, T, GK] are raw projections; table is rotary's.
+    """
+    q_BTHK, k_BTGK, v_BTGK = heads_of(q_BTN, k_BTN, v_BTN, table, cfg)
     q_BGRTK = rearrange(q_BTHK, "B T (G R) K -> B G R T K", G=cfg.kv_heads)
     k_BGSK, v_BGSK = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
     position_1T = jnp.arange(q_BTN.shape[1])[None]
@@ -814,6 +828,26 @@ def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
         outputs.append(softmax_average(q_BGRTK[:, :, :, here], k, v, visible_BTS))
     y_BGRTK = jnp.concatenate(outputs, axis=3)
     return gated(rearrange(y_BGRTK, "B G R T K -> B T (G R K)"), gate_BTH)
+
+
+def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
+    """The same by cuDNN's fused kernels, for GPUs.
+
+    They know causality and window, and skip what lies outside; the mask adds the documents.
+    """
+    q_BTHK, k_BTGK, v_BTGK = heads_of(q_BTN, k_BTN, v_BTN, table, cfg)
+    key_111S = jnp.arange(q_BTN.shape[1])[None, None, None]
+    y_BTHK = jax.nn.dot_product_attention(
+        q_BTHK,
+        k_BTGK,
+        v_BTGK,
+        mask=key_111S >= first_BT[:, None, :, None],
+        scale=1.0,
+        is_causal=True,
+        local_window_size=(window, 0),
+        implementation="cudnn",
+    )
+    return gated(rearrange(y_BTHK, "B T H K -> B T (H K)"), gate_BTH)
 
 
 def copy_sums_xla(q_BTQ, k_BTQ, targets_BT, first_BT, window):
@@ -853,22 +887,67 @@ def copy_sums_band(q_BTQ, k_BTQ, targets_BT, first_BT, window):
     return tuple(sum_B11T[:, 0, 0] for sum_B11T in sums)
 
 
-ATTENTION = {"xla": attention_xla, "band": attention_band}
+ATTENTION = {"xla": attention_xla, "cudnn": attention_cudnn, "band": attention_band}
 COPY_SUMS = {"xla": copy_sums_xla, "band": copy_sums_band}
+WANTED_BY = {
+    "band": "a TPU, bfloat16, head_dim and copy_dim in 128s, rows in 256s of at most 2^21 / (the "
+    "wider one) tokens",
+    "cudnn": "an NVIDIA GPU of capability 8.0 or more, bfloat16, rows of even length, head_dim in "
+    "8s of at most 128, on 9.0 of 256",
+}
 
 
-def choose_attention(cfg, backend):
-    """The Config with --attention=auto settled. Raises UsageError where band cannot run."""
-    able = backend == "tpu" and cfg.compute_dtype == "bfloat16"
-    able &= cfg.head_dim % 128 == cfg.copy_dim % 128 == 0
-    for stage in (*cfg.stages, cfg.val):  # a row of one head lies in fast memory
-        width = max(cfg.head_dim, cfg.copy_dim)
-        able &= stage.seq_len % TILE == 0 and stage.seq_len * width <= 1 << 21
-    wanted = f"a TPU, bfloat16, head_dim and copy_dim in 128s, rows in {TILE}s of at most"
-    wanted += " 2^21 / (the wider one) tokens"
-    require(able or cfg.attention != "band", f"--attention=band: wanted {wanted}")
-    best = "band" if able else "xla"
-    return replace(cfg, attention=best) if cfg.attention == "auto" else cfg
+def compute_capability(device):
+    """Of an NVIDIA GPU, such as 9.0 of an H100; 0.0 of any other device."""
+    stated = str(getattr(device, "compute_capability", ""))
+    return float(stated) if re.fullmatch(r"\d+\.\d+", stated) else 0.0
+
+
+def able_to_run(cfg, platform, capability):
+    """The names in ATTENTION of what can run this Config, the fastest first."""
+    rows = [stage.seq_len for stage in (*cfg.stages, cfg.val)]
+    is_half = cfg.compute_dtype == "bfloat16"
+    width = max(cfg.head_dim, cfg.copy_dim)
+    in_tiles = all(row % TILE == 0 and row * width <= 1 << 21 for row in rows)  # in fast memory
+    in_registers = cfg.head_dim % 128 == cfg.copy_dim % 128 == 0
+    widest = {8: 128, 9: 256}.get(int(capability), 128)  # whose gradient cuDNN has
+    even = all(row % 2 == 0 for row in rows) and cfg.head_dim % 8 == 0
+    able = {
+        "band": platform == "tpu" and is_half and in_tiles and in_registers,
+        "cudnn": capability >= 8 and is_half and even and cfg.head_dim <= widest,
+        "xla": True,
+    }
+    return [name for name, is_able in able.items() if is_able]
+
+
+def choose_attention(cfg, platform, capability=0.0):
+    """The Config with --attention=auto settled. Raises UsageError where a named one cannot run."""
+    able = able_to_run(cfg, platform, capability)
+    if cfg.attention != "auto":
+        require(
+            cfg.attention in able,
+            f"--attention={cfg.attention}: wanted {WANTED_BY.get(cfg.attention)}",
+        )
+        return cfg
+    # before 0.11.2 JAX also makes cuDNN's gradient of the mask, [T, T] of each row
+    if "cudnn" in able and (cfg.deterministic or jax.__version_info__ < (0, 11, 2)):
+        able.remove("cudnn")
+    return replace(cfg, attention=able[0])
+
+
+def attention_note(cfg, platform):
+    """A line for the log: which attention runs, and what the platform's fastest would want."""
+    note = f"attention: {cfg.attention}"
+    fastest = {"tpu": "band", "gpu": "cudnn"}.get(platform, cfg.attention)
+    if cfg.attention == fastest:
+        return note
+    note += f". {fastest} is faster, and wants {WANTED_BY[fastest]}"
+    if fastest == "cudnn":
+        note += "; auto takes it from JAX 0.11.2 on, without --deterministic"
+    if fastest == "cudnn" and cfg.head_dim > 128:
+        num_heads = cfg.num_heads * cfg.head_dim // 128
+        note += f". Heads of 128: --num_heads={num_heads} --head_dim=128"
+    return note
 
 
 def offset_keys(k_BSN, starts_BS, cfg):
@@ -1755,7 +1834,7 @@ def batch_shape(stage, num_devices, cfg):
         said = f"here {num_devices} devices, {num_rows} rows"
         require(whole, f"--stages.candidates={stage.candidates}: {wanted}, {said}; 0 is for any")
     per_group = math.ceil(num_rows / num_parts)
-    num_micro = math.ceil(per_group / max(1, cfg.micro_tokens // stage.seq_len))
+    num_micro = math.ceil(per_group / max(1, cfg.tokens_at_once // stage.seq_len))
     while stage.candidates and per_group % num_micro:  # spare places would shift rows into others
         num_micro += 1
     num_groups = num_parts // num_devices
@@ -2258,6 +2337,26 @@ def compile_all(model, mesh, cfg):
 
     with ThreadPoolExecutor() as pool:
         return programs, list(pool.map(build, listed))
+
+
+def fit_memory(model, mesh, cfg):
+    """The Config with --micro_tokens=none settled: on a GPU as many as its memory holds.
+
+    Fewer and larger micro-steps launch fewer kernels (predicted for an H100: 7 times fewer). Each
+    size is compiled, in the last stage, until one fits; the update stays the same.
+    """
+    device = mesh.devices.flat[0]
+    if cfg.micro_tokens or device.platform != "gpu":
+        return cfg
+    limit = device.memory_stats()["bytes_limit"]
+    last = f"train_{len(cfg.stages) - 1}"
+    for micro_tokens in (32768, 16384, 8192, 4096):
+        cfg = replace(cfg, micro_tokens=micro_tokens)
+        function, arguments = list_programs(model, mesh, cfg)[last]
+        program = function.lower(*arguments).compile(compiler_options=compiler_options(mesh, cfg))
+        if memory_of(program) < 0.95 * limit:
+            break
+    return cfg
 
 
 def flops_per_token(stage, specs, cfg):
@@ -2806,7 +2905,8 @@ def configure(argv, presets=PRESETS):
         preset, why = choose_preset(texts.get("train_files", presets[preset].train_files))
     cfg = parse_texts(texts, preset, presets)
     set_up_jax(cfg)
-    return choose_attention(cfg, jax.default_backend()), why
+    capability = compute_capability(jax.devices()[0])
+    return choose_attention(cfg, jax.default_backend(), capability), why
 
 
 def hash_of(*things):
@@ -2846,7 +2946,7 @@ def memory_errors(cfg):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UsageError(
-            f"out of memory. Halve --micro_tokens={cfg.micro_tokens}, down to one row of "
+            f"out of memory. Halve --micro_tokens={cfg.tokens_at_once}, down to one row of "
             f"stages.seq_len, or --head_block={cfg.head_block}: the update stays the same"
         ) from error
 
@@ -2961,15 +3061,17 @@ def main(argv=None, model=GPT, hook=lambda step: False):
         print(f"{checkpoint} is that run's last step, nothing is left to train")
         return folder
 
+    print("compiling, or taking programs from the cache ...", flush=True)
+    cfg = fit_memory(model, mesh, cfg)
     specs = model.specs(cfg)
     log = Log(folder, specs, cfg, manifest)
     own = owning if log.writes else contextlib.nullcontext
     with contextlib.ExitStack() as owned, memory_errors(cfg):
         if checkpoint:
             owned.enter_context(own(folder))
-        print("compiling, or taking programs from the cache ...", flush=True)
         programs, notes = compile_all(model, mesh, cfg)
-        notes = [data_note, f"parameters: {count_params(specs)}", *notes]
+        attention = attention_note(cfg, jax.default_backend())
+        notes = [data_note, f"parameters: {count_params(specs)}", attention, *notes]
         if not checkpoint:  # a new folder, which no other process knows
             owned.enter_context(own(folder))
         log.begin(source, why, argv, train, val, notes)

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from shards import TINY, make_folder
@@ -202,6 +203,65 @@ def test_attention_follows_platform_and_shapes_unless_it_is_asked_for():
     for changes, platform in ((band, "gpu"), (band | {"head_dim": 64}, "tpu")):
         with pytest.raises(UsageError, match="--attention=band"):
             train.choose_attention(replace(fits, **changes), platform)
+
+
+def test_an_nvidia_gpu_takes_cudnns_attention_where_it_has_the_gradient_of_such_heads(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    wide, odd = {"head_dim": 256}, {"val": Stage(seq_len=4095)}
+    for changes, capability, chosen in [
+        ({}, 7.5, "xla"), ({}, 8.0, "cudnn"), ({}, 9.0, "cudnn"), ({}, 10.0, "cudnn"),
+        (wide, 8.9, "xla"), (wide, 9.0, "cudnn"), (wide, 12.0, "xla"), ({}, 0.0, "xla"),
+        ({"head_dim": 124}, 9.0, "xla"), (odd, 9.0, "xla"), ({"deterministic": True}, 9.0, "xla"),
+        ({"compute_dtype": "float32"}, 9.0, "xla"), ({"attention": "xla"}, 9.0, "xla"),
+    ]:  # fmt: skip
+        cfg = replace(SPEEDRUN, **{"head_dim": 128} | changes)
+        found = train.choose_attention(cfg, "gpu", capability)
+        assert found == replace(cfg, attention=chosen), (changes, capability)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))  # the mask's gradient costs memory
+    assert train.choose_attention(SPEEDRUN, "gpu", 9.0).attention == "xla"
+    asked = replace(SPEEDRUN, attention="cudnn")
+    assert train.choose_attention(asked, "gpu", 9.0) == asked
+    with pytest.raises(UsageError, match="--attention=cudnn: wanted .* at most 128, on 9.0 of 256"):
+        train.choose_attention(asked, "gpu", 8.0)
+
+
+def test_the_log_says_which_attention_runs_and_what_the_fastest_of_the_platform_wants():
+    slow = replace(SPEEDRUN, attention="xla")
+    assert train.attention_note(slow, "cpu") == "attention: xla"
+    assert train.attention_note(replace(slow, attention="band"), "tpu") == "attention: band"
+    assert "copy_dim in 128s" in train.attention_note(slow, "tpu")
+    assert "--num_heads=6 --head_dim=128" in train.attention_note(slow, "gpu")
+
+
+def test_only_an_nvidia_gpu_has_a_compute_capability():
+    for stated, number in (("9.0", 9.0), ("12.1", 12.1), ("gfx942", 0.0), (None, 0.0)):
+        assert train.compute_capability(types.SimpleNamespace(compute_capability=stated)) == number
+    assert train.compute_capability(types.SimpleNamespace()) == 0.0
+
+
+@pytest.mark.parametrize(("limit", "micro_tokens"), [(40, 32768), (24, 16384), (1, 4096)])
+def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allow(
+    monkeypatch, limit, micro_tokens
+):
+    """A program of n tokens at once needs n units here, memory has 1000 x limit."""
+
+    def list_programs(model, mesh, cfg):
+        sizes = "argument_size_in_bytes alias_size_in_bytes temp_size_in_bytes output_size_in_bytes"
+        use = types.SimpleNamespace(**dict.fromkeys(sizes.split(), 0))
+        use.temp_size_in_bytes = cfg.micro_tokens
+        program = types.SimpleNamespace(memory_analysis=lambda: use)
+        lowered = types.SimpleNamespace(compile=lambda compiler_options: program)
+        return {"train_3": (types.SimpleNamespace(lower=lambda: lowered), ())}
+
+    monkeypatch.setattr(train, "list_programs", list_programs)
+    for platform in ("gpu", "cpu"):
+        stats = {"bytes_limit": 1000 * limit}
+        device = types.SimpleNamespace(platform=platform, memory_stats=lambda stats=stats: stats)
+        mesh = types.SimpleNamespace(devices=np.array([device]))
+        found = train.fit_memory(train.GPT, mesh, SPEEDRUN)
+        assert found.micro_tokens == (micro_tokens if platform == "gpu" else None)
+        given = replace(SPEEDRUN, micro_tokens=8192)
+        assert train.fit_memory(train.GPT, mesh, given) == given
 
 
 # ---- python train.py ----

@@ -345,12 +345,12 @@ def test_yarn_counts_a_window_without_limit_as_the_row_and_waits_until_one_passe
 # ---- Attention -----------------------------------------------------------------------------------
 
 
-def attention_and_gradients(window, q_BTN, k_BSN, v_BSN, gate_BTH, first_BT, g_BTN):
+def attention_and_gradients(window, q_BTN, k_BSN, v_BSN, gate_BTH, first_BT, g_BTN, name="xla"):
     """(output, gradients of output . cotangent)."""
     table = rotary(q_BTN.shape[1], ROW, BASE)
 
     def attend(*given):
-        return train.attention_xla(*given, first_BT, table, window, BASE)
+        return train.ATTENTION[name](*given, first_BT, table, window, BASE)
 
     y, pull = jax.vjp(attend, q_BTN, k_BSN, v_BSN, gate_BTH)
     return y, pull(g_BTN)
@@ -372,6 +372,25 @@ def test_attention_and_its_gradients_are_those_written_out_in_float64():
     found = jit(functools.partial(attention_and_gradients, 7))(*inputs)
     expected = numpy_gpt.attention_and_gradients(*inputs, BASE)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
+
+
+def test_cudnn_is_asked_for_the_same_attention_and_for_causality_and_window_by_its_own_means(
+    monkeypatch,
+):
+    """Another implementation of the same call answers. A mask alone would skip no block."""
+    plain = jax.nn.dot_product_attention
+    asked = []
+
+    def answer(*arrays, implementation, **settings):
+        asked.append((implementation, settings["is_causal"], settings["local_window_size"]))
+        return plain(*arrays, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    inputs = attention_inputs(7, 23)
+    found = attention_and_gradients(7, *inputs, name="cudnn")
+    expected = numpy_gpt.attention_and_gradients(*inputs, BASE)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
+    assert asked == [("cudnn", True, (7, 0))]
 
 
 def test_blocks_do_not_compute_the_keys_that_causality_and_window_put_out_of_reach():
