@@ -145,7 +145,7 @@ def test_a_value_of_another_type_or_one_that_cannot_run_is_refused_with_its_flag
      --stages.end=0.5,0.9 --stages.end=1,0.5 --stages.end=0,1 --stages.doc_len=0,32
      --stages.seq_len=48,64 --stages.seq_len=0 --stages.batch_tokens=500,1024
      --stages.batch_tokens=0 --gate_dims=33 --attn_scale=4 --softcap=0,15,5 --softcap=11,0,5
-     --stages.ahead=('x',),() --stages.lr=1,2,3"""
+     --stages.ahead=('x',),() --stages.lr=1,2,3 --copy_dim=1025 --stages.candidates=-1"""
     for case in [*cases.split(), "--skips=" + "(" * 999, "--steps=" + "9" * 5000]:
         assert refusal(case).startswith(case.split("=")[0] + "="), case
 

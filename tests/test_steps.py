@@ -236,6 +236,20 @@ def test_the_other_candidates_go_round_the_vocabulary_and_follow_from_the_step()
         assert set(np.concatenate(chosen).tolist()) == set(range(SAMPLED.vocab_size))
 
 
+def test_candidates_want_a_vocabulary_that_holds_them_and_that_the_permutation_reaches():
+    shards = train.Shards([], [], {"vocab_size": 50, "bos_id": 7})
+
+    def complete(candidates, vocab_size):
+        stages = (replace(STAGE, candidates=candidates),)
+        return train.complete_config(shards, config(stages=stages, vocab_size=vocab_size))
+
+    assert complete(50, None).vocab_size == 50
+    assert complete(0, 20011).vocab_size == 20011
+    for candidates, vocab_size in ((51, None), (50, 20011)):
+        with pytest.raises(train.UsageError, match=f"candidates={candidates}: wanted at most"):
+            complete(candidates, vocab_size)
+
+
 def test_more_targets_than_candidates_and_rows_in_no_eighths_are_refused():
     few = replace(STAGE, candidates=9)
     with pytest.raises(train.UsageError, match=r"candidates=9: .* has \d+ different targets"):
