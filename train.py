@@ -945,8 +945,9 @@ def attention_note(cfg, platform):
     if fastest == "cudnn":
         note += "; auto takes it from JAX 0.11.2 on, without --deterministic"
     if fastest == "cudnn" and cfg.head_dim > 128:
-        num_heads = cfg.num_heads * cfg.head_dim // 128
-        note += f". Heads of 128: --num_heads={num_heads} --head_dim=128"
+        narrower = cfg.head_dim / 128
+        heads = f"--num_heads={cfg.num_heads * narrower:.0f} --head_dim=128"
+        note += f". Heads of 128: {heads} --attn_scale={cfg.attn_scale * narrower**0.5:.3g}"
     return note
 
 

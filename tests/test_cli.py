@@ -230,7 +230,7 @@ def test_the_log_says_which_attention_runs_and_what_the_fastest_of_the_platform_
     assert train.attention_note(slow, "cpu") == "attention: xla"
     assert train.attention_note(replace(slow, attention="band"), "tpu") == "attention: band"
     assert "copy_dim in 128s" in train.attention_note(slow, "tpu")
-    assert "--num_heads=6 --head_dim=128" in train.attention_note(slow, "gpu")
+    assert "--num_heads=6 --head_dim=128 --attn_scale=0.1" in train.attention_note(slow, "gpu")
 
 
 def test_only_an_nvidia_gpu_has_a_compute_capability():
