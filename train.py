@@ -72,8 +72,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 f32 = jnp.float32
 tree_map = jax.tree.map
@@ -99,9 +98,10 @@ def require(holds, sentence):
 #
 # The defaults are modded-nanogpt's record 58 (January 2026) with the free tweaks of records 61 to
 # 80 (those that cost no time), a softmax over candidates (record 92) and a copy pointer (pull
-# request 379). Different here: no embedding tables, no paired heads, three heads of 256 for six of
-# 128 (so attn_scale is 0.1 / sqrt(2)), Adam on every step, gradients as means over tokens,
-# documents packed in rows of 4,096. How many steps make up for it is an estimate: records/v6e.
+# request 379). Different here: no value embeddings, no table of token pairs, no paired heads, three
+# heads of 256 for six of 128 (so attn_scale is 0.1 / sqrt(2)), Adam on every step, gradients as
+# means over tokens, documents packed in rows of 4,096. How many steps make up for it is an
+# estimate: records/v6e.
 #
 # A "gain" in this file is validation loss without a technique minus loss with it: positive where it
 # helps. Unless it says otherwise it was measured on English text with 5M parameters, 2M tokens and
@@ -131,7 +131,8 @@ class Stage:
     lr: float = 1.0  # multiplies every learning rate
     ahead: tuple = ()  # loss weights of the 2nd, 3rd ... next token; the last falls to 0
     tied: bool = False  # the embedding is the head
-    candidates: int = 0  # tokens of the vocabulary that the softmax is over; 0: all
+    candidates: int = 0  # tokens that the training softmax is over, which makes train_loss lower;
+    # 0: the whole vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ class Config:
     # Model
     num_layers: int = 11  # blocks
     model_dim: int = 768  # width of the residual stream
-    num_heads: int = 3  # query heads; on a TPU 3 of 256 are 14 % faster than 6 of 128
+    num_heads: int = 3  # query heads; predicted for a v6e-8: 13 % less time than 6 of 128
     num_kv_heads: int | None = None  # key heads, each shared by query heads; None: num_heads
     head_dim: int = 256  # width of a head, a multiple of 4; of 128 for the TPU kernels
     mlp_dim: int = 3072  # hidden width of the ReLU^2 MLP
@@ -163,7 +164,7 @@ class Config:
     copy_dim: int = 128  # width of the copy pointer's queries and keys; 0: no pointer
     softcap: tuple = (11.5, 15.0, 5.0)  # (A, B, C): A * tanh((logit + C) / B); empty: no cap
     attn_scale: float = 0.0707  # multiplies q.k, both of unit rms, in the first stage
-    attention: str = "auto"  # band: the TPU kernels; cudnn: for GPUs; xla: plain; auto: the fastest
+    attention: str = "auto"  # band: the TPU kernels; cudnn: on a GPU; xla: plain; auto: as able
     head_block: int = 4096  # tokens whose logits exist at a time; all, where it is no divisor
     compute_dtype: str = "bfloat16"  # of matmul operands and of gradients between devices
     residual_dtype: str | None = None  # of activations between matmuls; None: compute_dtype
@@ -178,8 +179,8 @@ class Config:
     val: Stage = Stage(seq_len=8192, short=768, long=2560)  # --val.seq_len=..., --val.short=...
     val_tokens: int = 10_485_760  # targets scored, each once, from the first validation shard
     val_context: int = 2048  # first tokens of a validation row, context only (record 21)
-    micro_tokens: int | None = None  # tokens per device and micro-step, at least one row; None:
-    # 4096, but on a GPU up to 32768, as its memory allows
+    micro_tokens: int | None = None  # tokens per device and micro-step, at least one row; None: on
+    # a GPU up to 32768, as its memory allows, else 4096
     warmup_steps: int = 0  # the learning rate rises linearly over these
     cooldown_frac: float = 0.6  # share of the steps before final_frac in which the rates fall
     final_lr_scale: float = 0.15  # what they fall to, of the base rates
@@ -228,7 +229,7 @@ class Config:
 
     @property
     def tokens_at_once(self):
-        """Of a device."""
+        """Tokens of a micro-step on one device."""
         return self.micro_tokens or 4096
 
     @property
@@ -456,15 +457,20 @@ def rules(cfg):
     yield "num_kv_heads", cfg.num_heads % cfg.kv_heads == 0, f"a divisor of {cfg.num_heads}"
     yield "copy_dim", cfg.copy_dim <= 1024, "at most 1024: the pointer's softmax takes no maximum"
     yield "gate_dims", cfg.gate_dims <= cfg.model_dim, f"at most {cfg.model_dim}, the model's width"
-    bounded = cfg.attn_scale * cfg.head_dim < 60  # softmax_average takes no maximum
-    yield "attn_scale", bounded, f"less than 60 / head_dim, here {60 / cfg.head_dim:.3g}"
     for flag, sizes in (("softcap", (0, 3)), ("muon_momentum", (4,))):
         values = getattr(cfg, flag)
         numbers = len(values) in sizes and {type(x) for x in values} <= {int, float}
         yield flag, numbers, f"{' or '.join(map(str, sizes))} numbers"
     yield "softcap", min(cfg.softcap[:2], default=1) > 0, "A and B above 0"
+    capped = 0 < max(cfg.softcap[:1], default=0) <= 40
+    wanted = "0 where softcap is empty or its A above 40, because mixture_nats takes no maximum"
+    yield "copy_dim", capped or not cfg.copy_dim, wanted
     yield from layer_rules(cfg)
     yield from schedule_rules(cfg)
+    growth = rotary(1, cfg.val, cfg)[2] / (cfg.attn_scale or 1)
+    most = 60 / cfg.head_dim / (growth or 1)
+    wanted = f"less than {most:.3g}, because softmax_average takes no maximum"
+    yield "attn_scale", cfg.attn_scale < most, wanted
 
 
 def layer_rules(cfg):
@@ -510,6 +516,10 @@ def print_help():
 
 
 # ---- Mesh and precision --------------------------------------------------------------------------
+
+
+EVERYWHERE = PartitionSpec()  # each device has a copy
+BY_ROW = PartitionSpec(None, "data")  # the second axis, a batch's rows, is divided over the devices
 
 
 def make_mesh(devices=None):
@@ -770,8 +780,8 @@ def rotate(x_BTHK, cos_TK, sin_TK):
 def softmax_average(q_BGRTK, k_BGSK, v_BGSK, visible_BTS):
     """softmax(q k) v over the visible keys, [B, G, R, T, K]. R query heads share a key head.
 
-    Scores are at most attn_scale * head_dim, which is small, so exp needs no maximum. (The gradient
-    of jax.nn.dot_product_attention would multiply float32.)
+    Scores are at most rotary's scale * head_dim, which is small, so exp needs no maximum. (The
+    gradient of jax.nn.dot_product_attention would multiply float32.)
     """
     score_BGRTS = matmul("BGRTK,BGSK->BGRTS", q_BGRTK, k_BGSK, f32)
     exp_BGRTS = jnp.where(visible_BTS[:, None, None], jnp.exp(score_BGRTS), 0)
@@ -831,9 +841,9 @@ def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
 
 
 def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
-    """The same by cuDNN's fused kernels, for GPUs.
+    """Gated attention by cuDNN's kernels, for GPUs.
 
-    They know causality and window, and skip what lies outside; the mask adds the documents.
+    They know causality and window, and skip what lies outside. The mask adds the documents.
     """
     q_BTHK, k_BTGK, v_BTGK = heads_of(q_BTN, k_BTN, v_BTN, table, cfg)
     key_111S = jnp.arange(q_BTN.shape[1])[None, None, None]
@@ -850,27 +860,10 @@ def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg)
     return gated(rearrange(y_BTHK, "B T H K -> B T (H K)"), gate_BTH)
 
 
-def copy_sums_xla(q_BTQ, k_BTQ, targets_BT, first_BT, window):
-    """(sum, hit) [B, T] of exp(q.k) over the keys first_BT[:, t] .. t - 1, for any machine.
-
-    hit counts only keys with the query's target. q and k are normed, so exp needs no maximum.
-    """
-    before_1T = jnp.arange(q_BTQ.shape[1])[None] - 1
-    sums = []
-    hits = []
-    for here, keys, visible_BTS in query_blocks(first_BT, before_1T, window):
-        score_BTS = matmul("BTQ,BSQ->BTS", q_BTQ[:, here], k_BTQ[:, keys], f32)
-        exp_BTS = jnp.where(visible_BTS, jnp.exp(score_BTS), 0)
-        same_BTS = targets_BT[:, here, None] == targets_BT[:, None, keys]
-        sums.append(jnp.sum(exp_BTS, axis=2))
-        hits.append(jnp.sum(jnp.where(same_BTS, exp_BTS, 0), axis=2))
-    return jnp.concatenate(sums, axis=1), jnp.concatenate(hits, axis=1)
-
-
 def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
-    """The same by the kernels at the end of this file, with cos and sin in compute_dtype.
+    """Gated attention by the kernels at the end of this file, for rows of a multiple of 256 tokens.
 
-    For rows of a multiple of 256 tokens.
+    cos and sin are in compute_dtype.
     """
     cos_TK, sin_TK, scale = table
     length = q_BTN.shape[1]
@@ -879,22 +872,7 @@ def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     return banded((first_BT[:, None, None], gate_BTH.mT[:, :, None], *inputs), band)
 
 
-def copy_sums_band(q_BTQ, k_BTQ, targets_BT, first_BT, window):
-    """The same as copy_sums_xla by the kernels, for rows of a multiple of 256 tokens."""
-    length = q_BTQ.shape[1]
-    band = Band(length, window, math.gcd(length, 1024), 1.0, 1)
-    sums = copied(first_BT[:, None, None], targets_BT[:, None, None], q_BTQ, k_BTQ, band)
-    return tuple(sum_B11T[:, 0, 0] for sum_B11T in sums)
-
-
 ATTENTION = {"xla": attention_xla, "cudnn": attention_cudnn, "band": attention_band}
-COPY_SUMS = {"xla": copy_sums_xla, "band": copy_sums_band}
-WANTED_BY = {
-    "band": "a TPU, bfloat16, head_dim and copy_dim in 128s, rows in 256s of at most 2^21 / (the "
-    "wider one) tokens",
-    "cudnn": "an NVIDIA GPU of capability 8.0 or more, bfloat16, rows of even length, head_dim in "
-    "8s of at most 128, on 9.0 of 256",
-}
 
 
 def compute_capability(device):
@@ -903,52 +881,61 @@ def compute_capability(device):
     return float(stated) if re.fullmatch(r"\d+\.\d+", stated) else 0.0
 
 
-def able_to_run(cfg, platform, capability):
-    """The names in ATTENTION of what can run this Config, the fastest first."""
+def heads_of_128(cfg):
+    """The flags that give as many dims in heads of 128, with scores of the same size."""
+    share = cfg.head_dim / 128
+    flags = f"--num_heads={cfg.num_heads * share:.0f} --head_dim=128"
+    return f"{flags} --attn_scale={cfg.attn_scale * share**0.5:.3g}"
+
+
+def lacking(cfg, platform, capability):
+    """{a name in ATTENTION: what it wants that is not there, "" if nothing}, the fastest first."""
     rows = [stage.seq_len for stage in (*cfg.stages, cfg.val)]
-    is_half = cfg.compute_dtype == "bfloat16"
-    width = max(cfg.head_dim, cfg.copy_dim)
-    in_tiles = all(row % TILE == 0 and row * width <= 1 << 21 for row in rows)  # in fast memory
-    in_registers = cfg.head_dim % 128 == cfg.copy_dim % 128 == 0
-    widest = {8: 128, 9: 256}.get(int(capability), 128)  # whose gradient cuDNN has
-    even = all(row % 2 == 0 for row in rows) and cfg.head_dim % 8 == 0
-    able = {
-        "band": platform == "tpu" and is_half and in_tiles and in_registers,
-        "cudnn": capability >= 8 and is_half and even and cfg.head_dim <= widest,
-        "xla": True,
+    is_bfloat16 = "--compute_dtype=bfloat16", cfg.compute_dtype == "bfloat16"
+    longest = (1 << 21) // max(cfg.head_dim, cfg.copy_dim)  # keys of a row fit into fast memory
+    widest = {8: 128, 9: 256}.get(int(capability), 128)  # of which cuDNN has the gradient
+    wants = {
+        "band": [
+            ("a TPU", platform == "tpu"),
+            is_bfloat16,
+            ("multiples of 128 as head_dim and copy_dim", (cfg.head_dim | cfg.copy_dim) % 128 == 0),
+            (f"rows of a multiple of {TILE} tokens", all(row % TILE == 0 for row in rows)),
+            (f"rows of at most {longest} tokens", max(rows) <= longest),
+        ],
+        "cudnn": [
+            ("an NVIDIA GPU of compute capability 8.0 or more", capability >= 8),
+            # before, JAX also makes the gradient of the mask, [T, T] of each row (jax #39512)
+            ("JAX 0.11.2 or newer", jax.__version_info__ >= (0, 11, 2)),
+            is_bfloat16,
+            ("no --deterministic", not cfg.deterministic),
+            (f"heads of at most {widest}, such as {heads_of_128(cfg)}", cfg.head_dim <= widest),
+            ("a multiple of 8 as head_dim", cfg.head_dim % 8 == 0),
+            ("rows of an even number of tokens", all(row % 2 == 0 for row in rows)),
+        ],
+        "xla": [],
     }
-    return [name for name, is_able in able.items() if is_able]
+    return {
+        name: ", ".join(wanted for wanted, is_there in conditions if not is_there)
+        for name, conditions in wants.items()
+    }
 
 
 def choose_attention(cfg, platform, capability=0.0):
     """The Config with --attention=auto settled. Raises UsageError where a named one cannot run."""
-    able = able_to_run(cfg, platform, capability)
-    if cfg.attention != "auto":
-        require(
-            cfg.attention in able,
-            f"--attention={cfg.attention}: wanted {WANTED_BY.get(cfg.attention)}",
-        )
-        return cfg
-    # before 0.11.2 JAX also makes cuDNN's gradient of the mask, [T, T] of each row
-    if "cudnn" in able and (cfg.deterministic or jax.__version_info__ < (0, 11, 2)):
-        able.remove("cudnn")
-    return replace(cfg, attention=able[0])
+    lacks = lacking(cfg, platform, capability)
+    if cfg.attention == "auto":
+        return replace(cfg, attention=next(name for name in lacks if not lacks[name]))
+    lack = lacks[cfg.attention]
+    require(not lack, f"--attention={cfg.attention}: wanted {lack}")
+    return cfg
 
 
-def attention_note(cfg, platform):
-    """A line for the log: which attention runs, and what the platform's fastest would want."""
-    note = f"attention: {cfg.attention}"
-    fastest = {"tpu": "band", "gpu": "cudnn"}.get(platform, cfg.attention)
-    if cfg.attention == fastest:
-        return note
-    note += f". {fastest} is faster, and wants {WANTED_BY[fastest]}"
-    if fastest == "cudnn":
-        note += "; auto takes it from JAX 0.11.2 on, without --deterministic"
-    if fastest == "cudnn" and cfg.head_dim > 128:
-        narrower = cfg.head_dim / 128
-        heads = f"--num_heads={cfg.num_heads * narrower:.0f} --head_dim=128"
-        note += f". Heads of 128: {heads} --attn_scale={cfg.attn_scale * narrower**0.5:.3g}"
-    return note
+def attention_note(cfg):
+    """A line for the log: which attention runs, and why it is not the one made for this machine."""
+    platform = jax.default_backend()
+    best = {"tpu": "band", "gpu": "cudnn"}.get(platform, cfg.attention)
+    lack = lacking(cfg, platform, compute_capability(jax.devices()[0]))[best]
+    return f"attention: {cfg.attention}" + f"; {best} wants {lack}" * bool(lack)
 
 
 def offset_keys(k_BSN, starts_BS, cfg):
@@ -1107,8 +1094,8 @@ def _softmax_nats_forward(x_ND, head_VD, terms, nats_of, cfg, offset_V):
     height, width, _ = cfg.softcap or (1e9, 1e9, 0)  # so high a cap has a slope of 1
 
     def block(totals, rows):
-        x_ND, x_DN, terms = rows
-        logits_NV = softcap(matmul("ND,VD->NV", x_ND, head_VD, f32), cfg)
+        x_block_ND, x_block_DN, terms_N = rows
+        logits_NV = softcap(matmul("ND,VD->NV", x_block_ND, head_VD, f32), cfg)
         shifted_NV = logits_NV + offset_V[None]
         top_N1 = 0.0  # exp of capped logits needs no maximum
         if height > 60:
@@ -1118,10 +1105,10 @@ def _softmax_nats_forward(x_ND, head_VD, terms, nats_of, cfg, offset_V):
         sum_N1 = jnp.sum(exp_NV, axis=1, keepdims=True)
         p_NV, sum_N1 = lax.optimization_barrier((p_NV, sum_N1))  # else XLA recomputes the logits
         log_z_N = (jnp.log(sum_N1) + top_N1)[:, 0]
-        nats_N, pull_back = jax.vjp(nats_of, log_z_N, terms)
+        nats_N, pull_back = jax.vjp(nats_of, log_z_N, terms_N)
         slope_N, dterms = pull_back(jnp.ones_like(nats_N))
         scale_N1 = slope_N[:, None] / sum_N1 * (height / width)
-        dhead_DV = product("DN,NV->DV", (x_DN * scale_N1.T).astype(head_VD.dtype), p_NV)
+        dhead_DV = product("DN,NV->DV", (x_block_DN * scale_N1.T).astype(head_VD.dtype), p_NV)
         dx_ND = product("NV,VD->ND", p_NV, head_VD) * scale_N1
         return (totals[0] + jnp.sum(nats_N), totals[1] + dhead_DV), (dx_ND, dterms)
 
@@ -1153,8 +1140,8 @@ def _softmax_nats_backward(nats_of, cfg, saved, g):
 softmax_nats.defvjp(_softmax_nats_forward, _softmax_nats_backward)
 
 
-def weighted(log_z_N, terms):
-    """The nats of all targets without a copy pointer, plus each logit."""
+def plain_nats(log_z_N, terms):
+    """weight * log Z of each token. gpt_loss takes the targets' logits off."""
     return terms["weight"] * log_z_N
 
 
@@ -1165,19 +1152,52 @@ def weighted(log_z_N, terms):
 COPY_WINDOW = 2048  # tokens that it looks back
 
 
-def copy_queries(x_BTD, weights, cfg):
-    """(queries, keys [B, T, Q]; the sink's exp(q.k) and the logit of the pointer, [B, T])."""
+def copy_sums_xla(q_BTQ, k_BTQ, targets_BT, first_BT, window):
+    """(sum, hit) [B, T] of exp(q.k) over the keys first_BT[:, t] .. t - 1, for any machine.
+
+    hit counts only keys with the query's target. q and k are normed, so exp needs no maximum.
+    """
+    before_1T = jnp.arange(q_BTQ.shape[1])[None] - 1
+    sums = []
+    hits = []
+    for here, keys, visible_BTS in query_blocks(first_BT, before_1T, window):
+        score_BTS = matmul("BTQ,BSQ->BTS", q_BTQ[:, here], k_BTQ[:, keys], f32)
+        exp_BTS = jnp.where(visible_BTS, jnp.exp(score_BTS), 0)
+        same_BTS = targets_BT[:, here, None] == targets_BT[:, None, keys]
+        sums.append(jnp.sum(exp_BTS, axis=2))
+        hits.append(jnp.sum(jnp.where(same_BTS, exp_BTS, 0), axis=2))
+    return jnp.concatenate(sums, axis=1), jnp.concatenate(hits, axis=1)
+
+
+def copy_sums_band(q_BTQ, k_BTQ, targets_BT, first_BT, window):
+    """The same as copy_sums_xla by the kernels, for rows of a multiple of 256 tokens."""
+    length = q_BTQ.shape[1]
+    band = Band(length, window, math.gcd(length, 1024), 1.0, 1)
+    sums = copied(first_BT[:, None, None], targets_BT[:, None, None], q_BTQ, k_BTQ, band)
+    return tuple(sum_B11T[:, 0, 0] for sum_B11T in sums)
+
+
+COPY_SUMS = {"xla": copy_sums_xla, "band": copy_sums_band}
+
+
+def copy_queries_and_keys(x_BTD, weights, cfg):
+    """Both [B, T, Q], of unit rms; queries are scaled."""
     qk_BTN = matmul("BTD,DN->BTN", x_BTD, weights["copy_qk"])
     q_BTQ, k_BTQ = map(rms_norm, jnp.split(qk_BTN, 2, axis=-1))
-    q_BTQ = (q_BTQ * cfg.copy_dim**-0.5).astype(k_BTQ.dtype)
+    return q_BTQ * cfg.copy_dim**-0.5, k_BTQ
+
+
+def copy_sink_and_logit(q_BTQ, x_BTD, weights, cfg):
+    """(the sink's exp(q.k), the logit of the pointer), [B, T]."""
     sink_BT = jnp.exp(matmul("BTQ,QN->BTN", q_BTQ, weights["copy_sink"], f32)[:, :, 0])
-    pointer_BT = softcap(matmul("BTD,DN->BTN", x_BTD, weights["copy_logit"], f32)[:, :, 0], cfg)
-    return q_BTQ, k_BTQ, sink_BT, pointer_BT
+    logit_BT = softcap(matmul("BTD,DN->BTN", x_BTD, weights["copy_logit"], f32)[:, :, 0], cfg)
+    return sink_BT, logit_BT
 
 
 def copy_terms(x_BTD, weights, tokens_BT, targets_BT, cfg):
     """What mixture_nats asks of the pointer: {name: [B, T]}."""
-    q_BTQ, k_BTQ, sink_BT, pointer_BT = copy_queries(x_BTD, weights, cfg)
+    q_BTQ, k_BTQ = copy_queries_and_keys(x_BTD, weights, cfg)
+    sink_BT, pointer_BT = copy_sink_and_logit(q_BTQ, x_BTD, weights, cfg)
     first_BT = first_keys(document_starts(tokens_BT, cfg), COPY_WINDOW)
     sums = COPY_SUMS.get(cfg.attention, copy_sums_xla)
     sum_BT, hit_BT = sums(q_BTQ, k_BTQ, targets_BT, first_BT, COPY_WINDOW)
@@ -1190,7 +1210,7 @@ def copy_terms(x_BTD, weights, tokens_BT, targets_BT, cfg):
 
 
 def mixture_nats(log_z_N, terms):
-    """The nats of the next token with the pointer, and of the later ones without, plus each logit.
+    """As plain_nats, but the next token's nats are those of the mixture with the pointer.
 
     alpha = e^a / (Z + e^a), where a is the pointer's logit and l the target's. hit and sink are the
     pointer's shares on positions that the target followed, and on its sink.
@@ -1198,14 +1218,17 @@ def mixture_nats(log_z_N, terms):
         -log p = log Z - l + log(1 + e^a / Z) - log(1 + sink e^a / Z + hit e^(a - l))
     """
     odds_N = jnp.exp(terms["pointer"] - log_z_N)
-    label_odds_N = jnp.exp(jnp.minimum(terms["pointer"] - terms["label"], 80.0))
+    label_odds_N = jnp.exp(terms["pointer"] - terms["label"])
     copied_N = terms["sink_share"] * odds_N + terms["hit_share"] * label_odds_N
     mixed_N = jnp.log1p(odds_N) - jnp.log1p(copied_N)
     return terms["weight"] * log_z_N + terms["next_weight"] * mixed_N
 
 
 def copy_log_probs(logits_NV, exp_NS, next_NS, sink_N, pointer_N):
-    """Log-probabilities [N, V] of the same mixture. exp_NS: of keys, which next_NS followed."""
+    """Log-probabilities [N, V] of the same mixture.
+
+    exp_NS: exp(q.k), 0 where the key is not visible. next_NS: the token after each key.
+    """
     total_N1 = jnp.sum(exp_NS, axis=1, keepdims=True) + sink_N[:, None]
     query_N1 = jnp.arange(len(exp_NS))[:, None]
     hit_NV = jnp.zeros_like(logits_NV).at[query_N1, next_NS].add(exp_NS / total_N1)
@@ -1244,7 +1267,7 @@ def gpt_loss(weights, batch, key, stage, cfg):
         weights_BT.append(weight_BT)
         logits_BT.append(logit_BT)
     terms = {"weight": sum(weights_BT), "next_weight": weights_BT[0], "label": logits_BT[0]}
-    nats_of = weighted
+    nats_of = plain_nats
     if cfg.copy_dim:
         nats_of = mixture_nats
         terms |= copy_terms(x_BTD, weights, batch["tokens"], batch["targets"], cfg)
@@ -1268,7 +1291,9 @@ def map_logits(function, weights, tokens_BT, others, cfg):
     pointer = ()
     if cfg.copy_dim:
         first_BT = first_keys(document_starts(tokens_BT, cfg), COPY_WINDOW)
-        pointer = first_BT, *copy_queries(x_BTD, weights, cfg)
+        q_BTQ, k_BTQ = copy_queries_and_keys(x_BTD, weights, cfg)
+        sink_and_logit = copy_sink_and_logit(q_BTQ, x_BTD, weights, cfg)
+        pointer = first_BT, q_BTQ, k_BTQ, *sink_and_logit
 
     def row(inputs):
         x_TD, tokens_T, pointer, others = inputs
@@ -1776,7 +1801,8 @@ def plan_val(shards, cfg):
     return [[tokens[start : start + cfg.val.seq_len + 1]] for start in starts]
 
 
-GROUPS = 8  # into which the rows of a batch are cut where a stage has candidates
+GROUPS = 8  # into which rows are cut where a stage has candidates: one for each chip of a v6e-8
+STRIDE = 86243  # a prime above 65536, so its multiples go through any vocabulary
 
 
 def targets_in(rows, stage, cfg):
@@ -1788,26 +1814,27 @@ def targets_in(rows, stage, cfg):
     for i, row in enumerate(rows):
         are_targets[i * GROUPS // len(rows), np.concatenate(row)[1:]] = True
     most = np.count_nonzero(are_targets, axis=1).max()
-    flag = f"--stages.candidates={stage.candidates}"
-    require(most <= stage.candidates, f"{flag}: an eighth of a batch has {most} different targets")
+    wanted = "wanted at least as many candidates, or 0 for the whole softmax"
+    said = f"an eighth of a batch has {most} different targets; {wanted}"
+    require(most <= stage.candidates, f"--stages.candidates={stage.candidates}: {said}")
     return are_targets
 
 
 def choose_candidates(rows, step, stage, cfg):
     """(ids, offsets) [8, P]: what the softmax of each eighth of the rows is over, ids ascending.
 
-    Sampled softmax (record 92): the eighth's own targets and, up to P in all, the next tokens of a
-    permutation of the vocabulary, which goes on from step to step. In the partition these others
-    stand for all tokens that are no targets, of which they are a share. Taking log(share) off their
-    logits would make it right on average; at full size half of it lost least in a public port.
-    Predicted: 68.6 to 56.0 ms a step. Gain -0.0024 in record 92, -0.09 after 1M tokens here, whose
-    batches are too small for it (one seed).
+    Sampled softmax (record 92). The candidates are the eighth's own targets and, up to P in all,
+    the next tokens of a fixed permutation, which goes on from step to step. These others stand for
+    all tokens that are no targets, of which they are a share. -log(share) added to their logits
+    would make Z right on average. Half of it is added: that lost 0.092 after 1M tokens here, all of
+    it 0.102 (one seed; batches are too small for it there), none of it 0.0024 in record 92.
+    Predicted: 68.6 to 56.0 ms a step.
     """
     ids = []
     offsets = []
     for i, is_chosen_V in enumerate(targets_in(rows, stage, cfg)):
         start = i * cfg.vocab_size // GROUPS + step * stage.candidates
-        others = (start + np.arange(stage.candidates)) * 20011 % cfg.vocab_size
+        others = (start + np.arange(stage.candidates)) * STRIDE % cfg.vocab_size
         target_ids = np.flatnonzero(is_chosen_V)
         others = others[~is_chosen_V[others]][: stage.candidates - len(target_ids)]
         is_chosen_V[others] = True
@@ -1831,9 +1858,9 @@ def batch_shape(stage, num_devices, cfg):
     if stage.candidates:
         num_parts = max(GROUPS, num_devices)
         whole = num_parts % GROUPS == num_parts % num_devices == num_rows % num_parts == 0
-        wanted = "wanted a divisor or a multiple of 8 devices, and equal eighths of rows on them"
-        said = f"here {num_devices} devices, {num_rows} rows"
-        require(whole, f"--stages.candidates={stage.candidates}: {wanted}, {said}; 0 is for any")
+        said = f"{num_rows} rows on {num_devices} devices; wanted 1, 2, 4, 8 or a multiple of 8"
+        said += f" devices and a multiple of {num_parts} rows, or 0, which is for any"
+        require(whole, f"--stages.candidates={stage.candidates}: {said}")
     per_group = math.ceil(num_rows / num_parts)
     num_micro = math.ceil(per_group / max(1, cfg.tokens_at_once // stage.seq_len))
     while stage.candidates and per_group % num_micro:  # spare places would shift rows into others
@@ -1849,7 +1876,7 @@ def batch_shapes(stage, mesh, cfg):
     if stage.candidates:
         shape = 1, max(GROUPS, mesh.size), stage.candidates
         arrays |= {"candidates": (shape, jnp.uint16), "offsets": (shape, f32)}
-    sharding = NamedSharding(mesh, P(None, "data"))
+    sharding = NamedSharding(mesh, BY_ROW)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, (shape, dtype) in arrays.items()
@@ -1947,9 +1974,8 @@ def complete_config(train, cfg):
     wanted = f"wanted at most 65536, and more than --bos_id={cfg.bos_id}"
     require(fits, f"--vocab_size={cfg.vocab_size}: {wanted}")
     candidates = max(stage.candidates for stage in cfg.stages)
-    sampled = candidates <= cfg.vocab_size and (cfg.vocab_size % 20011 or not candidates)
-    wanted = f"wanted at most --vocab_size={cfg.vocab_size}, no multiple of 20011"
-    require(sampled, f"--stages.candidates={candidates}: {wanted}")
+    wanted = f"wanted at most --vocab_size={cfg.vocab_size}"
+    require(candidates <= cfg.vocab_size, f"--stages.candidates={candidates}: {wanted}")
     return cfg
 
 
@@ -2046,13 +2072,13 @@ def state_shardings(model, mesh, cfg):
     def place(spec):
         axis = split_axis(spec, mesh.size)
         if axis is None:
-            return NamedSharding(mesh, P())
-        return NamedSharding(mesh, P(*[None] * axis, "data"))
+            return NamedSharding(mesh, EVERYWHERE)
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
     def places(spec):
         return tree_map(place, rules[spec.group].slots(spec))
 
-    return State(NamedSharding(mesh, P()), tree_map(place, specs), tree_map(places, specs))
+    return State(NamedSharding(mesh, EVERYWHERE), tree_map(place, specs), tree_map(places, specs))
 
 
 def partition(shardings):
@@ -2238,7 +2264,7 @@ def make_train_step(stage, model, mesh, cfg):
         return State(state.step + 1, params, opt_state), nats / weight
 
     parts = partition(state_shardings(model, mesh, cfg))
-    return on_devices(train_step, mesh, (parts, P(None, "data")), (parts, P()), donate=0)
+    return on_devices(train_step, mesh, (parts, BY_ROW), (parts, EVERYWHERE), donate=0)
 
 
 def make_eval_step(model, mesh, cfg):
@@ -2260,7 +2286,7 @@ def make_eval_step(model, mesh, cfg):
         return lax.psum(totals, "data")
 
     parts = partition(state_shardings(model, mesh, cfg).params)
-    return on_devices(eval_step, mesh, (parts, P(None, "data")), P())
+    return on_devices(eval_step, mesh, (parts, BY_ROW), EVERYWHERE)
 
 
 def make_init(model, mesh, cfg):
@@ -2323,6 +2349,7 @@ def compile_all(model, mesh, cfg):
     Raises UsageError.
     """
     require(not jax.config.jax_disable_jit, "JAX_DISABLE_JIT is set, but every step is compiled")
+    print("compiling, or taking programs from the cache ...", flush=True)
     listed = list_programs(model, mesh, cfg)
     options = compiler_options(mesh, cfg)
 
@@ -2341,22 +2368,24 @@ def compile_all(model, mesh, cfg):
 
 
 def fit_memory(model, mesh, cfg):
-    """The Config with --micro_tokens=none settled: on a GPU as many as its memory holds.
+    """The Config with --micro_tokens=none settled for a GPU: the most that its memory holds.
 
-    Fewer and larger micro-steps launch fewer kernels (predicted for an H100: 7 times fewer). Each
-    size is compiled, in the last stage, until one fits; the update stays the same.
+    Larger micro-steps launch fewer kernels. Each size is compiled, in the last stage, until one
+    fits. On other machines, and where nothing larger fits, none stays, which is 4096.
     """
-    device = mesh.devices.flat[0]
-    if cfg.micro_tokens or device.platform != "gpu":
+    if cfg.micro_tokens or jax.default_backend() != "gpu":
         return cfg
-    limit = device.memory_stats()["bytes_limit"]
-    last = f"train_{len(cfg.stages) - 1}"
-    for micro_tokens in (32768, 16384, 8192, 4096):
-        cfg = replace(cfg, micro_tokens=micro_tokens)
-        function, arguments = list_programs(model, mesh, cfg)[last]
-        program = function.lower(*arguments).compile(compiler_options=compiler_options(mesh, cfg))
-        if memory_of(program) < 0.95 * limit:
-            break
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limits = multihost_utils.process_allgather(np.float32(stats.get("bytes_limit", 0)))
+    for micro_tokens in (32768, 16384, 8192):
+        larger = replace(cfg, micro_tokens=micro_tokens)
+        print(f"compiling to see whether --micro_tokens={micro_tokens} fits ...", flush=True)
+        function, arguments = list_programs(model, mesh, larger)[f"train_{len(cfg.stages) - 1}"]
+        options = compiler_options(mesh, larger)
+        with memory_errors(larger):
+            program = function.lower(*arguments).compile(compiler_options=options)
+        if memory_of(program) < 0.95 * limits.min():
+            return larger
     return cfg
 
 
@@ -2471,7 +2500,7 @@ def save_checkpoint(run_folder, state, progress, about, cfg):
     (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
     os.sync()  # all of it is on the disk before it bears its name
     earlier = [path for path in checkpoints_in(run_folder) if step_of(path) < step_of(final)]
-    for old in earlier[:-1]:  # now: after a kill in here this save is made again
+    for old in earlier[:-1]:  # before the rename: a kill in here leaves the one before whole
         remove_checkpoint(old)
     remove_checkpoint(final)
     staging.rename(final)
@@ -2674,6 +2703,7 @@ class Log:
             f"config: {json.dumps(config)}",
             "versions: " + " ".join(map("=".join, versions().items())),
             f"devices: {devices}, {jax.process_count()} processes, {os.cpu_count()} host cores",
+            attention_note(self.cfg),
         ]
         for path, tokens, digest in train.rows() + val.rows():
             facts.append(f"data: {path.name} tokens:{len(tokens)} sha256:{digest}")
@@ -3062,7 +3092,6 @@ def main(argv=None, model=GPT, hook=lambda step: False):
         print(f"{checkpoint} is that run's last step, nothing is left to train")
         return folder
 
-    print("compiling, or taking programs from the cache ...", flush=True)
     cfg = fit_memory(model, mesh, cfg)
     specs = model.specs(cfg)
     log = Log(folder, specs, cfg, manifest)
@@ -3071,8 +3100,7 @@ def main(argv=None, model=GPT, hook=lambda step: False):
         if checkpoint:
             owned.enter_context(own(folder))
         programs, notes = compile_all(model, mesh, cfg)
-        attention = attention_note(cfg, jax.default_backend())
-        notes = [data_note, f"parameters: {count_params(specs)}", attention, *notes]
+        notes = [data_note, f"parameters: {count_params(specs)}", *notes]
         if not checkpoint:  # a new folder, which no other process knows
             owned.enter_context(own(folder))
         log.begin(source, why, argv, train, val, notes)

@@ -37,6 +37,7 @@ from train import (
     move,
     normal,
     padding,
+    plain_nats,
     product,
     ramp,
     relu_squared,
@@ -49,7 +50,6 @@ from train import (
     softmax_nats,
     split_axis,
     uniform,
-    weighted,
 )
 
 # ---- Presets -------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def mlp(x_BTD, p, bend):
 def log_partition(x_ND, head_VD, weight_N, cfg):
     """Sum over tokens of weight * log sum_v exp(logit_v), in nats."""
     terms = {"weight": weight_N}
-    return softmax_nats(x_ND, head_VD, terms, weighted, cfg, padding(cfg))
+    return softmax_nats(x_ND, head_VD, terms, plain_nats, cfg, padding(cfg))
 
 
 def loss(forward, head, weights, batch, key, stage, cfg):

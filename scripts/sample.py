@@ -290,7 +290,8 @@ def prefill(weights, tokens_BT, length, capacity, cfg):
     x_B1D = at_last(x_BTD)[:, None]
     pointer = None, None
     if cfg.copy_dim:
-        _, k_BTQ, _, _ = train.copy_queries(x_BTD.astype(weights["head"].dtype), weights, cfg)
+        x_BTD = x_BTD.astype(weights["head"].dtype)
+        _, k_BTQ = train.copy_queries_and_keys(x_BTD, weights, cfg)
         place_S = held(last, min(train.COPY_WINDOW + 1, capacity))
         next_BT = jnp.roll(tokens_BT, -1, axis=1)
         pointer = (jnp.take(z, place_S, axis=1, mode="clip") for z in (k_BTQ, next_BT))
@@ -304,7 +305,8 @@ def head_logits(x_B1D, weights, cache, cfg):
     logits_BV = train.softcapped_logits(x_B1D[:, 0], weights["head"], cfg)
     if not cfg.copy_dim:
         return logits_BV
-    q_B1Q, _, sink_B1, pointer_B1 = train.copy_queries(x_B1D, weights, cfg)
+    q_B1Q, _ = train.copy_queries_and_keys(x_B1D, weights, cfg)
+    sink_B1, pointer_B1 = train.copy_sink_and_logit(q_B1Q, x_B1D, weights, cfg)
     place_1S = held(cache.position - 1, cache.copy_keys_BSQ.shape[1])[None]
     visible_BS = (place_1S >= cache.start_B[:, None]) & (place_1S < cache.position - 1)
     score_BS = train.matmul("BTQ,BSQ->BTS", q_B1Q, cache.copy_keys_BSQ, jnp.float32)[:, 0]
@@ -326,7 +328,8 @@ def put_pointer(x_B1D, token_B, weights, cache, cfg):
     """(keys, next tokens) of the copy pointer with a token's key; the token followed the last."""
     if not cfg.copy_dim:
         return None, None
-    _, k_B1Q, _, _ = train.copy_queries(x_B1D.astype(weights["head"].dtype), weights, cfg)
+    x_B1D = x_B1D.astype(weights["head"].dtype)
+    _, k_B1Q = train.copy_queries_and_keys(x_B1D, weights, cfg)
     size = cache.copy_keys_BSQ.shape[1]
     keys_BSQ = put_at(cache.copy_keys_BSQ, k_B1Q, cache.position % size)
     next_BS = put_at(cache.copy_next_BS, token_B[:, None], (cache.position - 1) % size)

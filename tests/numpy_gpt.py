@@ -9,6 +9,8 @@ import itertools
 
 import numpy as np
 
+COPY_WINDOW = 2048  # tokens that the pointer looks back
+
 
 def random_weights(cfg, shapes, seed=0):
     """Weights with no zeros and no symmetry, large enough that every part of the model matters.
@@ -218,10 +220,11 @@ def with_copies(x, z, weights, row, packed, cfg):
 
     Of row t, with alpha = e^a / (sum_v e^z_v + e^a), a = x . gate, capped as the logits are:
         p(v) = softmax(z)(v) (1 - alpha (1 - none)) + alpha sum_j share_j [row j + 1 is v]
-    where share is the softmax over the keys j < t of the document and a sink, none the sink's.
+    where share is the softmax over the keys j < t of document and window and a sink, none its own.
     """
     width, place = cfg.copy_dim, np.arange(len(row))
     starts = np.maximum.accumulate(np.where((row == cfg.bos_id) & packed, place, 0))
+    starts = np.maximum(starts, place - COPY_WINDOW)
     q, k = rms_norm(x @ weights["copy_qk"][:, :width]), rms_norm(x @ weights["copy_qk"][:, width:])
     a = capped(x @ weights["copy_logit"][:, 0], cfg)
     mixed = np.zeros(z.shape)

@@ -12,7 +12,6 @@ import types
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from shards import TINY, make_folder
@@ -146,6 +145,10 @@ def test_a_value_of_another_type_or_one_that_cannot_run_is_refused_with_its_flag
      --stages.seq_len=48,64 --stages.seq_len=0 --stages.batch_tokens=500,1024
      --stages.batch_tokens=0 --gate_dims=33 --attn_scale=4 --softcap=0,15,5 --softcap=11,0,5
      --stages.ahead=('x',),() --stages.lr=1,2,3 --copy_dim=1025 --stages.candidates=-1"""
+    capped = "--copy_dim=64 --softcap=", "--copy_dim=64 --softcap=41,15,5"
+    yarn = "--attn_scale=0.9 --stages.short=4,64 --stages.long=4,64 --head_dim=64"
+    for case in (*capped, yarn):
+        assert refusal(*case.split()).startswith(case.split("=")[0] + "="), case
     for case in [*cases.split(), "--skips=" + "(" * 999, "--steps=" + "9" * 5000]:
         assert refusal(case).startswith(case.split("=")[0] + "="), case
 
@@ -213,24 +216,32 @@ def test_an_nvidia_gpu_takes_cudnns_attention_where_it_has_the_gradient_of_such_
         (wide, 8.9, "xla"), (wide, 9.0, "cudnn"), (wide, 12.0, "xla"), ({}, 0.0, "xla"),
         ({"head_dim": 124}, 9.0, "xla"), (odd, 9.0, "xla"), ({"deterministic": True}, 9.0, "xla"),
         ({"compute_dtype": "float32"}, 9.0, "xla"), ({"attention": "xla"}, 9.0, "xla"),
+        ({"attention": "cudnn"}, 9.0, "cudnn"),
     ]:  # fmt: skip
         cfg = replace(SPEEDRUN, **{"head_dim": 128} | changes)
         found = train.choose_attention(cfg, "gpu", capability)
         assert found == replace(cfg, attention=chosen), (changes, capability)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))  # the mask's gradient costs memory
     assert train.choose_attention(SPEEDRUN, "gpu", 9.0).attention == "xla"
-    asked = replace(SPEEDRUN, attention="cudnn")
-    assert train.choose_attention(asked, "gpu", 9.0) == asked
-    with pytest.raises(UsageError, match="--attention=cudnn: wanted .* at most 128, on 9.0 of 256"):
-        train.choose_attention(asked, "gpu", 8.0)
+    with pytest.raises(UsageError, match="--attention=cudnn: wanted JAX 0.11.2 or newer, heads of"):
+        train.choose_attention(replace(SPEEDRUN, attention="cudnn"), "gpu", 8.0)
 
 
-def test_the_log_says_which_attention_runs_and_what_the_fastest_of_the_platform_wants():
-    slow = replace(SPEEDRUN, attention="xla")
-    assert train.attention_note(slow, "cpu") == "attention: xla"
-    assert train.attention_note(replace(slow, attention="band"), "tpu") == "attention: band"
-    assert "copy_dim in 128s" in train.attention_note(slow, "tpu")
-    assert "--num_heads=6 --head_dim=128 --attn_scale=0.1" in train.attention_note(slow, "gpu")
+def test_the_log_says_which_attention_runs_and_what_the_platforms_own_lacks(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    device = types.SimpleNamespace(compute_capability="8.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    of_128 = "heads of at most 128, such as --num_heads=6 --head_dim=128 --attn_scale=0.1"
+    thin = {"copy_dim": 64}
+    for platform, changes, said in (
+        ("cpu", {}, "xla"),
+        ("tpu", {"attention": "band"}, "band"),
+        ("tpu", thin, "xla; band wants multiples of 128 as head_dim and copy_dim"),
+        ("gpu", {}, f"xla; cudnn wants {of_128}"),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        cfg = replace(SPEEDRUN, **{"attention": "xla"} | changes)
+        assert train.attention_note(cfg) == f"attention: {said}"
 
 
 def test_only_an_nvidia_gpu_has_a_compute_capability():
@@ -239,7 +250,9 @@ def test_only_an_nvidia_gpu_has_a_compute_capability():
     assert train.compute_capability(types.SimpleNamespace()) == 0.0
 
 
-@pytest.mark.parametrize(("limit", "micro_tokens"), [(40, 32768), (24, 16384), (1, 4096)])
+@pytest.mark.parametrize(
+    ("limit", "micro_tokens"), [(40, 32768), (24, 16384), (9, 8192), (1, None)]
+)
 def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allow(
     monkeypatch, limit, micro_tokens
 ):
@@ -253,15 +266,15 @@ def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allo
         lowered = types.SimpleNamespace(compile=lambda compiler_options: program)
         return {"train_3": (types.SimpleNamespace(lower=lambda: lowered), ())}
 
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000 * limit})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(train, "compiler_options", lambda mesh, cfg: {})
     monkeypatch.setattr(train, "list_programs", list_programs)
-    for platform in ("gpu", "cpu"):
-        stats = {"bytes_limit": 1000 * limit}
-        device = types.SimpleNamespace(platform=platform, memory_stats=lambda stats=stats: stats)
-        mesh = types.SimpleNamespace(devices=np.array([device]))
-        found = train.fit_memory(train.GPT, mesh, SPEEDRUN)
-        assert found.micro_tokens == (micro_tokens if platform == "gpu" else None)
+    for platform, wanted in (("gpu", micro_tokens), ("tpu", None)):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert train.fit_memory(train.GPT, None, SPEEDRUN).micro_tokens == wanted
         given = replace(SPEEDRUN, micro_tokens=8192)
-        assert train.fit_memory(train.GPT, mesh, given) == given
+        assert train.fit_memory(train.GPT, None, given) == given
 
 
 # ---- python train.py ----

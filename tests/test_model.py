@@ -45,7 +45,6 @@ UNGATED = config(
     num_kv_heads=3,
     gate_dims=0,
     softcap=(),
-    copy_dim=4,
     skips=((0, 2), (1, 2)),
     late_inputs=((0, 1), (0, 2)),
     backout=(0,),
@@ -56,9 +55,16 @@ UNGATED = config(
 CASES = {
     "without what is optional, as many key heads": PLAIN,
     "packed, one key head, growing windows, copies, two tokens ahead": PACKED,
-    "no softcap, no gates, two skips into one block, copies, one token ahead, tied": UNGATED,
+    "no softcap, no gates, two skips into one block, one token ahead, tied": UNGATED,
 }
 each_case = pytest.mark.parametrize("cfg", CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture(autouse=True)
+def a_pointer_that_looks_back_four_tokens(monkeypatch):
+    """So that its window is felt in rows of 22."""
+    for module in (train, numpy_gpt):
+        monkeypatch.setattr(module, "COPY_WINDOW", 4)
 
 
 def random_weights(cfg):

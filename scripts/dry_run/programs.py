@@ -151,7 +151,7 @@ def head_jobs(stage, model, mesh, cfg):
     def head(x_ND, head_VD, weight_N):
         offset_V = jnp.zeros(num_rows) if stage.candidates else train.padding(cfg)
         terms = {"weight": weight_N}
-        return train.softmax_nats(x_ND, head_VD, terms, train.weighted, cfg, offset_V)
+        return train.softmax_nats(x_ND, head_VD, terms, train.plain_nats, cfg, offset_V)
 
     x_ND = shape(one, cfg.compute_dtype, B * T, cfg.model_dim)
     head_VD = shape(one, cfg.compute_dtype, num_rows, cfg.model_dim)
