@@ -2,6 +2,8 @@
 
     python -m scripts.bench                          each stage of what train.py would run here
     python -m scripts.bench --micro_tokens=8192,16384,32768 -- --preset=speedrun       on a GPU
+    python -m scripts.bench --attention -- --preset=speedrun  is the fast attention right? GPU, TPU
+    python -m scripts.bench --torch -- --preset=speedrun   in turns with a plain GPT in PyTorch
     python -m scripts.bench --nanogpt=DIR --modded_jax=DIR         in turns with peers, on one core
     python -m scripts.bench --loader                 how many tokens per second does the host pack?
 
@@ -11,7 +13,12 @@ Stages: the whole step of the whole global batch, optimizer included, on all dev
 Compilation, step times, tokens per second, MFU and memory, a row for each stage and each
 --micro_tokens. Smaller micro-steps go first, because the peak of memory is the process's. Tokens
 are random, since a step's cost does not depend on them; the loss of these few steps begins near
-log(vocabulary).
+log(vocabulary). Times are of steps that the host waits for one by one. `ahead` is a step's in a
+row of steps where the next one is dispatched before the host waits for one, as train.py does it;
+`gap`, the median less that, is what the host costs where nothing hides it. Idle time inside of a
+step is in neither: --trace=DIR then traces three more steps of each stage, and says how long the
+device was busy and with what. `kernels` are those that a GPU runs in a step, by the compiled
+program: copies are counted, a call of a library is one.
 
 Peers: DIR is a checkout, of which one file is run.
     modded_jax   train.py of modded-nanogpt-jax, as of commit 0316a10: a speedrun in pure JAX. The
@@ -20,6 +27,15 @@ Peers: DIR is a checkout, of which one file is run.
                  step is its README's character model by AdamW (scripts/presets/char_adamw.args).
 Ours, in bfloat16 and float32, and the peer take turns, all on one core. A row is a turn: CPU time
 per step and median wall time. A busy machine slows all of them, so the ratios are the result.
+
+Torch: the last stage of ours against a plain GPT of its layers, widths, heads and vocabulary under
+torch.compile, on one device. There: norms without weights, learned positions, QK norm, ReLU^2,
+untied head, whole softmax, causal attention over whole rows by scaled_dot_product_attention, bf16
+autocast, fused AdamW, the same rows per micro-step. Ours besides has windows, documents, gates,
+rotary, a copy pointer and Muon. So this compares tokens per second of forward, backward and
+update, not of equal recipes. It needs a PyTorch that sees the same device.
+
+Attention: scripts/attention.py says what is compared. Exit code 2 where the fast one is wrong.
 
 Loader: train_batches of train.py, on one core, for each stage of the preset speedrun, from a
 generated shard that lies in the page cache, as a real run's do.
@@ -30,6 +46,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -44,11 +61,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import train
+from scripts.attention import check_attention
+from scripts.dry_run.hlo import Module
 from scripts.files import require_place, write_whole
+from scripts.trace_run import summary
 from train import GPT, ROOT, UsageError, replace, require
 
 WARMUP = 2  # steps before those that are timed
 NUM_TURNS = 3
+NUM_TRACED = 3  # steps of a stage
 PRESETS = {"modded_jax": "bench_step.args", "nanogpt": "char_adamw.args"}
 STEPS = {"modded_jax": 4, "nanogpt": 60}  # of a turn
 FILES = {"modded_jax": "train.py", "nanogpt": "model.py"}
@@ -76,11 +97,11 @@ def random_tokens(num_rows, stage, cfg):
 # ---- Stages --------------------------------------------------------------------------------------
 
 HEAD = """\
-  micro stage   row  tokens compile  median     min     max thousand    MFU   GiB by    peak    loss
- tokens             a step       s      ms      ms      ms tokens/s        compiler     GiB"""
+ micro stage  tokens compile  median   ahead    gap kernels thousand    MFU  GiB by   peak   loss
+tokens        a step       s      ms      ms     ms         tokens/s       compiler    GiB"""
 LINE = (
-    "{micro_tokens:7}{stage:6}{seq_len:6}{tokens:8}{compile_s:8.1f}{median_ms:8.1f}{min_ms:8.1f}"
-    "{max_ms:8.1f}{k:9.1f}{mfu:>7}{compiled_gib:9.2f}{peak_gib:>8}{loss:8.3f}"
+    "{micro_tokens:6}{stage:6}{tokens:8}{compile_s:8.1f}{median_ms:8.1f}{ahead_ms:8.1f}"
+    "{gap_ms:7.2f}{kernels:>8}{k:9.1f}{mfu:>7}{compiled_gib:8.2f}{peak_gib:>7}{loss:7.3f}"
 )
 
 
@@ -102,8 +123,39 @@ def compile_step(function, arguments, options):
     return program, time.perf_counter() - start
 
 
-def time_stage(stage, program, state, mesh, num_steps, cfg):
-    """A stage's numbers. Raises JaxRuntimeError, and NonFiniteLoss."""
+def run_ahead(program, state, batch, num_steps):
+    """(state, loss) after steps of which the next is dispatched before one is waited for."""
+    before = None
+    for _ in range(num_steps):
+        state, loss = program(state, batch)
+        jax.block_until_ready(before)
+        before = loss
+    return jax.block_until_ready((state, loss))
+
+
+def kernels_of(program):
+    """Kernels that a step runs on a GPU; None on other devices, and where it cannot be counted."""
+    if jax.default_backend() != "gpu":
+        return None
+    count = Module(program.as_text()).num_kernels()
+    return None if math.isnan(count) else count
+
+
+def trace_stage(program, state, batch, folder):
+    """What the profiler saw of some steps, as summary gives it. The trace stays in the folder."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # which would slow the host down
+    try:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run_ahead(program, state, batch, NUM_TRACED)
+    except jax.errors.JaxRuntimeError as error:
+        return [f"no trace: {error}"]
+    busy, *rows = summary(folder)
+    return [f"{NUM_TRACED} steps traced: {busy}", *rows]
+
+
+def time_stage(stage, program, state, mesh, num_steps, cfg, folder=None):
+    """A stage's numbers. folder: for a trace. Raises JaxRuntimeError, and NonFiniteLoss."""
     tokens_BT1 = random_tokens(stage.batch_tokens // stage.seq_len, stage, cfg)
     batch = train.to_devices([[row] for row in tokens_BT1], stage, mesh, cfg)
     seconds = []
@@ -111,7 +163,10 @@ def time_stage(stage, program, state, mesh, num_steps, cfg):
         start = time.perf_counter()
         state, loss = jax.block_until_ready(program(state, batch))
         seconds.append(time.perf_counter() - start)
-    loss = train.require_finite(loss, f"the loss after {len(seconds)} steps")
+    start = time.perf_counter()
+    state, loss = run_ahead(program, state, batch, num_steps)
+    ahead_ms = 1e3 * (time.perf_counter() - start) / num_steps
+    loss = train.require_finite(loss, f"the loss after {WARMUP + 2 * num_steps} steps")
     step_ms = 1e3 * np.array(seconds[WARMUP:])
     tokens_per_s = 1e3 * stage.batch_tokens / float(np.median(step_ms))
     flops = tokens_per_s * train.flops_per_token(stage, GPT.specs(cfg), cfg)
@@ -123,20 +178,28 @@ def time_stage(stage, program, state, mesh, num_steps, cfg):
         "median_ms": float(np.median(step_ms)),
         "min_ms": float(step_ms.min()),
         "max_ms": float(step_ms.max()),
+        "ahead_ms": ahead_ms,
+        "gap_ms": float(np.median(step_ms)) - ahead_ms,
+        "kernels": kernels_of(program),
         "tokens_per_s": tokens_per_s,
         "mfu": flops / peak if peak else None,
         "compiled_gib": train.memory_of(program) / 2**30,
         "peak_gib": used / 2**30 if used else None,
         "loss": loss,
+        "trace": trace_stage(program, state, batch, folder) if folder else [],
     }
 
 
 def line_of(row):
     if "error" in row:
-        return "{micro_tokens:7}{stage:7}  {error}".format(**row)
-    mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
-    peak_gib = f"{row['peak_gib']:.2f}" if row["peak_gib"] else "-"
-    return LINE.format(**row | {"k": row["tokens_per_s"] / 1e3, "mfu": mfu, "peak_gib": peak_gib})
+        return "{micro_tokens:6}{stage:6}  {error}".format(**row)
+    cells = {
+        "k": row["tokens_per_s"] / 1e3,
+        "mfu": f"{row['mfu']:.1%}" if row["mfu"] else "-",
+        "peak_gib": f"{row['peak_gib']:.2f}" if row["peak_gib"] else "-",
+        "kernels": row["kernels"] or "-",
+    }
+    return "\n".join([LINE.format(**row | cells), *row["trace"]])
 
 
 def time_stages(args):
@@ -144,10 +207,11 @@ def time_stages(args):
     cfg = configure(args.flags)
     mesh = train.make_mesh()
     num_steps = args.steps or 5
+    sizes = args.micro_tokens or [train.fit_memory(GPT, mesh, cfg).tokens_at_once]
     count = train.count_params(GPT.specs(cfg))
     yield f"{count} parameters, attention {cfg.attention}; {num_steps} steps after {WARMUP}", None
     yield HEAD, None
-    for micro_tokens in args.micro_tokens or [cfg.micro_tokens]:
+    for micro_tokens in sizes:
         cfg = replace(cfg, micro_tokens=micro_tokens)
         listed = train.list_programs(GPT, mesh, cfg)
         options = train.compiler_options(mesh, cfg)
@@ -160,7 +224,7 @@ def time_stages(args):
             try:
                 program, row["compile_s"] = futures[i].result()
                 state = listed["init"][0]()
-                row |= time_stage(stage, program, state, mesh, num_steps, cfg)
+                row |= time_stage(stage, program, state, mesh, num_steps, cfg, args.trace)
             except (jax.errors.JaxRuntimeError, train.NonFiniteLoss) as error:
                 row["error"] = str(error).split("\n")[0][:200]  # memory, mostly
             yield line_of(row), row
@@ -304,14 +368,27 @@ def time_turn(put, step, num_steps, cfg):
     }
 
 
-def ratios_of(rows, one, other):
-    """A line: CPU time of one program by that of another, turn by turn."""
+def ratios_of(rows, one, other, clock="CPU"):
+    """A line: CPU or wall time of one program by that of another, turn by turn."""
     times = {one: [], other: []}
     for row in rows:
-        times.get(row["program"], []).append(row["cpu_ms"])
+        times.get(row["program"], []).append(row[f"{clock.lower()}_ms"])
     ratios = np.divide(times[one], times[other])
     by_turn = " ".join(f"{ratio:.3f}" for ratio in ratios)
-    return f"{one} / {other}: {np.median(ratios):.3f} of the CPU time (by turn: {by_turn})"
+    return f"{one} / {other}: {np.median(ratios):.3f} of the {clock} time (by turn: {by_turn})"
+
+
+def take_turns(programs, num_steps):
+    """Yield (a line, its row) of each turn. programs: {name: (cfg, put, step, compile_s)}."""
+    for cfg, put, step, _ in programs.values():
+        time_turn(put, step, 1, cfg)  # the first step is not counted
+    yield f"{'program':22}{'turn':>5}{'CPU ms/step':>13}{'wall ms':>10}{'tokens/s':>10}", None
+    for turn in range(NUM_TURNS):
+        for program, (cfg, put, step, compile_s) in programs.items():
+            row = {"program": program, "turn": turn, "compile_s": compile_s}
+            row |= time_turn(put, step, num_steps, cfg)
+            line = "{program:22}{turn:5}{cpu_ms:13.1f}{wall_ms:10.1f}{tokens_per_s:10.0f}"
+            yield line.format(**row), row
 
 
 def time_peer(name, folder, args):
@@ -330,19 +407,125 @@ def time_peer(name, folder, args):
         elif dtype == "float32":
             programs[theirs[dtype]] = cfg, *nanogpt(peer, cfg)
 
-    num_steps = args.steps or STEPS[name]
-    for cfg, put, step, _ in programs.values():
-        time_turn(put, step, 1, cfg)  # the first step is not counted
-    yield f"{'program':22}{'turn':>5}{'CPU ms/step':>13}{'wall ms':>10}{'tokens/s':>10}", None
     rows = []
-    for turn in range(NUM_TURNS):
-        for program, (cfg, put, step, compile_s) in programs.items():
-            row = {"program": program, "turn": turn, "compile_s": compile_s}
-            rows.append(row | time_turn(put, step, num_steps, cfg))
-            line = "{program:22}{turn:5}{cpu_ms:13.1f}{wall_ms:10.1f}{tokens_per_s:10.0f}"
-            yield line.format(**rows[-1]), rows[-1]
+    for line, row in take_turns(programs, args.steps or STEPS[name]):
+        rows += [row] if row else []
+        yield line, row
     for dtype, other in theirs.items():
         yield ratios_of(rows, f"ours {dtype}", other), None
+
+
+# ---- A plain GPT in PyTorch ----------------------------------------------------------------------
+
+
+def make_torch_block(has_attention, cfg):
+    """A block of the stream [B, T, D], as a module."""
+    from torch import nn
+    from torch.nn import functional as F
+
+    def norm(x):
+        return F.rms_norm(x, x.shape[-1:])
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            heads = cfg.num_heads * cfg.head_dim
+            self.qkv = nn.Linear(cfg.model_dim, 3 * heads, bias=False) if has_attention else None
+            self.out = nn.Linear(heads, cfg.model_dim, bias=False) if has_attention else None
+            self.up = nn.Linear(cfg.model_dim, cfg.mlp_dim, bias=False)
+            self.down = nn.Linear(cfg.mlp_dim, cfg.model_dim, bias=False)
+
+        def forward(self, x_BTD):
+            if has_attention:
+                qkv = self.qkv(norm(x_BTD)).unflatten(2, (3, cfg.num_heads, cfg.head_dim))
+                q_BHTK, k_BHSK, v_BHSK = qkv.transpose(1, 3).unbind(2)
+                q_BHTK, k_BHSK = norm(q_BHTK), norm(k_BHSK)
+                y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
+                x_BTD = x_BTD + self.out(y_BHTK.transpose(1, 2).flatten(2))
+            return x_BTD + self.down(F.relu(self.up(norm(x_BTD))).square())
+
+    return Block()
+
+
+def make_torch_gpt(cfg):
+    """A module: (tokens, targets [B, T]) -> mean loss."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    class PlainGPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(cfg.padded_vocab, cfg.model_dim)
+            self.positions = nn.Embedding(cfg.stages[0].seq_len, cfg.model_dim)
+            kinds = [i not in cfg.mlp_only for i in range(cfg.num_layers)]
+            self.blocks = nn.Sequential(*(make_torch_block(kind, cfg) for kind in kinds))
+            self.head = nn.Linear(cfg.model_dim, cfg.padded_vocab, bias=False)
+
+        def forward(self, tokens_BT, targets_BT):
+            x_BTD = self.embed(tokens_BT) + self.positions.weight[None]
+            x_BTD = self.blocks(x_BTD.to(getattr(torch, cfg.compute_dtype)))
+            x_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
+            return F.cross_entropy(self.head(x_BTD).flatten(0, 1).float(), targets_BT.flatten())
+
+    return PlainGPT()
+
+
+def torch_gpt(cfg):
+    """As a peer: accumulation over micro-steps, bf16 autocast, fused AdamW."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    places = {"cuda": "gpu"}.get(device, device), jax.default_backend()
+    require(places[0] == places[1], f"--torch: wanted one device for both, here {places}")
+    model = make_torch_gpt(cfg).to(device)
+    loss_of = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.adamw_lr, fused=True)
+    num_rows = max(1, cfg.tokens_at_once // cfg.stages[0].seq_len)
+
+    def put(tokens_BT1):
+        tokens_BT1 = torch.from_numpy(tokens_BT1.astype(np.int64)).to(device)
+        return torch.split(tokens_BT1, num_rows)
+
+    def step(micros):
+        total = 0.0
+        for tokens_BT1 in micros:
+            with torch.autocast(device, getattr(torch, cfg.compute_dtype)):
+                loss = loss_of(tokens_BT1[:, :-1], tokens_BT1[:, 1:]) / len(micros)
+            loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(total)
+
+    return put, step, 0.0
+
+
+def time_torch(args):
+    """Yield (a line, its row) of each turn of our last stage and a torch GPT. Raises UsageError."""
+    require(importlib.util.find_spec("torch"), "--torch: wanted PyTorch: pip install torch")
+    # before JAX starts: else it takes three quarters of a GPU's memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    cfg = configure(args.flags)
+    mesh = train.make_mesh()
+    require(mesh.size == 1, f"--torch: wanted one device, here are {mesh.size}")
+    wanted = "wanted as many, as the GPT in PyTorch has"
+    require(cfg.kv_heads == cfg.num_heads, f"--num_kv_heads={cfg.num_kv_heads}: {wanted}")
+    cfg = replace(cfg, stages=(replace(cfg.stages[-1], end=1.0),))
+    cfg = train.fit_memory(GPT, mesh, cfg)
+    rows = []
+    try:
+        programs = {"ours": (cfg, *ours(cfg)), "torch": (cfg, *torch_gpt(cfg))}
+        for line, row in take_turns(programs, args.steps or 5):
+            rows += [row] if row else []
+            yield line, row
+    except RuntimeError as error:  # of JAX or of torch
+        if "out of memory" not in str(error).lower():
+            raise
+        said = f"--torch: out of memory. Halve --micro_tokens={cfg.tokens_at_once} after --"
+        raise UsageError(said) from error
+    yield ratios_of(rows, "ours", "torch", "wall"), None
+    yield f"torch={importlib.import_module('torch').__version__}", None
 
 
 # ---- The host loader -----------------------------------------------------------------------------
@@ -407,6 +590,10 @@ def parse(argv):
     flag("--steps", type=int, help="timed in each row (default: 5; in turns with a peer 4 or 60)")
     flag("--modded_jax", metavar="DIR", help="a checkout of modded-nanogpt-jax")
     flag("--nanogpt", metavar="DIR", help="a checkout of nanoGPT")
+    flag("--attention", action="store_true", help="check and time the fast attention")
+    flag("--torch", action="store_true", help="in turns with a plain GPT in PyTorch")
+    flag("--trace", metavar="DIR", help="trace three steps of each stage, too; the traces go there")
+    flag("--cache", action="store_true", help="use train.py's cache: no true compile times")
     flag("--loader", action="store_true", help="time the host's loader")
     flag("--shard_tokens", type=int, default=100_000_000, help="that it reads (100000000)")
     flag("--json", metavar="FILE", help="write the rows there, as they come")
@@ -446,7 +633,11 @@ def measure(args):
         yield from time_loader(args)
     for name, folder in args.peers.items():
         yield from time_peer(name, folder, args)
-    if not args.loader and not args.peers:
+    if args.attention:
+        yield from check_attention(args.steps or 20, configure(args.flags))
+    if args.torch:
+        yield from time_torch(args)
+    if not (args.loader or args.peers or args.attention or args.torch):
         yield from time_stages(args)
 
 
@@ -455,7 +646,7 @@ def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.json:
         require_place(args.json)
-    jax.config.update("jax_enable_compilation_cache", False)  # the time it takes is wanted
+    jax.config.update("jax_enable_compilation_cache", args.cache)  # else compilation is timed
     jax.config.update("jax_enable_x64", False)
     rows = []
     for line, row in measure(args):

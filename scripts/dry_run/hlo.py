@@ -30,6 +30,16 @@ COLLECTIVES = {
     "collective-permute",
     "collective-broadcast",
 }
+NO_WORK = {  # what a GPU launches nothing for; nor for the ends of asynchronous instructions
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+}
 SLICES = ("dynamic-slice", "slice", "gather")  # they touch only a part of their first operand
 INT8 = ("s8", "u8")
 
@@ -349,3 +359,19 @@ class Module:
             return int(known)
         largest = max(self.integers_in(loop.called("condition")), default=0)
         return largest if largest > 0 else None
+
+    def num_kernels(self, name=None):
+        """Kernels that a GPU runs for a computation, by default for the program.
+
+        A copy, a collective and a call of a library count as one. NaN where a trip count is not
+        known.
+        """
+        count = 0
+        for i in self.computations[name or self.entry].values():
+            if i.op == "while":
+                count += (self.trip_count(i) or math.nan) * self.num_kernels(i.called("body"))
+            elif i.op == "call":  # of a CUDA graph, say
+                count += self.num_kernels(i.called("to_apply"))
+            elif i.op not in NO_WORK and not i.op.endswith(("-done", "-update")):
+                count += 1
+        return count

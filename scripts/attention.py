@@ -1,0 +1,156 @@
+"""Is this machine's fast attention as exact as the plain one, and what does it cost? For bench.
+
+A case is a width of a head and a window. Its rows are of the longest stage: the first is one
+document, the second has documents of one token, the others have documents of 500 on average. Both
+attentions get the same raw projections in bfloat16; what is right is attention_xla in float32.
+
+The fast one passes where its rounding is like the plain one's. In each block of 128 tokens, of the
+output and of every gradient, the root mean square of its error is at most three times the plain
+one's plus 2^-9 of the values there. So a window that is wrong by one token shows.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import reduce
+
+import train
+from train import ATTENTION, WANTED_BY, UsageError, f32, first_keys, replace, require, rotary
+
+FASTEST = {"gpu": "cudnn", "tpu": "band"}
+HEAD_DIMS = (128, 256)
+WINDOWS = (0, 640, 1408)  # tokens; 0: the whole row
+ARRAYS = ("y", "dq", "dk", "dv", "dgate")
+BLOCK = 128  # tokens over which an error is averaged
+LIMIT = 3.0
+HEAD = """\
+  head             error of   largest error / largest value: fast plain          ms of both passes
+   dim window    plain ones  {arrays}    fast   plain"""
+
+
+def document_starts(num_rows, length):
+    """Where each position's document begins, int32 [B, T]."""
+    rng = np.random.default_rng(1337)
+    position_T = np.arange(length)
+    rows = [np.zeros(length), position_T]
+    for _ in range(max(1, num_rows - 2)):
+        is_start_T = rng.random(length) < 1 / 500
+        rows.append(np.maximum.accumulate(np.where(is_start_T, position_T, 0)))
+    return jnp.array(np.stack(rows), jnp.int32)
+
+
+def draw_inputs(num_rows, length, cfg):
+    """(q, k, v, gate, the output's gradient), all but the gate in bfloat16."""
+    keys = jax.random.split(jax.random.key(1337), 5)
+    width, key_width = (heads * cfg.head_dim for heads in (cfg.num_heads, cfg.kv_heads))
+    shapes = [(num_rows, length, size) for size in (width, key_width, key_width, width)]
+    q, k, v, dy = map(jax.random.normal, keys[:4], shapes, [jnp.bfloat16] * 4)
+    return q, k, v, jax.random.uniform(keys[4], (num_rows, length, cfg.num_heads)), dy
+
+
+def make_run(name, window, cfg):
+    """jit of (first_BT, *draw_inputs) -> {array: the output, or a gradient}."""
+
+    def run(first_BT, *inputs):
+        *inputs, dy_BTN = inputs
+        table = rotary(first_BT.shape[1], cfg.stages[-1], cfg)
+
+        def attend(*inputs):
+            return ATTENTION[name](*inputs, first_BT, table, window, cfg)
+
+        y_BTN, pull_back = jax.vjp(attend, *inputs)
+        return dict(zip(ARRAYS, (y_BTN, *pull_back(dy_BTN)), strict=True))
+
+    return jax.jit(run)
+
+
+def block_rms(x_BTN):
+    """Root mean square of each block of a row, [B, C]."""
+    size = min(BLOCK, x_BTN.shape[1])
+    return np.sqrt(reduce(np.square(x_BTN), "B (C T) N -> B C", "mean", T=size))
+
+
+def errors_of(fast, plain, exact):
+    """What a case's row says of one array."""
+    fast, plain, exact = (np.asarray(x, np.float32) for x in (fast, plain, exact))
+    fast_error, plain_error = np.abs(fast - exact), np.abs(plain - exact)
+    allowed = block_rms(plain_error) + 2.0**-9 * block_rms(exact)
+    largest = np.abs(exact).max()
+    return {
+        "fast": float(fast_error.max() / largest),
+        "plain": float(plain_error.max() / largest),
+        "ratio": float(np.max(block_rms(fast_error) / np.maximum(allowed, 1e-20))),
+    }
+
+
+def median_ms(run, inputs, num_calls):
+    """Of calls that are waited for, so the host's share is in it."""
+    seconds = []
+    for _ in range(num_calls):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*inputs))
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(seconds))
+
+
+def compare(name, head_dim, window, num_calls, cfg):
+    """A case's row."""
+    cfg = replace(
+        cfg,
+        head_dim=head_dim,
+        num_heads=max(1, cfg.num_heads * cfg.head_dim // head_dim),
+        num_kv_heads=None,
+        compute_dtype="bfloat16",
+    )
+    length = max(stage.seq_len for stage in cfg.stages)
+    document_BT = document_starts(cfg.tokens_at_once // length, length)
+    first_BT = first_keys(document_BT, window or length)
+    inputs = first_BT, *draw_inputs(*first_BT.shape, cfg)
+    runs = {who: make_run(who, window or length, cfg) for who in (name, "xla")}
+    fast, plain = (run(*inputs) for run in runs.values())
+    wide = [x.astype(f32) for x in inputs[1:]]
+    with jax.default_matmul_precision("float32"):
+        run = make_run("xla", window or length, replace(cfg, compute_dtype="float32"))
+        exact = run(first_BT, *wide)
+    row = {"attention": name, "head_dim": head_dim, "window": window}
+    for array in ARRAYS:
+        row[array] = errors_of(fast[array], plain[array], exact[array])
+    row["ratio"] = float(np.max([row[array]["ratio"] for array in ARRAYS]))  # NaN where one is
+    row["fast_ms"], row["plain_ms"] = (median_ms(run, inputs, num_calls) for run in runs.values())
+    return row
+
+
+def line_of(row):
+    errors = "".join(f"{row[name]['fast']:10.4f}{row[name]['plain']:8.4f}" for name in ARRAYS)
+    shape = f"{row['head_dim']:6}{row['window']:7}{row['ratio']:8.2f}"
+    return f"{shape}{errors}{row['fast_ms']:10.2f}{row['plain_ms']:8.2f}"
+
+
+def check_attention(num_calls, cfg):
+    """Yield (a line, its row) of each case.
+
+    Raises UsageError, after all cases, where the fast attention errs too much.
+    """
+    platform = jax.default_backend()
+    wanted = "wanted a GPU or a TPU: a CPU has only the plain attention"
+    require(platform in FASTEST, f"--attention: {wanted}")
+    name = FASTEST[platform]
+    capability = train.compute_capability(jax.devices()[0])
+    yield f"{name} (left) and xla (right), errors by those of attention_xla in float32", None
+    yield HEAD.format(arrays="".join(f"{array:>18}" for array in ARRAYS)), None
+    wrong = []
+    for head_dim in HEAD_DIMS:
+        able = train.able_to_run(replace(cfg, head_dim=head_dim), platform, capability)
+        if name not in able:
+            yield f"{head_dim:6}  not run: {name} wants {WANTED_BY[name]}", None
+            continue
+        for window in WINDOWS:
+            row = compare(name, head_dim, window, num_calls, cfg)
+            yield line_of(row), row
+            if not row["ratio"] <= LIMIT:  # NaN is wrong too
+                wrong.append(f"{row['ratio']:.1f} (head_dim {head_dim}, window {window})")
+    if wrong:
+        said = f"attention_{name} errs more than {LIMIT:g} times as much as attention_xla"
+        raise UsageError(f"{said}: {', '.join(wrong)}. Train with --attention=xla")
