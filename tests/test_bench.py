@@ -1,5 +1,7 @@
 """scripts/bench.py: its errors, its arithmetic, and tiny runs of each kind. No time is checked."""
 
+import glob
+import importlib.util
 import json
 import math
 import os
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 
 import train
-from scripts import bench
+from scripts import attention, bench
+from scripts.dry_run.hlo import Module
 from train import ROOT, UsageError
 
 TINY = [
@@ -78,6 +81,7 @@ def rows_of(tmp_path, *argv):
 
 def test_a_wrong_flag_is_an_error_before_anything_is_timed(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # main's are for its own process
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for argv, words in (
         (["--steps=0"], "--steps=0"),
         (["--stepz=1"], "--stepz"),
@@ -85,6 +89,11 @@ def test_a_wrong_flag_is_an_error_before_anything_is_timed(monkeypatch):
         (["--nanogpt=/nowhere"], "--nanogpt=/nowhere: holds no model.py"),
         (["--shard_tokens=0"], "--shard_tokens=0"),
         (["--", "--num_layer=2"], "--num_layer=2:"),
+        (["--torch"], "--torch: wanted PyTorch: pip install torch"),
+        (
+            ["--attention", "--", *SMALL, "--train_files=no_*.bin"],
+            "--attention: wanted a GPU or a TPU",
+        ),
     ):
         with pytest.raises(UsageError, match=words):
             bench.main(argv)
@@ -92,12 +101,15 @@ def test_a_wrong_flag_is_an_error_before_anything_is_timed(monkeypatch):
 
 @pytest.mark.system
 def test_each_stage_is_a_row_of_times_and_memory(tmp_path):
-    rows, printed = rows_of(tmp_path, "--micro_tokens=128", "--steps=3", "--", *SMALL)
+    flags = ["--micro_tokens=128", "--steps=3", f"--trace={tmp_path}", "--", *SMALL]
+    rows, printed = rows_of(tmp_path, *flags)
     shapes = [(row["micro_tokens"], row["stage"], row["seq_len"], row["tokens"]) for row in rows]
     assert shapes == [(128, 0, 32, 512), (128, 1, 64, 256)]
     for row in rows:
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"] and row["compile_s"] > 0
         assert row["compiled_gib"] > 0 and row["mfu"] is None and 0 < row["loss"] < 7
+        assert row["ahead_ms"] > 0 and row["kernels"] is None  # those of a GPU
+        assert row["trace"][0].startswith("3 steps traced: ") and "fusion" in str(row["trace"])
         assert bench.line_of(row) in printed
     assert "1 x cpu" in printed and f"jax={jax.__version__}" in printed
 
@@ -108,8 +120,9 @@ def test_times_are_medians_and_the_mfu_is_that_of_the_definition(monkeypatch):
     cfg = train.replace(train.SPEEDRUN, vocab_size=50257, bos_id=50256)
     stage = train.replace(cfg.stages[1], batch_tokens=4096 * jax.device_count())
     now = [0.0]
-    seconds = iter([9.0, 9.0, 0.02, 0.09, 0.04])  # the first two are not counted
-    losses = iter([9.0, 8.0, 7.5, 7.25, 7.0])
+    # the first two are not counted, the last three are not waited for one by one
+    seconds = iter([9.0, 9.0, 0.02, 0.09, 0.04, 0.03, 0.02, 0.04])
+    losses = iter([9.0, 8.5, 8.0, 7.5, 7.4, 7.3, 7.2, 7.0])
     monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
     def program(state, batch):
@@ -120,11 +133,12 @@ def test_times_are_medians_and_the_mfu_is_that_of_the_definition(monkeypatch):
     row = bench.time_stage(stage, *arguments, 3, cfg)
     times = [row["min_ms"], row["median_ms"], row["max_ms"]]
     assert times == pytest.approx([20, 40, 90])
+    assert (row["ahead_ms"], row["gap_ms"]) == (pytest.approx(30), pytest.approx(10))
     assert row["tokens_per_s"] == pytest.approx(stage.batch_tokens / 0.04)
     flops = row["tokens_per_s"] * train.flops_per_token(stage, train.GPT.specs(cfg), cfg)
     assert row["mfu"] == pytest.approx(flops / (2 * 989e12))
     assert (row["compiled_gib"], row["loss"]) == (3, 7.0)
-    with pytest.raises(train.NonFiniteLoss, match="the loss after 5 steps is nan"):
+    with pytest.raises(train.NonFiniteLoss, match="the loss after 8 steps is nan"):
         bench.time_stage(stage, *arguments, 3, cfg)
 
 
@@ -132,8 +146,8 @@ def test_a_stage_that_does_not_fit_stays_as_a_row_and_the_others_are_timed(monke
     def time_stage(stage, *_):
         if stage.seq_len == 32:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
-        names = "median_ms min_ms max_ms compiled_gib peak_gib loss seq_len tokens"
-        return dict.fromkeys(names.split(), 1) | {"tokens_per_s": 1e6, "mfu": 0.5}
+        names = "median_ms ahead_ms gap_ms kernels compiled_gib peak_gib loss tokens"
+        return dict.fromkeys(names.split(), 1) | {"tokens_per_s": 1e6, "mfu": 0.5, "trace": []}
 
     programs = {"init": (lambda: None,), "train_0": (None, ()), "train_1": (None, ())}
     monkeypatch.setattr(bench, "time_stage", time_stage)
@@ -147,6 +161,136 @@ def test_a_stage_that_does_not_fit_stays_as_a_row_and_the_others_are_timed(monke
     assert errors == ["RESOURCE_EXHAUSTED: Out of memory", None] * 2
     assert [row["micro_tokens"] for row in rows] == [64, 64, 256, 256]  # the peak only grows
     assert "RESOURCE_EXHAUSTED" in lines[2] and "1000.0  50.0%" in lines[3]
+
+
+def test_the_size_of_micro_steps_is_what_training_would_choose_where_nothing_says_it(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(train, "list_programs", lambda model, mesh, cfg: sizes.append(cfg))
+    args = bench.parse(["--", *SMALL, "--train_files=nowhere_*.bin", "--micro_tokens=none"])
+    with pytest.raises(TypeError):  # None is no list of programs
+        list(bench.time_stages(args))
+    assert [cfg.micro_tokens for cfg in sizes] == [4096]
+
+
+PROGRAM = """
+%body (p: (f32[8])) -> (f32[8]) {
+  %p = (f32[8]) parameter(0)
+  %x = f32[8] get-tuple-element(%p), index=0
+  %a = f32[8] fusion(%x), kind=kLoop, calls=%fused
+  %b = (f32[8], u8[4]) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %t = (f32[8]) tuple(%a)
+}
+
+%fused (y: f32[8]) -> f32[8] {
+  %y = f32[8] parameter(0)
+  %c = f32[8] negate(%y)
+  ROOT %d = f32[8] tanh(%c)
+}
+
+%graph (z: f32[8]) -> f32[8] {
+  %z = f32[8] parameter(0)
+  ROOT %e = f32[8] fusion(%z), kind=kLoop, calls=%fused
+}
+
+ENTRY %main (w: f32[8]) -> f32[8] {
+  %w = f32[8] parameter(0)
+  %f = f32[8] copy-start(%w)
+  %g = f32[8] copy-done(%f)
+  %h = (f32[8]) tuple(%g)
+  %i = (f32[8]) while(%h), condition=%any, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %j = f32[8] get-tuple-element(%i), index=0
+  ROOT %k = f32[8] call(%j), to_apply=%graph
+}
+"""
+
+
+def test_kernels_are_counted_as_often_as_loops_run_and_a_fusion_is_one():
+    assert Module(PROGRAM).num_kernels() == 1 + 5 * 2 + 1
+    unknown = PROGRAM.replace("known_trip_count", "unknown")
+    assert math.isnan(Module(unknown).num_kernels())
+
+
+# ---- The fast attention ----
+
+SHORT_ROWS = [
+    *("--preset=speedrun", "--num_heads=1", "--head_dim=32"),
+    *("--stages.seq_len=256", "--stages.batch_tokens=256", "--stages.candidates=0"),
+]
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """Check one case here, where JAX's plain implementation answers for cuDNN, with a change."""
+    plain = jax.nn.dot_product_attention
+    change = {}
+
+    def answer(*arrays, implementation, **settings):
+        assert implementation == "cudnn"
+        return plain(*arrays, implementation="xla", **settings | change)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    monkeypatch.setattr(train, "able_to_run", lambda *_: ["cudnn"])
+    monkeypatch.setattr(attention, "FASTEST", {"cpu": "cudnn"})
+    monkeypatch.setattr(attention, "HEAD_DIMS", (32,))
+    monkeypatch.setattr(attention, "WINDOWS", (100,))
+
+    def run(**changes):
+        change.update(changes)
+        return list(attention.check_attention(1, train.parse_flags(SHORT_ROWS)))[-1][1]
+
+    return run
+
+
+def test_an_attention_that_rounds_as_the_plain_one_passes_and_one_token_of_window_does_not(check):
+    row = check()
+    assert 0.2 < row["ratio"] < 2 and (row["head_dim"], row["window"]) == (32, 100)
+    assert all(0 < row[array]["fast"] < 0.03 for array in attention.ARRAYS)
+    sentence = r"attention_cudnn errs more than 3 times .*\(head_dim 32, window 100\)\. Train with"
+    with pytest.raises(UsageError, match=sentence):
+        check(local_window_size=(99, 0))
+
+
+def test_a_value_that_is_no_number_is_an_error_of_the_attention(check):
+    with pytest.raises(UsageError, match="as attention_xla: nan"):
+        check(scale=math.nan)
+
+
+def why_no_gpu():
+    """Why a GPU cannot be used here, or nothing."""
+    if not glob.glob("/dev/nvidia[0-9]*"):
+        return "no NVIDIA GPU here"
+    plugins = (f"jax_cuda{version}_plugin" for version in (12, 13))
+    has_plugin = any(map(importlib.util.find_spec, plugins))
+    return "" if has_plugin else 'JAX sees no GPU: pip install "jax[cuda13]"'
+
+
+@pytest.mark.skipif(bool(why_no_gpu()), reason=why_no_gpu())
+def test_on_a_gpu_the_output_and_the_gradients_of_the_fast_attention_are_right():
+    argv = [sys.executable, "-m", "scripts.bench", "--attention", "--steps=1"]
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    argv += ["--", "--preset=speedrun"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\n   128 ") == len(attention.WINDOWS), done.stdout
+
+
+# ---- Peers ----
+
+
+def test_the_plain_gpt_in_torch_has_our_matrices_and_sees_no_later_token():
+    torch = pytest.importorskip("torch", reason="PyTorch is no requirement: pip install torch")
+    cfg = bench.configure([*SMALL, "--train_files=nowhere_*.bin", "--compute_dtype=float32"])
+    cfg = train.replace(cfg, stages=cfg.stages[-1:])
+    model = bench.make_torch_gpt(cfg)
+    ours = {"muon", "muon_down", "embed", "head"}
+    specs = [spec for spec in jax.tree.leaves(train.GPT.specs(cfg)) if spec.group in ours]
+    numbers = sum(weight.numel() for weight in model.parameters())
+    assert numbers - model.positions.weight.numel() == sum(math.prod(s.shape) for s in specs)
+    tokens = torch.arange(128).reshape(2, 64)
+    embedded = model.embed(tokens).detach().requires_grad_()
+    model.blocks(embedded)[:, 20].sum().backward()
+    reached = embedded.grad.abs().sum(dim=2) > 0
+    assert reached[:, :21].all() and not reached[:, 21:].any()
 
 
 @pytest.mark.system
