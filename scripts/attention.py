@@ -43,11 +43,15 @@ def document_starts(num_rows, length):
 
 def draw_inputs(num_rows, length, cfg):
     """(q, k, v, gate, the output's gradient), all but the gate in bfloat16."""
-    keys = jax.random.split(jax.random.key(1337), 5)
-    width, key_width = (heads * cfg.head_dim for heads in (cfg.num_heads, cfg.kv_heads))
-    shapes = [(num_rows, length, size) for size in (width, key_width, key_width, width)]
-    q, k, v, dy = map(jax.random.normal, keys[:4], shapes, [jnp.bfloat16] * 4)
-    return q, k, v, jax.random.uniform(keys[4], (num_rows, length, cfg.num_heads)), dy
+    rng = np.random.default_rng(1337)
+
+    def normal(num_heads):
+        shape = num_rows, length, num_heads * cfg.head_dim
+        return jnp.array(rng.standard_normal(shape, np.float32), jnp.bfloat16)
+
+    gate_BTH = jnp.array(rng.random((num_rows, length, cfg.num_heads), np.float32))
+    q_BTN, k_BTN, v_BTN, dy_BTN = (normal(cfg.num_heads) for _ in range(4))
+    return q_BTN, k_BTN, v_BTN, gate_BTH, dy_BTN
 
 
 def make_run(name, window, cfg):

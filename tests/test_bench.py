@@ -163,13 +163,18 @@ def test_a_stage_that_does_not_fit_stays_as_a_row_and_the_others_are_timed(monke
     assert "RESOURCE_EXHAUSTED" in lines[2] and "1000.0  50.0%" in lines[3]
 
 
-def test_the_size_of_micro_steps_is_what_training_would_choose_where_nothing_says_it(monkeypatch):
-    sizes = []
-    monkeypatch.setattr(train, "list_programs", lambda model, mesh, cfg: sizes.append(cfg))
+def test_micro_steps_that_nobody_asks_for_are_as_large_as_training_makes_them(monkeypatch):
+    def list_programs(model, mesh, cfg):
+        raise LookupError(f"asked for {cfg.micro_tokens}")
+
+    def fit_memory(model, mesh, cfg):
+        return train.replace(cfg, micro_tokens=8192)
+
+    monkeypatch.setattr(train, "list_programs", list_programs)
+    monkeypatch.setattr(train, "fit_memory", fit_memory)
     args = bench.parse(["--", *SMALL, "--train_files=nowhere_*.bin", "--micro_tokens=none"])
-    with pytest.raises(TypeError):  # None is no list of programs
+    with pytest.raises(LookupError, match="asked for 8192"):
         list(bench.time_stages(args))
-    assert [cfg.micro_tokens for cfg in sizes] == [4096]
 
 
 PROGRAM = """
@@ -250,9 +255,15 @@ def test_an_attention_that_rounds_as_the_plain_one_passes_and_one_token_of_windo
         check(local_window_size=(99, 0))
 
 
-def test_a_value_that_is_no_number_is_an_error_of_the_attention(check):
+def test_a_value_that_is_no_number_is_an_error_of_the_attention(check, monkeypatch):
+    ones = np.ones((1, 256, 8), np.float32)
+    errors = attention.errors_of(np.where(ones.cumsum(axis=1) == 200, math.nan, ones), ones, ones)
+    assert math.isnan(errors["ratio"])
+    row = {"ratio": math.nan, "head_dim": 32, "window": 100, "fast_ms": 1, "plain_ms": 1}
+    row |= dict.fromkeys(attention.ARRAYS, errors)
+    monkeypatch.setattr(attention, "compare", lambda *_: row)
     with pytest.raises(UsageError, match="as attention_xla: nan"):
-        check(scale=math.nan)
+        check()
 
 
 def why_no_gpu():
