@@ -32,6 +32,7 @@ def read_lines(folder):
     thread of the CPU has computed.
     """
     path = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    lines = []
     planes = {p.name: p for p in jax.profiler.ProfileData.from_file(str(path)).planes}
     devices = sorted(name for name in planes if re.fullmatch(r"/device:(GPU|TPU):\d+", name))
     if devices:
@@ -40,7 +41,7 @@ def read_lines(folder):
             for line in planes[devices[0]].lines
             if line.name.startswith("Stream") or line.name == "XLA Ops"
         ]
-    else:
+    elif jax.default_backend() == "cpu":
         lines = [
             [event for event in line.events if "hlo_op" in dict(event.stats)]
             for line in planes["/host:CPU"].lines

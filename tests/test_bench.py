@@ -250,7 +250,7 @@ def test_an_attention_that_rounds_as_the_plain_one_passes_and_one_token_of_windo
     row = check()
     assert 0.2 < row["ratio"] < 2 and (row["head_dim"], row["window"]) == (32, 100)
     assert all(0 < row[array]["fast"] < 0.03 for array in attention.ARRAYS)
-    sentence = r"attention_cudnn errs more than 3 times .*\(head_dim 32, window 100\)\. Train with"
+    sentence = r"attention_cudnn errs over 3 times .*\(head_dim 32, window 100\)\. Train with"
     with pytest.raises(UsageError, match=sentence):
         check(local_window_size=(99, 0))
 
@@ -259,10 +259,21 @@ def test_a_value_that_is_no_number_is_an_error_of_the_attention(check, monkeypat
     ones = np.ones((1, 256, 8), np.float32)
     errors = attention.errors_of(np.where(ones.cumsum(axis=1) == 200, math.nan, ones), ones, ones)
     assert math.isnan(errors["ratio"])
-    row = {"ratio": math.nan, "head_dim": 32, "window": 100, "fast_ms": 1, "plain_ms": 1}
+    row = {"ratio": math.nan, "fast_ms": 1, "plain_ms": 1}
     row |= dict.fromkeys(attention.ARRAYS, errors)
     monkeypatch.setattr(attention, "compare", lambda *_: row)
     with pytest.raises(UsageError, match="as attention_xla: nan"):
+        check()
+
+
+def test_a_case_that_is_refused_is_wrong_and_does_not_hide_the_others(check, monkeypatch):
+    def compare(name, head_dim, window, *_):
+        raise RuntimeError(f"No execution plans for {window}\nmore")
+
+    monkeypatch.setattr(attention, "compare", compare)
+    monkeypatch.setattr(attention, "WINDOWS", (0, 100))
+    sentence = r"nan \(head_dim 32, window 0\), nan \(head_dim 32, window 100\)"
+    with pytest.raises(UsageError, match=sentence):
         check()
 
 
