@@ -45,13 +45,9 @@ def document_starts(num_rows, length):
 def draw_inputs(num_rows, length, cfg):
     """(q, k, v, gate, the output's gradient), all but the gate in bfloat16."""
     rng = np.random.default_rng(1337)
-
-    def normal(num_heads):
-        shape = num_rows, length, num_heads * cfg.head_dim
-        return jnp.array(rng.standard_normal(shape, np.float32), jnp.bfloat16)
-
+    shape = 4, num_rows, length, cfg.num_heads * cfg.head_dim
+    q_BTN, k_BTN, v_BTN, dy_BTN = jnp.array(rng.standard_normal(shape, np.float32), jnp.bfloat16)
     gate_BTH = jnp.array(rng.random((num_rows, length, cfg.num_heads), np.float32))
-    q_BTN, k_BTN, v_BTN, dy_BTN = (normal(cfg.num_heads) for _ in range(4))
     return q_BTN, k_BTN, v_BTN, gate_BTH, dy_BTN
 
 

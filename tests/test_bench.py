@@ -250,7 +250,7 @@ def test_an_attention_that_rounds_as_the_plain_one_passes_and_one_token_of_windo
     row = check()
     assert 0.2 < row["ratio"] < 2 and (row["head_dim"], row["window"]) == (32, 100)
     assert all(0 < row[array]["fast"] < 0.03 for array in attention.ARRAYS)
-    sentence = r"attention_cudnn errs over 3 times .*\(head_dim 32, window 100\)\. Train with"
+    sentence = r"errs over 3 times .*\(head_dim 32, window 100\)\. Train with"
     with pytest.raises(UsageError, match=sentence):
         check(local_window_size=(99, 0))
 
