@@ -62,7 +62,7 @@ import numpy as np
 
 import train
 from scripts.attention import check_attention
-from scripts.dry_run.hlo import Module
+from scripts.dry_run.hlo import Module, NoProgram
 from scripts.files import require_place, write_whole
 from scripts.trace_run import summary
 from train import GPT, ROOT, UsageError, replace, require
@@ -137,7 +137,10 @@ def kernels_of(program):
     """Kernels that a step runs on a GPU; None on other devices, and where it cannot be counted."""
     if jax.default_backend() != "gpu":
         return None
-    count = Module(program.as_text()).num_kernels()
+    try:
+        count = Module(program.as_text()).num_kernels()
+    except (NoProgram, LookupError):  # a text of another form
+        return None
     return None if math.isnan(count) else count
 
 
@@ -148,9 +151,9 @@ def trace_stage(program, state, batch, folder):
     try:
         with jax.profiler.trace(folder, profiler_options=options):
             run_ahead(program, state, batch, NUM_TRACED)
-    except jax.errors.JaxRuntimeError as error:
+        busy, *rows = summary(folder)
+    except (jax.errors.JaxRuntimeError, OSError, ValueError) as error:  # the times stay
         return [f"no trace: {error}"]
-    busy, *rows = summary(folder)
     return [f"{NUM_TRACED} steps traced: {busy}", *rows]
 
 
