@@ -116,7 +116,6 @@ class Trace:
             except jax.errors.JaxRuntimeError as error:  # the disk
                 raise train.UsageError(f"{self.folder}: no trace is written: {error}") from error
             print(f"wrote: {self.folder}, a trace of steps {self.begin + 1} to {self.end}")
-            print(*summary(self.folder), sep="\n")
 
 
 def main(argv=None):
@@ -143,6 +142,7 @@ def main(argv=None):
     finally:
         trace.finish()  # where the run ended first
     train.require(trace.was_on, f"{span}: the run had no such step, so there is no trace")
+    print(*summary(outs[-1]), sep="\n")
     return run
 
 
