@@ -854,7 +854,7 @@ def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg)
         mask=key_111S >= first_BT[:, None, :, None],
         scale=1.0,
         is_causal=True,
-        local_window_size=(window, 0),
+        local_window_size=(window, 0) if window < q_BTN.shape[1] else None,
         implementation="cudnn",
     )
     return gated(rearrange(y_BTHK, "B T H K -> B T (H K)"), gate_BTH)

@@ -18,7 +18,7 @@ import numpy as np
 from einops import reduce
 
 import train
-from train import ATTENTION, WANTED_BY, UsageError, f32, first_keys, replace, require, rotary
+from train import ATTENTION, UsageError, f32, first_keys, replace, require, rotary
 
 FASTEST = {"gpu": "cudnn", "tpu": "band"}
 HEAD_DIMS = (128, 256)
@@ -148,9 +148,9 @@ def check_attention(num_calls, cfg):
     yield " " * 20 + "".join(f"{array:>12}" for array in ARRAYS) + "     fast   plain", None
     wrong = []
     for head_dim in HEAD_DIMS:
-        able = train.able_to_run(replace(cfg, head_dim=head_dim), platform, capability)
-        if name not in able:
-            yield f"{head_dim:6}  not run: {name} wants {WANTED_BY[name]}", None
+        lack = train.lacking(replace(cfg, head_dim=head_dim), platform, capability)[name]
+        if lack:
+            yield f"{head_dim:6}  not run: {name} wants {lack}", None
             continue
         for window in WINDOWS:
             row = {"attention": name, "head_dim": head_dim, "window": window, "ratio": math.nan}

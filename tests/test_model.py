@@ -392,11 +392,12 @@ def test_cudnn_is_asked_for_the_same_attention_and_for_causality_and_window_by_i
         return plain(*arrays, implementation="xla", **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
-    inputs = attention_inputs(7, 23)
-    found = attention_and_gradients(7, *inputs, name="cudnn")
-    expected = numpy_gpt.attention_and_gradients(*inputs, BASE)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
-    assert asked == [("cudnn", True, (7, 0))]
+    for window in (7, 23):  # the row has 23 tokens
+        inputs = attention_inputs(window, 23)
+        found = attention_and_gradients(window, *inputs, name="cudnn")
+        expected = numpy_gpt.attention_and_gradients(*inputs, BASE)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
+    assert asked == [("cudnn", True, (7, 0)), ("cudnn", True, None)]
 
 
 def test_blocks_do_not_compute_the_keys_that_causality_and_window_put_out_of_reach():
