@@ -1,6 +1,7 @@
-"""What will a run cost on a TPU? Needs `pip install "jax[tpu]"`, but no TPU and no data.
+"""What will a run cost on a TPU or GPU? Needs a compiler for it, but neither chip nor data.
 
     python -m scripts.dry_run v6e:2x4              the preset `speedrun` on a host of 8 chips
+    python -m scripts.dry_run h100:8               the same on 8 GPUs
     python -m scripts.dry_run v6e:2x4 --stage=2 --dump=DIR      one program; HLO in DIR/train_2.hlo
     python -m scripts.dry_run v6e:2x4 --piece=head --head_block=2048           a piece, in a minute
     python -m scripts.dry_run v6e:2x4 --num_layers=16 --json=FILE             any flag of train.py
@@ -9,7 +10,10 @@ The TPU compiler runs on any Linux machine. Of each program this prints what is 
 and collectives, and a prediction of its time: estimate.py says how, and how wrong it has
 been. Train.py's kernels count by their instruction bundles (bundles.py). The train time
 that follows is a projection, not a measurement. Compiling the preset's programs takes about half an
-hour on two cores.
+hour on two cores. Needs `pip install "jax[tpu]"`.
+
+Of GPUs, for which it needs `pip install jax-cuda13-plugin`, it prints memory, kernels, collectives
+and bounds of the time (gpu_cost.py), but no projection: no GPU has calibrated them.
 """
 
 import os
@@ -26,7 +30,6 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-8")
 import argparse
 import importlib.util
 import json
-import math
 import multiprocessing
 import re
 import tempfile
@@ -37,10 +40,10 @@ import jax
 from jax.experimental import topologies
 
 import train
-from scripts.dry_run import bundles
+from scripts.dry_run import bundles, gpu
 from scripts.dry_run.estimate import BUNDLE_RANGE, CHIPS, estimate
 from scripts.dry_run.hlo import Module
-from scripts.dry_run.programs import PIECES, list_jobs
+from scripts.dry_run.programs import PIECES, list_jobs, out_of_memory
 from scripts.files import require_place, write_whole
 from train import GPT, UsageError
 
@@ -61,17 +64,17 @@ DEFAULT_TOPOLOGY = {"v6e": "v6e:2x4", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1"}  # f
 
 def topology_devices(name):
     """Devices to compile for. Raises UsageError without libtpu, and for names it does not know."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise UsageError('the TPU compiler is missing: pip install "jax[tpu]>=0.10,<0.13"')
     name = DEFAULT_TOPOLOGY.get(name, name)
     bounds = TOPOLOGIES.get(name)
     options = {"chips_per_host_bounds": bounds} if bounds else {}
     refused = UsageError(
         f"{name}: no such topology for the compiler; these work: {', '.join(TOPOLOGIES)}, and "
-        "more of a kind as far as libtpu knows them"
+        f"more of a kind as far as libtpu knows them; of GPUs {', '.join(gpu.EXAMPLES)}"
     )
     if name.split(":")[0] not in CHIPS:
         raise refused
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError('the TPU compiler is missing: pip install "jax[tpu]>=0.10,<0.13"')
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -157,36 +160,6 @@ def kernel_seconds(jobs, argv, model):
 
 
 # ---- Compiling -----------------------------------------------------------------------------------
-def out_of_memory(job, need_gib, have_gib, cfg):
-    """UsageError that says by how much a program does not fit, and what three flags could become.
-
-    Micro-steps are halved as often as the excess asks. Blocks of the head are such that logits and
-    their gradient take a gibibyte. Rows become shorter, or the batch smaller.
-    """
-    evaluates = job.stage == cfg.val
-    _, num_rows, width = train.batch_shape(job.stage, job.mesh.size, cfg)
-    row = width - 1
-    at_once = num_rows // job.mesh.size * row
-    halvings = math.ceil(math.log2(need_gib / have_gib)) or 1
-    block = min(cfg.head_block or at_once, at_once)
-    room = 2 ** int(math.log2(2**30 / (8 * cfg.padded_vocab)))
-    advice = {
-        "micro_tokens": at_once >> halvings,
-        "head_block": room if room < block else block // 2,
-    }
-    if advice["micro_tokens"] < row:  # a micro-step holds one row at least
-        advice["val.seq_len" if evaluates else "stages.seq_len"] = row >> halvings
-    elif evaluates:
-        advice["val_tokens"] = cfg.val_tokens >> halvings
-    else:
-        advice["stages.batch_tokens"] = job.stage.batch_tokens >> halvings
-    turns = ", ".join(f"--{name}={value}" for name, value in advice.items())
-    return UsageError(
-        f"{job.name} does not fit: it needs {need_gib:.2f} GiB of the chip's {have_gib:.2f}, "
-        f"{need_gib - have_gib:.2f} too many. Turn one or more of these: {turns}"
-    )
-
-
 def gib_of(text):
     """51.21G -> 51.21"""
     return float(text[:-1]) * 1024.0 ** ("KMGT".index(text[-1]) - 2)
@@ -354,15 +327,16 @@ def parse(argv):
     )
     parser.error = fail
     flag = parser.add_argument
-    flag("topology", metavar="TOPOLOGY", help=", ".join(TOPOLOGIES))
+    flag("topology", metavar="TOPOLOGY", help=", ".join([*TOPOLOGIES, *gpu.EXAMPLES]))
     flag("--json", metavar="FILE", help="write the numbers there")
     flag("--dump", metavar="DIR", help="write the optimized HLO of each program there")
     flag("--stage", type=int, metavar="K", help="only this stage; of --piece, default the last")
     flag("--piece", choices=PIECES, help="a piece of the training step, in the shapes of a chip")
+    flag("--memory_gb", type=float, metavar="GB", help="of each GPU, in place of its own")
     return parser.parse_known_args(argv)
 
 
-def config(flags, presets=train.PRESETS):
+def config(flags, presets=train.PRESETS, platform="tpu", capability=0.0):
     """Config without data: the vocabulary is GPT-2's, of Python's own source bytes.
 
     Raises UsageError.
@@ -374,7 +348,7 @@ def config(flags, presets=train.PRESETS):
     jax.config.update("jax_enable_x64", False)
     precision = "float32" if cfg.compute_dtype == "float32" else None
     jax.config.update("jax_default_matmul_precision", precision)
-    return train.choose_attention(cfg, "tpu")
+    return train.choose_attention(cfg, platform, capability)
 
 
 def project(result, covers):
@@ -386,16 +360,8 @@ def project(result, covers):
     )
 
 
-def main(argv=None, model=GPT):
-    """Returns what the JSON file holds. Raises UsageError.
-
-    model: as of train.main. It is sent to another process, so its functions must be a module's.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    args, flags = parse(argv)
-    cfg = config(flags, model.presets)
-    if args.json:
-        require_place(args.json)
+def run_on_tpu(args, argv, cfg, model):
+    """Judge all jobs and project the train time; return what the JSON file holds."""
     devices = topology_devices(args.topology)
     if args.dump:
         Path(args.dump).mkdir(parents=True, exist_ok=True)
@@ -408,9 +374,31 @@ def main(argv=None, model=GPT):
     rows = [judge(job, chip, seconds, cfg, args.dump) for job in jobs]
     result = summary(rows, args.topology, cfg)
     if not args.piece:
-        print(
-            project(result, "the whole schedule" if args.stage is None else f"stage {args.stage}")
-        )
+        covers = "the whole schedule" if args.stage is None else f"stage {args.stage}"
+        print(project(result, covers))
+    return result
+
+
+def main(argv=None, model=GPT):
+    """Returns what the JSON file holds. Raises UsageError.
+
+    model: as of train.main. It is sent to another process, so its functions must be a module's.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args, flags = parse(argv)
+    device = "tpu", 0.0
+    if gpu.is_gpu(args.topology):
+        kind, _ = gpu.read_topology(args.topology, args.memory_gb)
+        device = "gpu", float(kind.capability)
+    elif args.memory_gb is not None:
+        raise UsageError(f"--memory_gb={args.memory_gb:g}: it is for GPUs, not {args.topology}")
+    cfg = config(flags, model.presets, *device)
+    if args.json:
+        require_place(args.json)
+    if device[0] == "gpu":
+        result = gpu.run(args, cfg, model)
+    else:
+        result = run_on_tpu(args, argv, cfg, model)
     if args.json:
         write_whole(args.json, (json.dumps(result, indent=1) + "\n").encode())
     return result

@@ -1,5 +1,7 @@
-"""What this compiles: the programs of a run, or a piece of one training step."""
+"""What this compiles: the programs of a run, or a piece of one training step. What to turn where
+one does not fit."""
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -202,3 +204,34 @@ def list_jobs(model, mesh, cfg, number=None, piece=None):
     if number is None:
         jobs.append(evaluation_job(model, mesh, cfg))
     return jobs
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+def out_of_memory(job, need_gib, have_gib, cfg, owner="the chip"):
+    """UsageError that says by how much a program does not fit, and what three flags could become.
+
+    Micro-steps are halved as often as the excess asks. Blocks of the head are such that logits and
+    their gradient take a gibibyte. Rows become shorter, or the batch smaller.
+    """
+    evaluates = job.stage == cfg.val
+    _, num_rows, width = train.batch_shape(job.stage, job.mesh.size, cfg)
+    row = width - 1
+    at_once = num_rows // job.mesh.size * row
+    halvings = math.ceil(math.log2(need_gib / have_gib)) or 1
+    block = min(cfg.head_block or at_once, at_once)
+    room = 2 ** int(math.log2(2**30 / (8 * cfg.padded_vocab)))
+    advice = {
+        "micro_tokens": at_once >> halvings,
+        "head_block": room if room < block else block // 2,
+    }
+    if advice["micro_tokens"] < row:  # a micro-step holds one row at least
+        advice["val.seq_len" if evaluates else "stages.seq_len"] = row >> halvings
+    elif evaluates:
+        advice["val_tokens"] = cfg.val_tokens >> halvings
+    else:
+        advice["stages.batch_tokens"] = job.stage.batch_tokens >> halvings
+    turns = ", ".join(f"--{name}={value}" for name, value in advice.items())
+    return UsageError(
+        f"{job.name} does not fit: it needs {need_gib:.2f} GiB of {owner}'s {have_gib:.2f}, "
+        f"{need_gib - have_gib:.2f} too many. Turn one or more of these: {turns}"
+    )

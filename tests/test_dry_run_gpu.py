@@ -1,0 +1,232 @@
+"""scripts/dry_run for GPUs: what train.py's programs must and must not hold, read off the text of
+the GPU compiler, and what is said of them. No GPU is used."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_dry_run import SMALL, arrays_of, whole_logits
+
+import train
+from scripts.dry_run import command as dry_run
+from scripts.dry_run import gpu
+from scripts.dry_run.gpu_cost import GpuWalk, gpu_chip, matmul_sizes, scores_and_masks
+from scripts.dry_run.hlo import Array, Module
+from train import UsageError
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None
+    or jax.__version_info__ < (0, 11, 2),  # where JAX makes the mask's gradient, [T, T]
+    reason="wants jax-cuda13-plugin with JAX 0.11.2 or newer",
+)
+ROW, MICRO_STEPS, HEADS, WIDTH = 512, 2, 2, 64  # micro-steps: of each of eight devices
+FLAGS = [*SMALL, f"--num_heads={HEADS}", f"--head_dim={WIDTH}"]
+
+
+def run(folder, *flags):
+    """(result, {program: Module}, what it printed) of a dry run."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        result = dry_run.main([*flags, f"--dump={folder}", f"--json={folder}/rows.json"])
+    modules = {path.stem: Module(path.read_text()) for path in folder.glob("*.hlo")}
+    return result, modules, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory):
+    """(result, Module, what it printed) of the training step on eight devices."""
+    folder = tmp_path_factory.mktemp("gpu")
+    result, modules, said = run(folder, "h100:8", "--stage=0", *FLAGS)
+    assert json.loads((folder / "rows.json").read_text()) == result
+    return result, modules["train_0"], said
+
+
+def calls_of(module, word):
+    """Instructions whose op or custom call begins so."""
+    target = re.compile(rf'custom_call_target="{re.escape(word)}')
+    for computation in module.computations.values():
+        for i in computation.values():
+            if i.op.startswith(word) or target.search(i.attrs):
+                yield i
+
+
+def visible_scores(window):
+    """Of a row and head: each query sees itself and `window` tokens before."""
+    return sum(min(t, window) + 1 for t in range(ROW))
+
+
+@needs_compiler
+@pytest.mark.system
+def test_a_step_calls_fmha_and_writes_no_scores_and_no_whole_logits(step):
+    result, module, said = step
+    assert result["attention"] == "cudnn"
+    names = [re.search(r"fmha\w+", i.attrs)[0] for i in calls_of(module, "__cudnn$fmha")]
+    backward = ["Backward" in name for name in names]
+    assert sorted(backward) == [False, False, True, True]  # two layers
+    (row,) = result["programs"]
+    assert row["fmha_calls"] == 4 * MICRO_STEPS
+    scores = HEADS * 2 * MICRO_STEPS * (visible_scores(128) + visible_scores(256))
+    assert row["fmha_tflop"] == pytest.approx((2 + 5) * 2 * WIDTH * scores / 1e12)
+    # two rows of a micro-step, and no axis for the heads: a mask, and of two windows at most two
+    square = [array for _, array in arrays_of(module) if array.dims.count(ROW) > 1]
+    assert {(array.dtype, array.dims[0], np.prod(array.dims)) for array in square} == {
+        ("bf16", 2, 2 * ROW * ROW)
+    }
+    assert row["score_arrays"] == 0 and "[T, T] scores: none" in said
+    assert whole_logits(module) == []
+
+
+@needs_compiler
+@pytest.mark.system
+def test_gradients_are_reduced_once_a_step_outside_of_loops(step):
+    result, module, said = step
+    inside = GpuWalk(module, gpu_chip(gpu.KINDS["h100"])).rows(module.entry)
+    assert [row.name for row in inside if row.op and row.in_loop] == []
+    assert len(list(calls_of(module, "reduce-scatter-start"))) == 1
+    (reduction,) = calls_of(module, "reduce-scatter-start")
+    shape = train.param_specs(dry_run.config(FLAGS))
+    split = [spec for spec in jax.tree.leaves(shape) if train.split_axis(spec, 8) is not None]
+    total = sum(np.prod(spec.shape) for spec in split)
+    halves = sum(np.prod(a.dims) for a in reduction.arrays if a.dtype == "bf16")
+    assert halves == total + total / 8  # what goes in and what is left
+    assert "reduce-scatter: 1 times" in said and "in a loop" not in said
+
+
+@needs_compiler
+@pytest.mark.system
+def test_bounds_are_printed_and_no_projection(step):
+    result, _, said = step
+    (row,) = result["programs"]
+    assert 0 < row["roofline_ms"] <= (row["table_ms"] or row["roofline_ms"])
+    assert 0 < row["fmha_roofline_ms"] and row["launches"] > 4 * MICRO_STEPS
+    assert 0 < row["peak_gib"] < 0.1 and row["pool_gib"] == pytest.approx(0.75 * 79.1, rel=1e-3)
+    assert "projection" not in said and "never calibrated" in said
+
+
+@needs_compiler
+@pytest.mark.system
+def test_a_piece_calls_fmha_where_it_is_asked_for_and_must_fit(tmp_path):
+    for attention in ("cudnn", "xla"):
+        flags = ["h200:1", "--piece=attention", f"--attention={attention}", *FLAGS]
+        result, modules, said = run(tmp_path, *flags)
+        assert sorted(modules) == ["attention_128", "attention_256"]
+        calls = [len(list(calls_of(module, "__cudnn$fmha"))) for module in modules.values()]
+        assert calls == ([2, 2] if attention == "cudnn" else [0, 0])
+        assert [row["fmha_calls"] for row in result["programs"]] == calls
+    flags[flags.index("--micro_tokens=1024")] = "--micro_tokens=16384"
+    words = r"needs [\d.]+ GiB of JAX's pool's 0.01, .* --micro_tokens=\d+, --head_block"
+    with pytest.raises(UsageError, match=words):
+        run(tmp_path, *flags, "--memory_gb=0.01")
+
+
+# ---- Without the compiler ----
+FMHA = """
+ENTRY %main () -> bf16[2,3,512,64] {
+  %q = bf16[2,512,3,64]{3,2,1,0} parameter(0)
+  %select = bf16[2,512,512]{2,1,0} fusion(), kind=kLoop, calls=%fused
+  %mask = bf16[2,1,512,512]{3,2,1,0} bitcast(%select)
+  %score = f32[2,3,512,512]{3,2,1,0} exponential(%q)
+  ROOT %y = (bf16[2,3,512,64]{3,1,2,0}, f32[2,3,512]{2,1,0}, u8[9]{0}) custom-call(%q, %q, %q, \
+%mask), custom_call_target="__cudnn$fmhaScaleBiasSoftmax", \
+backend_config={"cudnn_fmha_backend_config": {"sliding_window_length": 129}}
+}
+
+%fused () -> bf16[2,512,512] {
+  ROOT %zero = bf16[2,512,512]{2,1,0} broadcast()
+}
+"""
+
+
+def test_fmha_counts_the_scores_in_the_band_and_its_mask_is_no_score():
+    module = Module(FMHA)
+    walk = GpuWalk(module, gpu_chip(gpu.KINDS["h100"]))
+    rows = list(walk.rows(module.entry))
+    (call,) = walk.fmha.values()
+    scores = visible_scores(128)
+    assert call.flops == 2 * 2 * 2 * 3 * 64 * scores
+    moved = 4 * 2 * 512 * 3 * 64 * 2 + 2 * 3 * 512 * 4  # q, k, v, y; the softmax's sums
+    assert call.bytes == pytest.approx(moved + 2 * 2 * scores)
+    written = [
+        (row.name, row.calls, array)
+        for row in rows
+        for array in module.computations["main"][row.name].arrays
+    ]
+    scores, masks = scores_and_masks(written, walk, ROW)
+    assert scores == [(1, Array("f32", (2, 3, 512, 512), 0))]
+    assert masks == [(1, Array("bf16", (2, 512, 512), 0))]
+
+
+def test_sizes_of_a_matmul_are_those_of_its_einsum():
+    a, b = jnp.zeros((3, 5, 7)), jnp.zeros((3, 7, 11))
+    text = """
+ENTRY %main () -> f32[3,5,11] {
+  %a = f32[3,5,7]{2,1,0} parameter(0)
+  %b = f32[3,7,11]{2,1,0} parameter(1)
+  ROOT %y = f32[3,5,11]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, \
+rhs_batch_dims={0}, rhs_contracting_dims={1}
+}
+"""
+    computation = Module(text).computations["main"]
+    assert jnp.einsum("BMK,BKN->BMN", a, b).shape == computation["y"].arrays[0].dims
+    assert matmul_sizes(computation["y"], computation) == (3, 5, 7, 11)
+
+
+def test_cudnn_is_pretended_in_the_dry_run_alone():
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    names = ("check_compute_capability", "is_cuda_compute_capability_equal", "check_cudnn_version")
+    real = [getattr(cudnn, name) for name in names]
+    with gpu.pretended_cudnn("9.0"):
+        assert cudnn.check_compute_capability("8.9") and cudnn.check_compute_capability("9.0")
+        assert not cudnn.check_compute_capability("10.0")
+        assert not cudnn.is_cuda_compute_capability_equal("10.3")
+        assert cudnn.check_cudnn_version() == 91000
+    assert [getattr(cudnn, name) for name in names] == real
+
+
+def test_without_the_plugin_the_error_names_the_package():
+    sentence = rf"^the GPU compiler is missing: pip install jax-cuda13-plugin=={jax.__version__}$"
+    with mock.patch.object(importlib.util, "find_spec", lambda name: None):
+        with pytest.raises(UsageError, match=sentence):
+            dry_run.main(["h100:1"])
+
+
+def test_a_wrong_flag_is_an_error_before_anything_compiles():
+    for argv, words in (
+        (["h100:0"], "h100:0: wanted h100:DEVICES with 1 to 99 devices, such as h100:8"),
+        (["h100:2x4"], "wanted h100:DEVICES"),
+        (["h300:8"], "h300:8: no such topology.*h100:1, h100:8, h200:1, h200:8"),
+        (["h100:1", "--memory_gb=0"], "--memory_gb=0: wanted the gigabytes of a device"),
+        (["v6e:1x1", "--memory_gb=80"], "--memory_gb=80: it is for GPUs, not v6e:1x1"),
+        (["h100:1", "--attention=band"], "--attention=band: wanted a TPU"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            dry_run.main(argv)
+
+
+def test_micro_steps_are_as_large_as_95_percent_of_the_pool_hold(capsys):
+    kind, _ = gpu.read_topology("h100:1", 32 * 2**30 / 1e9)
+    assert kind.pool_gib == pytest.approx(24)
+    cfg = dry_run.config([], platform="gpu", capability=9.0)
+    model = train.GPT._replace()
+    for gib_of_32768, micro_tokens in ((22.7, 32768), (22.9, 16384), (60.0, 8192), (200.0, 4096)):
+
+        def compiled(job, kind, cfg, gib=gib_of_32768):
+            bytes_needed = gib * 2**30 * cfg.micro_tokens / 32768
+            return mock.Mock(bytes=bytes_needed), 0.0
+
+        with (
+            mock.patch.object(gpu, "list_jobs", lambda *args: [mock.Mock()]),
+            mock.patch.object(gpu, "compile_job", compiled),
+            mock.patch.object(train, "memory_of", lambda program: program.bytes),
+        ):
+            settled, _ = gpu.fit_memory(model, None, kind, cfg)
+        assert settled.micro_tokens == micro_tokens
+    assert "of 0.95 * 24.00" in capsys.readouterr().out
