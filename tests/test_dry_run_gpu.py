@@ -91,8 +91,9 @@ def test_gradients_are_reduced_once_a_step_outside_of_loops(step):
     assert [row.name for row in inside if row.op and row.in_loop] == []
     assert len(list(calls_of(module, "reduce-scatter-start"))) == 1
     (reduction,) = calls_of(module, "reduce-scatter-start")
-    shape = train.param_specs(dry_run.config(FLAGS))
-    split = [spec for spec in jax.tree.leaves(shape) if train.split_axis(spec, 8) is not None]
+    specs = train.param_specs(dry_run.config(FLAGS))
+    del specs["embed"]  # the stage is tied: all its gradients reach the head
+    split = [spec for spec in jax.tree.leaves(specs) if train.split_axis(spec, 8) is not None]
     total = sum(np.prod(spec.shape) for spec in split)
     halves = sum(np.prod(a.dims) for a in reduction.arrays if a.dtype == "bf16")
     assert halves == total + total / 8  # what goes in and what is left
@@ -123,7 +124,7 @@ def test_a_piece_calls_fmha_where_it_is_asked_for_and_must_fit(tmp_path):
     flags[flags.index("--micro_tokens=1024")] = "--micro_tokens=16384"
     words = r"needs [\d.]+ GiB of JAX's pool's 0.01, .* --micro_tokens=\d+, --head_block"
     with pytest.raises(UsageError, match=words):
-        run(tmp_path, *flags, "--memory_gb=0.01")
+        run(tmp_path, *flags, "--memory_gib=0.01")
 
 
 # ---- Without the compiler ----
@@ -203,8 +204,8 @@ def test_a_wrong_flag_is_an_error_before_anything_compiles():
         (["h100:0"], "h100:0: wanted h100:DEVICES with 1 to 99 devices, such as h100:8"),
         (["h100:2x4"], "wanted h100:DEVICES"),
         (["h300:8"], "h300:8: no such topology.*h100:1, h100:8, h200:1, h200:8"),
-        (["h100:1", "--memory_gb=0"], "--memory_gb=0: wanted the gigabytes of a device"),
-        (["v6e:1x1", "--memory_gb=80"], "--memory_gb=80: it is for GPUs, not v6e:1x1"),
+        (["h100:1", "--memory_gib=0"], "--memory_gib=0: wanted the memory of a device"),
+        (["v6e:1x1", "--memory_gib=80"], "--memory_gib=80: it is for GPUs, not v6e:1x1"),
         (["h100:1", "--attention=band"], "--attention=band: wanted a TPU"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -212,7 +213,7 @@ def test_a_wrong_flag_is_an_error_before_anything_compiles():
 
 
 def test_micro_steps_are_as_large_as_95_percent_of_the_pool_hold(capsys):
-    kind, _ = gpu.read_topology("h100:1", 32 * 2**30 / 1e9)
+    kind, _ = gpu.read_topology("h100:1", 32)
     assert kind.pool_gib == pytest.approx(24)
     cfg = dry_run.config([], platform="gpu", capability=9.0)
     model = train.GPT._replace()

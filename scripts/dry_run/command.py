@@ -332,7 +332,7 @@ def parse(argv):
     flag("--dump", metavar="DIR", help="write the optimized HLO of each program there")
     flag("--stage", type=int, metavar="K", help="only this stage; of --piece, default the last")
     flag("--piece", choices=PIECES, help="a piece of the training step, in the shapes of a chip")
-    flag("--memory_gb", type=float, metavar="GB", help="of each GPU, in place of its own")
+    flag("--memory_gib", type=float, metavar="N", help="of each GPU, in place of its own")
     return parser.parse_known_args(argv)
 
 
@@ -388,10 +388,10 @@ def main(argv=None, model=GPT):
     args, flags = parse(argv)
     device = "tpu", 0.0
     if gpu.is_gpu(args.topology):
-        kind, _ = gpu.read_topology(args.topology, args.memory_gb)
+        kind, _ = gpu.read_topology(args.topology, args.memory_gib)
         device = "gpu", float(kind.capability)
-    elif args.memory_gb is not None:
-        raise UsageError(f"--memory_gb={args.memory_gb:g}: it is for GPUs, not {args.topology}")
+    elif args.memory_gib is not None:
+        raise UsageError(f"--memory_gib={args.memory_gib:g}: it is for GPUs, not {args.topology}")
     cfg = config(flags, model.presets, *device)
     if args.json:
         require_place(args.json)

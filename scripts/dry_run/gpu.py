@@ -21,7 +21,7 @@ import jax
 from jax.experimental import topologies
 
 import train
-from scripts.dry_run.gpu_cost import CUDNN_RATE, gpu_cost, tokens_at_once
+from scripts.dry_run.gpu_cost import FMHA_SHARE, gpu_cost, tokens_at_once
 from scripts.dry_run.programs import list_jobs, out_of_memory
 from scripts.files import write_whole
 from train import UsageError
@@ -67,12 +67,40 @@ H100 = Kind(
     shared=228 << 10,
     threads=2048,
 )
+A100 = Kind(
+    name="NVIDIA A100-SXM4-80GB",
+    capability="8.0",
+    memory=84_942_979_072,
+    bandwidth=2039e9,
+    flops=312e12,
+    link=300e9,
+    cores=108,
+    lanes=64,
+    clock_ghz=1.41,
+    l2=40 << 20,
+    shared=164 << 10,
+    threads=2048,
+)
+RTX4090 = Kind(
+    name="NVIDIA GeForce RTX 4090",
+    capability="8.9",
+    memory=25_386_352_640,
+    bandwidth=1008e9,
+    flops=165.2e12,
+    link=32e9,
+    cores=128,
+    lanes=128,
+    clock_ghz=2.52,
+    l2=72 << 20,
+    shared=100 << 10,
+    threads=1536,
+)
 KINDS = {
     "h100": H100,
     "h200": H100._replace(name="NVIDIA H200 141GB HBM3e", memory=151_397_597_184, bandwidth=4800e9),
+    "a100": A100,
+    "rtx4090": RTX4090,
 }
-
-
 EXAMPLES = [f"{name}:{count}" for name in KINDS for count in (1, 8)]
 
 
@@ -81,8 +109,8 @@ def is_gpu(topology):
     return topology.split(":")[0] in KINDS
 
 
-def read_topology(topology, memory_gb=None):
-    """h100:8 -> (its Kind, 8). memory_gb: of each device, in place of its own.
+def read_topology(topology, memory_gib=None):
+    """h100:8 -> (its Kind, 8). memory_gib: of each device, in place of its own.
 
     Raises UsageError.
     """
@@ -92,10 +120,12 @@ def read_topology(topology, memory_gb=None):
             f"{topology}: wanted {name}:DEVICES with 1 to 99 devices, such as {name}:8"
         )
     kind = KINDS[name]
-    if memory_gb is not None:
-        if memory_gb <= 0:
-            raise UsageError(f"--memory_gb={memory_gb:g}: wanted the gigabytes of a device, as 24")
-        kind = kind._replace(memory=int(memory_gb * 1e9))
+    if memory_gib is not None:
+        if memory_gib <= 0:
+            raise UsageError(
+                f"--memory_gib={memory_gib:g}: wanted the memory of a device, such as 24"
+            )
+        kind = kind._replace(memory=int(memory_gib * 2**30))
     return kind, int(count or 1)
 
 
@@ -258,13 +288,13 @@ def judge(job, kind, compiled, cfg, dump=None):
         "score_arrays": len(cost.scores),
         "logit_arrays": len(cost.logits),
     }
-    print(describe(job, row, cost, cfg), flush=True)
+    print(describe(job, row, cost, kind, cfg), flush=True)
     if row["peak_gib"] > kind.pool_gib:
         raise out_of_memory(job, row["peak_gib"], kind.pool_gib, cfg, owner="JAX's pool")
     return row
 
 
-def describe(job, row, cost, cfg):
+def describe(job, row, cost, kind, cfg):
     """Lines about a program: its memory and time, then what the time consists of."""
     steps = f"{job.steps} steps of " if job.steps else ""
     model = f"model {job.flops / job.mesh.size / 1e12:.2f} TFLOP, " if job.flops else ""
@@ -278,7 +308,7 @@ def describe(job, row, cost, cfg):
     if job.chips:
         per_step = job.stage.batch_tokens / job.chips / job.tokens
         lines.append(f"  a step of this stage holds {per_step:g} of these per GPU")
-    lines.append(describe_fmha(cost, cfg))
+    lines.append(describe_fmha(cost, kind, cfg))
     lines += describe_collectives(cost)
     lines.append("  [T, T] scores: " + describe_arrays(cost.scores, "none"))
     if cost.masks:
@@ -304,14 +334,14 @@ def describe_bounds(row, cost):
     return bounds + (", without FMHA" if cost.fmha_calls else "")
 
 
-def describe_fmha(cost, cfg):
+def describe_fmha(cost, kind, cfg):
     if not cost.fmha_calls:
         return f"  FMHA (cuDNN's attention): none, attention is {cfg.attention}"
-    assumed_ms = 1e3 * cost.fmha_flops / CUDNN_RATE
+    rate = FMHA_SHARE * kind.flops
     return (
         f"  FMHA (cuDNN's attention): {cost.fmha_calls:.0f} calls, {cost.fmha_flops / 1e12:.2f} "
         f"TFLOP of visible scores: at least {1e3 * cost.fmha_s:.1f} ms by the roofline, "
-        f"{assumed_ms:.1f} ms at {CUDNN_RATE / 1e12:.0f} TFLOP/s, which is assumed"
+        f"{1e3 * cost.fmha_flops / rate:.1f} ms at an assumed {rate / 1e12:.0f} TFLOP/s"
     )
 
 
@@ -360,7 +390,7 @@ def run(args, cfg, model):
 
     cfg: with --attention settled for the GPU.
     """
-    kind, count = read_topology(args.topology, args.memory_gb)
+    kind, count = read_topology(args.topology, args.memory_gib)
     mesh = train.make_mesh(gpu_devices(kind, count))
     words = (
         f"{args.topology}: {count} x {kind.name}, preset {cfg.preset}, attention {cfg.attention}"

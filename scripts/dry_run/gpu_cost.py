@@ -29,7 +29,7 @@ from scripts.dry_run.estimate import Chip, Walk, waits
 from scripts.dry_run.hlo import Module, total_bytes
 
 SMALL = 1e-3  # matmuls of a smaller share of all FLOPs are not looked up in the table
-CUDNN_RATE = 400e12  # FLOPs per second of FMHA: an assumption, about two fifths of an H100's peak
+FMHA_SHARE = 0.4  # of the peak FLOPs that FMHA reaches: an assumption
 
 
 # ---- The walk ------------------------------------------------------------------------------------
