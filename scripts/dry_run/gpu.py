@@ -390,6 +390,7 @@ def run(args, cfg, model):
 
     cfg: with --attention settled for the GPU.
     """
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read without a GPU
     kind, count = read_topology(args.topology, args.memory_gib)
     mesh = train.make_mesh(gpu_devices(kind, count))
     words = (
