@@ -325,12 +325,12 @@ def describe(job, row, cost, kind, cfg):
 
 
 def describe_bounds(row, cost):
-    bounds = f"{row['roofline_ms']:.1f} ms by the roofline, "
+    bounds = f"{row['roofline_ms']:.1f} ms by the roofline"
     if row["table_ms"]:
-        bounds += f"{row['table_ms']:.1f} ms with matmuls by XLA's table "
+        bounds += f", {row['table_ms']:.1f} ms with matmuls by XLA's table "
         bounds += f"({cost.table_share:.0%} of their FLOPs are in it)"
-    else:
-        bounds += "XLA has no table of matmuls for this GPU"
+    elif cost.flops:
+        bounds += ", XLA has no table of matmuls for this GPU"
     return bounds + (", without FMHA" if cost.fmha_calls else "")
 
 
