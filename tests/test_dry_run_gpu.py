@@ -122,7 +122,7 @@ def test_a_piece_calls_fmha_where_it_is_asked_for_and_must_fit(tmp_path):
         assert calls == ([2, 2] if attention == "cudnn" else [0, 0])
         assert [row["fmha_calls"] for row in result["programs"]] == calls
     flags[flags.index("--micro_tokens=1024")] = "--micro_tokens=16384"
-    words = r"needs [\d.]+ GiB of JAX's pool's 0.01, .* --micro_tokens=\d+, --head_block"
+    words = r"needs [\d.]+ GiB of JAX's pool of 0.01, .* --micro_tokens=\d+, --head_block"
     with pytest.raises(UsageError, match=words):
         run(tmp_path, *flags, "--memory_gib=0.01")
 

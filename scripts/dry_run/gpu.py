@@ -290,7 +290,7 @@ def judge(job, kind, compiled, cfg, dump=None):
     }
     print(describe(job, row, cost, kind, cfg), flush=True)
     if row["peak_gib"] > kind.pool_gib:
-        raise out_of_memory(job, row["peak_gib"], kind.pool_gib, cfg, owner="JAX's pool")
+        raise out_of_memory(job, row["peak_gib"], kind.pool_gib, cfg, whose="JAX's pool of")
     return row
 
 

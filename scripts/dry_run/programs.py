@@ -207,7 +207,7 @@ def list_jobs(model, mesh, cfg, number=None, piece=None):
 
 
 # ---- Memory --------------------------------------------------------------------------------------
-def out_of_memory(job, need_gib, have_gib, cfg, owner="the chip"):
+def out_of_memory(job, need_gib, have_gib, cfg, whose="the chip's"):
     """UsageError that says by how much a program does not fit, and what three flags could become.
 
     Micro-steps are halved as often as the excess asks. Blocks of the head are such that logits and
@@ -232,6 +232,6 @@ def out_of_memory(job, need_gib, have_gib, cfg, owner="the chip"):
         advice["stages.batch_tokens"] = job.stage.batch_tokens >> halvings
     turns = ", ".join(f"--{name}={value}" for name, value in advice.items())
     return UsageError(
-        f"{job.name} does not fit: it needs {need_gib:.2f} GiB of {owner}'s {have_gib:.2f}, "
+        f"{job.name} does not fit: it needs {need_gib:.2f} GiB of {whose} {have_gib:.2f}, "
         f"{need_gib - have_gib:.2f} too many. Turn one or more of these: {turns}"
     )
