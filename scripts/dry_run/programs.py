@@ -1,5 +1,7 @@
-"""What this compiles: the programs of a run, or a piece of one training step. What to turn where
-one does not fit."""
+"""What dry_run compiles: the programs of a run, or a piece of one training step.
+
+Also what to turn where one does not fit.
+"""
 
 import math
 from dataclasses import replace
@@ -125,13 +127,14 @@ def attention_jobs(stage, model, mesh, cfg):
 
 
 def copy_jobs(stage, model, mesh, cfg):
-    """The copy pointer's sums, forward and backward."""
+    """The copy pointer's sums, forward and backward. Raises UsageError where there is none."""
+    train.require(cfg.copy_dim, "--piece=copy: this config has no copy pointer; wanted --copy_dim")
     one = first_chip(mesh)
     B, T = share_of(stage, mesh, cfg)
 
     def copy(q_BTQ, k_BTQ, targets_BT, first_BT, dsum_BT, dhit_BT):
         def sums(q_BTQ, k_BTQ):
-            core = train.COPY_SUMS[cfg.attention]
+            core = train.COPY_SUMS.get(cfg.attention, train.copy_sums_xla)
             return core(q_BTQ, k_BTQ, targets_BT, first_BT, train.COPY_WINDOW)
 
         found, pull = jax.vjp(sums, q_BTQ, k_BTQ)
@@ -145,7 +148,10 @@ def copy_jobs(stage, model, mesh, cfg):
 
 
 def head_jobs(stage, model, mesh, cfg):
-    """The softmax over the vocabulary or the stage's candidates, with its gradients."""
+    """The softmax over the vocabulary or the stage's candidates, with its gradients.
+
+    Without the copy pointer's mixture, which is a number per token.
+    """
     one = first_chip(mesh)
     B, T = share_of(stage, mesh, cfg)
     num_rows = stage.candidates or cfg.padded_vocab
