@@ -147,12 +147,14 @@ def check_attention(num_calls, cfg):
     yield HEAD, None
     yield " " * 20 + "".join(f"{array:>12}" for array in ARRAYS) + "     fast   plain", None
     wrong = []
+    num_cases = 0
     for head_dim in HEAD_DIMS:
         lack = train.lacking(replace(cfg, head_dim=head_dim), platform, capability)[name]
         if lack:
             yield f"{head_dim:6}  not run: {name} wants {lack}", None
             continue
         for window in WINDOWS:
+            num_cases += 1
             row = {"attention": name, "head_dim": head_dim, "window": window, "ratio": math.nan}
             try:
                 row |= compare(name, head_dim, window, num_calls, cfg)
@@ -161,6 +163,7 @@ def check_attention(num_calls, cfg):
             yield line_of(row), row
             if not row["ratio"] <= LIMIT:  # NaN is wrong too
                 wrong.append(f"{row['ratio']:.1f} (head_dim {head_dim}, window {window})")
+    require(num_cases, f"--attention: nothing was checked; {name} wants {lack}")
     if wrong:
         said = f"attention_{name} fails, or errs over {LIMIT:g} times as much as attention_xla"
         raise UsageError(f"{said}: {', '.join(wrong)}. Train with --attention=xla")

@@ -56,6 +56,7 @@ from train import (
 
 OFF = {  # what neither recipe reads, so other values are refused
     "optimizer": "muon",
+    "attention": "xla",
     "num_kv_heads": None,
     "copy_dim": 0,
     "mlp_only": (),

@@ -212,7 +212,8 @@ def time_stages(args):
     num_steps = args.steps or 5
     sizes = args.micro_tokens or [train.fit_memory(GPT, mesh, cfg).tokens_at_once]
     count = train.count_params(GPT.specs(cfg))
-    yield f"{count} parameters, attention {cfg.attention}; {num_steps} steps after {WARMUP}", None
+    yield f"{count} parameters; {num_steps} steps after {WARMUP}", None
+    yield train.attention_note(cfg), None
     yield HEAD, None
     for micro_tokens in sizes:
         cfg = replace(cfg, micro_tokens=micro_tokens)
@@ -479,8 +480,9 @@ def torch_gpt(cfg):
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    places = {"cuda": "gpu"}.get(device, device), jax.default_backend()
-    require(places[0] == places[1], f"--torch: wanted one device for both, here {places}")
+    backend = jax.default_backend()
+    said = f"PyTorch would run on {device}, JAX on {backend}; wanted the same"
+    require((device == "cuda") == (backend == "gpu"), f"--torch: {said}")
     model = make_torch_gpt(cfg).to(device)
     loss_of = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.adamw_lr, fused=True)
@@ -507,11 +509,10 @@ def torch_gpt(cfg):
 def time_torch(args):
     """Yield (a line, its row) of each turn of our last stage and a torch GPT. Raises UsageError."""
     require(importlib.util.find_spec("torch"), "--torch: wanted PyTorch: pip install torch")
-    # before JAX starts: else it takes three quarters of a GPU's memory
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cfg = configure(args.flags)
     mesh = train.make_mesh()
-    require(mesh.size == 1, f"--torch: wanted one device, here are {mesh.size}")
+    wanted = "wanted one device, such as by CUDA_VISIBLE_DEVICES=0"
+    require(mesh.size == 1, f"--torch: {wanted}, here are {mesh.size}")
     wanted = "wanted as many, as the GPT in PyTorch has"
     require(cfg.kv_heads == cfg.num_heads, f"--num_kv_heads={cfg.num_kv_heads}: {wanted}")
     cfg = replace(cfg, stages=(replace(cfg.stages[-1], end=1.0),))
@@ -636,6 +637,8 @@ def measure(args):
         yield from time_loader(args)
     for name, folder in args.peers.items():
         yield from time_peer(name, folder, args)
+    if args.torch:  # before JAX starts: else it takes three quarters of a GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if args.attention:
         yield from check_attention(args.steps or 20, configure(args.flags))
     if args.torch:

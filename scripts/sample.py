@@ -183,7 +183,8 @@ def open_checkpoint(path):
 def start_jax(cfg):
     """The Config with this machine's attention, once JAX is set up for it. Raises UsageError."""
     train.start_devices(replace(cfg, cpu_devices=1, multihost=""))
-    cfg = train.choose_attention(replace(cfg, attention="auto"), jax.default_backend())
+    capability = train.compute_capability(jax.devices()[0])
+    cfg = train.choose_attention(replace(cfg, attention="auto"), jax.default_backend(), capability)
     train.set_up_jax(cfg)
     return cfg
 

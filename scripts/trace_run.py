@@ -31,17 +31,19 @@ def read_lines(folder):
     A line is a stream of the first GPU, the operations of the first TPU, or without these what a
     thread of the CPU has computed.
     """
-    path = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    paths = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        return []
     lines = []
-    planes = {p.name: p for p in jax.profiler.ProfileData.from_file(str(path)).planes}
+    planes = {p.name: p for p in jax.profiler.ProfileData.from_file(str(paths[-1])).planes}
     devices = sorted(name for name in planes if re.fullmatch(r"/device:(GPU|TPU):\d+", name))
     if devices:
+        found = list(planes[devices[0]].lines)
+        streams = [line for line in found if line.name.startswith("Stream")]
         lines = [
-            line.events
-            for line in planes[devices[0]].lines
-            if line.name.startswith("Stream") or line.name == "XLA Ops"
+            line.events for line in streams or [line for line in found if line.name == "XLA Ops"]
         ]
-    elif jax.default_backend() == "cpu":
+    elif jax.default_backend() == "cpu" and "/host:CPU" in planes:
         lines = [
             [event for event in line.events if "hlo_op" in dict(event.stats)]
             for line in planes["/host:CPU"].lines

@@ -160,7 +160,7 @@ def test_a_stage_that_does_not_fit_stays_as_a_row_and_the_others_are_timed(monke
     errors = [row.get("error") for row in rows]
     assert errors == ["RESOURCE_EXHAUSTED: Out of memory", None] * 2
     assert [row["micro_tokens"] for row in rows] == [64, 64, 256, 256]  # the peak only grows
-    assert "RESOURCE_EXHAUSTED" in lines[2] and "1000.0  50.0%" in lines[3]
+    assert "RESOURCE_EXHAUSTED" in lines[3] and "1000.0  50.0%" in lines[4]
 
 
 def test_micro_steps_that_nobody_asks_for_are_as_large_as_training_makes_them(monkeypatch):
@@ -277,13 +277,20 @@ def test_a_case_that_is_refused_is_wrong_and_does_not_hide_the_others(check, mon
         check()
 
 
+def test_where_no_case_can_run_nothing_passes(check, monkeypatch):
+    monkeypatch.setattr(train, "lacking", lambda *_: {"cudnn": "JAX 0.11.2 or newer"})
+    with pytest.raises(UsageError, match="nothing was checked; cudnn wants JAX 0.11.2 or newer"):
+        check()
+
+
 def why_no_gpu():
     """Why a GPU cannot be used here, or nothing."""
     if not glob.glob("/dev/nvidia[0-9]*"):
         return "no NVIDIA GPU here"
     plugins = (f"jax_cuda{version}_plugin" for version in (12, 13))
-    has_plugin = any(map(importlib.util.find_spec, plugins))
-    return "" if has_plugin else 'JAX sees no GPU: pip install "jax[cuda13]"'
+    if not any(map(importlib.util.find_spec, plugins)):
+        return 'JAX sees no GPU: pip install "jax[cuda13]"'
+    return "" if jax.__version_info__ >= (0, 11, 2) else "cuDNN's attention wants JAX 0.11.2"
 
 
 @pytest.mark.skipif(bool(why_no_gpu()), reason=why_no_gpu())

@@ -238,6 +238,7 @@ def test_the_log_says_which_attention_runs_and_what_the_platforms_own_lacks(monk
         ("tpu", {"attention": "band"}, "band"),
         ("tpu", thin, "xla; band wants multiples of 128 as head_dim and copy_dim"),
         ("gpu", {}, f"xla; cudnn wants {of_128}"),
+        ("gpu", {"num_kv_heads": 1}, "xla; cudnn wants heads of at most 128"),
     ):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         cfg = replace(SPEEDRUN, **{"attention": "xla"} | changes)
@@ -251,7 +252,7 @@ def test_only_an_nvidia_gpu_has_a_compute_capability():
 
 
 @pytest.mark.parametrize(
-    ("limit", "micro_tokens"), [(40, 32768), (24, 16384), (9, 8192), (1, None)]
+    ("limit", "micro_tokens"), [(40, 32768), (24, 16384), (9, 8192), (1, None), (0, None)]
 )
 def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allow(
     monkeypatch, limit, micro_tokens
@@ -263,7 +264,13 @@ def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allo
         use = types.SimpleNamespace(**dict.fromkeys(sizes.split(), 0))
         use.temp_size_in_bytes = cfg.micro_tokens
         program = types.SimpleNamespace(memory_analysis=lambda: use)
-        lowered = types.SimpleNamespace(compile=lambda compiler_options: program)
+
+        def compile(compiler_options):
+            if cfg.micro_tokens > 1000 * limit:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: the autotuner allocates")
+            return program
+
+        lowered = types.SimpleNamespace(compile=compile)
         return {"train_3": (types.SimpleNamespace(lower=lambda: lowered), ())}
 
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000 * limit})
@@ -275,6 +282,17 @@ def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allo
         assert train.fit_memory(train.GPT, None, SPEEDRUN).micro_tokens == wanted
         given = replace(SPEEDRUN, micro_tokens=8192)
         assert train.fit_memory(train.GPT, None, given) == given
+
+
+def test_what_cudnn_refuses_is_one_sentence_and_other_errors_stay_what_they_are():
+    refusal = jax.errors.JaxRuntimeError("INTERNAL: CUDNN_STATUS_NOT_SUPPORTED\nmore")
+    cudnn, xla = (replace(SPEEDRUN, attention=name) for name in ("cudnn", "xla"))
+    with pytest.raises(UsageError, match=r"CUDNN_STATUS_NOT_SUPPORTED\); take --attention=xla"):
+        with train.memory_errors(cudnn):
+            raise refusal
+    for cfg, error in ((xla, refusal), (cudnn, RuntimeError("INTERNAL: something else"))):
+        with pytest.raises(RuntimeError, match="INTERNAL"), train.memory_errors(cfg):
+            raise error
 
 
 # ---- python train.py ----

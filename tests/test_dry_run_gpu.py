@@ -188,7 +188,7 @@ def test_cudnn_is_pretended_in_the_dry_run_alone():
         assert cudnn.check_compute_capability("8.9") and cudnn.check_compute_capability("9.0")
         assert not cudnn.check_compute_capability("10.0")
         assert not cudnn.is_cuda_compute_capability_equal("10.3")
-        assert cudnn.check_cudnn_version() == 91000
+        assert cudnn.check_cudnn_version() == 91200
     assert [getattr(cudnn, name) for name in names] == real
 
 

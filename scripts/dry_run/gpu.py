@@ -2,8 +2,8 @@
 
 XLA's GPU compiler needs no GPU where a text describes one (a GpuTargetConfigProto). A kind of GPU
 is a row of KINDS. What the compiler does not have then: the autotuner, which tries tiles on the
-device, so matmuls get the tiles of XLA's cost model; and cuDNN, so its attention is a call that
-nobody has checked.
+device, so matmuls get the tiles of XLA's cost model; CUB's sizes, so sorts are XLA's own; and
+cuDNN, so its attention is a call that nobody has checked.
 """
 
 import collections
@@ -28,14 +28,14 @@ from train import UsageError
 
 POOL = 0.75  # of a device's memory is what JAX takes and gives to programs
 ROOM = 0.95  # of the pool is what train.fit_memory fills
-CUDNN = (9, 10, 0)  # a version that has all that train.py asks for
+CUDNN = (9, 12, 0)  # what jax[cuda13] 0.12 is built against; a window with a mask wants 9.10.2
 
 
 # ---- Kinds ---------------------------------------------------------------------------------------
 class Kind(NamedTuple):
     """A GPU. Rates are per second, as the vendor states them; products are dense."""
 
-    name: str  # as JAX's device_kind
+    name: str
     capability: str
     memory: int  # bytes
     bandwidth: float  # bytes
@@ -115,13 +115,13 @@ def read_topology(topology, memory_gib=None):
     Raises UsageError.
     """
     name, _, count = topology.partition(":")
-    if not re.fullmatch(r"[1-9]\d?", count or "1"):
+    if not re.fullmatch(r"\w+(:[1-9]\d?)?", topology):
         raise UsageError(
             f"{topology}: wanted {name}:DEVICES with 1 to 99 devices, such as {name}:8"
         )
     kind = KINDS[name]
     if memory_gib is not None:
-        if memory_gib <= 0:
+        if not 0 < memory_gib < 1e6:
             raise UsageError(
                 f"--memory_gib={memory_gib:g}: wanted the memory of a device, such as 24"
             )
@@ -400,6 +400,7 @@ def run(args, cfg, model):
     if args.dump:
         Path(args.dump).mkdir(parents=True, exist_ok=True)
     ready = {}
+    list_jobs(model, mesh, cfg, args.stage, args.piece)  # raises for a stage that is not there
     if args.piece:
         cfg = replace(cfg, micro_tokens=cfg.micro_tokens or 32768)
     else:
