@@ -41,7 +41,7 @@ from jax.experimental import topologies
 
 import train
 from scripts.dry_run import bundles, gpu
-from scripts.dry_run.estimate import BUNDLE_RANGE, CHIPS, estimate
+from scripts.dry_run.estimate import BUNDLE_RANGE, CHIPS, collective_lines, estimate
 from scripts.dry_run.hlo import Module
 from scripts.dry_run.programs import PIECES, list_jobs, out_of_memory
 from scripts.files import require_place, write_whole
@@ -256,22 +256,13 @@ def describe(job, row, cost, calibrated, counted, chip):
 
 def describe_collectives(cost):
     """A line for each kind of them, and one for all."""
-    groups = {}
-    for entry in cost.rows:
-        if entry.op:
-            hidden = entry.kind == "async collective"
-            kind = "asynchronous" if hidden else "synchronous, exposed"
-            where = f"{entry.op}, {kind}{', in a loop' if entry.in_loop else ''}"
-            groups.setdefault(where, []).append(entry)
-    lines = []
-    for where, entries in sorted(groups.items()):
-        calls = sum(entry.calls for entry in entries)
-        sent = sum(entry.calls * entry.sent_bytes for entry in entries)
-        seconds = sum(entry.calls * entry.link_s for entry in entries)
-        lines.append(
-            f"  {where}: {calls:g} times, {sent / 1e6:.1f} MB sent, {1e3 * seconds:.2f} ms"
-        )
-    if groups:
+
+    def kind_of(row):
+        is_hidden = row.kind == "async collective"
+        return row.op + (", asynchronous" if is_hidden else ", synchronous, exposed")
+
+    lines = collective_lines(cost.rows, kind_of)
+    if lines:
         lines.append(
             f"  of {1e3 * cost.async_s:.2f} ms of asynchronous collectives "
             f"{1e3 * cost.wait_s:.2f} ms are exposed, by the compiler's order of instructions; "

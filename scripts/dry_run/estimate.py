@@ -371,6 +371,22 @@ def report(cost, num_rows=25):
     return "\n".join(lines)
 
 
+def collective_lines(rows, kind_of):
+    """A line for each kind of collective among an estimate's rows. kind_of: row -> its words."""
+    groups = {}
+    for row in rows:
+        if row.op:
+            kind = kind_of(row) + (", in a loop" if row.in_loop else "")
+            groups.setdefault(kind, []).append(row)
+    lines = []
+    for kind, members in sorted(groups.items()):
+        calls = sum(row.calls for row in members)
+        sent = sum(row.calls * row.sent_bytes for row in members)
+        seconds = sum(row.calls * row.link_s for row in members)
+        lines.append(f"  {kind}: {calls:g} times, {sent / 1e6:.1f} MB sent, {1e3 * seconds:.2f} ms")
+    return lines
+
+
 def main(argv=None):
     """Print the estimate of a file. Raises UsageError."""
 

@@ -21,6 +21,7 @@ import jax
 from jax.experimental import topologies
 
 import train
+from scripts.dry_run.estimate import collective_lines
 from scripts.dry_run.gpu_cost import FMHA_SHARE, gpu_cost, tokens_at_once
 from scripts.dry_run.programs import list_jobs, out_of_memory
 from scripts.files import write_whole
@@ -347,20 +348,8 @@ def describe_fmha(cost, kind, cfg):
 
 def describe_collectives(cost):
     """A line for each kind of them, and one for all."""
-    groups = {}
-    for entry in cost.rows:
-        if entry.op:
-            where = entry.op + (", in a loop" if entry.in_loop else "")
-            groups.setdefault(where, []).append(entry)
-    lines = []
-    for where, entries in sorted(groups.items()):
-        calls = sum(entry.calls for entry in entries)
-        sent = sum(entry.calls * entry.sent_bytes for entry in entries)
-        seconds = sum(entry.calls * entry.link_s for entry in entries)
-        lines.append(
-            f"  {where}: {calls:.0f} times, {sent / 1e6:.1f} MB sent, {1e3 * seconds:.2f} ms"
-        )
-    if groups:
+    lines = collective_lines(cost.rows, lambda row: row.op)
+    if lines:
         exposed = "ms of collectives are exposed, by the compiler's order of instructions"
         lines.append(f"  {1e3 * cost.wait_s:.2f} {exposed}; the bounds hold them")
     return lines
