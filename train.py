@@ -944,7 +944,7 @@ def choose_attention(cfg, backend, capability=0.0):
 def attention_note(cfg):
     """A line for the log: which attention runs, and why it is not the one made for this machine."""
     backend = jax.default_backend()
-    best = {"tpu": "band", "gpu": "cudnn"}.get(backend, cfg.attention)
+    best = {"tpu": "band", "gpu": "cudnn"}.get(backend, "xla")
     lack = lacking(cfg, backend, compute_capability(jax.devices()[0]))[best]
     return f"attention: {cfg.attention}" + f"; {best} wants {lack}" * bool(lack)
 

@@ -53,6 +53,7 @@ LINES = re.compile(  # of a log, from the source to the result
     r"config: (?P<config>.+)\n"
     r"versions: (?P<versions>python=(?P<python>\S+).*)\n"
     r"devices: (?P<devices>\d+ x [^,\n]+, \d+ processes, (?P<cores>\d+) host cores)\n"
+    r"(?:attention: .+\n)?"  # older logs have none
     r"(?P<files>(?:data: .+ tokens:\d+ sha256:[0-9a-f]{64}\n){2,})"
     r"data: validation scores (?P<count>\d+) targets; "
     r"sha256 of these and the token before them:(?P<scored>[0-9a-f]{64})\n"
