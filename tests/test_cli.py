@@ -223,6 +223,10 @@ def test_an_nvidia_gpu_takes_cudnns_attention_where_it_has_the_gradient_of_such_
         assert found == replace(cfg, attention=chosen), (changes, capability)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))  # the mask's gradient costs memory
     assert train.choose_attention(SPEEDRUN, "gpu", 9.0).attention == "xla"
+    with pytest.raises(
+        UsageError, match="cudnn: wanted an NVIDIA GPU of .* capability 8.0 or more$"
+    ):
+        train.choose_attention(replace(SPEEDRUN, attention="cudnn"), "gpu")
     with pytest.raises(UsageError, match="--attention=cudnn: wanted JAX 0.11.2 or newer, heads of"):
         train.choose_attention(replace(SPEEDRUN, attention="cudnn"), "gpu", 8.0)
 
@@ -266,14 +270,15 @@ def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allo
         program = types.SimpleNamespace(memory_analysis=lambda: use)
 
         def compile(compiler_options):
-            if cfg.micro_tokens > 1000 * limit:
+            if limit and cfg.micro_tokens > 1000 * limit:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: the autotuner allocates")
             return program
 
         lowered = types.SimpleNamespace(compile=compile)
         return {"train_3": (types.SimpleNamespace(lower=lambda: lowered), ())}
 
-    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000 * limit})
+    stats = {"bytes_limit": 1000 * limit} if limit else None  # of an allocator that states none
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(train, "compiler_options", lambda mesh, cfg: {})
     monkeypatch.setattr(train, "list_programs", list_programs)
