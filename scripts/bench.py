@@ -124,13 +124,19 @@ def compile_step(function, arguments, options):
 
 
 def run_ahead(program, state, batch, num_steps):
-    """(state, loss) after steps of which the next is dispatched before one is waited for."""
-    before = None
+    """(state, loss, seconds of a step), the next step dispatched before one is waited for.
+
+    The clock starts when a first step is over: by then the second is under way.
+    """
+    state, before = program(state, batch)
+    start = None
     for _ in range(num_steps):
         state, loss = program(state, batch)
         jax.block_until_ready(before)
+        start = start or time.perf_counter()
         before = loss
-    return jax.block_until_ready((state, loss))
+    jax.block_until_ready((state, loss))
+    return state, loss, (time.perf_counter() - start) / num_steps
 
 
 def kernels_of(program):
@@ -150,7 +156,7 @@ def trace_stage(program, state, batch, folder):
     options.python_tracer_level = 0  # which would slow the host down
     try:
         with jax.profiler.trace(folder, profiler_options=options):
-            run_ahead(program, state, batch, NUM_TRACED)
+            run_ahead(program, state, batch, NUM_TRACED - 1)
         busy, *rows = summary(folder)
     except (jax.errors.JaxRuntimeError, OSError, ValueError) as error:  # the times stay
         return [f"no trace: {error}"]
@@ -166,10 +172,8 @@ def time_stage(stage, program, state, mesh, num_steps, cfg, folder=None):
         start = time.perf_counter()
         state, loss = jax.block_until_ready(program(state, batch))
         seconds.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    state, loss = run_ahead(program, state, batch, num_steps)
-    ahead_ms = 1e3 * (time.perf_counter() - start) / num_steps
-    loss = train.require_finite(loss, f"the loss after {WARMUP + 2 * num_steps} steps")
+    state, loss, ahead_s = run_ahead(program, state, batch, num_steps)
+    loss = train.require_finite(loss, f"the loss after {WARMUP + 2 * num_steps + 1} steps")
     step_ms = 1e3 * np.array(seconds[WARMUP:])
     tokens_per_s = 1e3 * stage.batch_tokens / float(np.median(step_ms))
     flops = tokens_per_s * train.flops_per_token(stage, GPT.specs(cfg), cfg)
@@ -181,8 +185,8 @@ def time_stage(stage, program, state, mesh, num_steps, cfg, folder=None):
         "median_ms": float(np.median(step_ms)),
         "min_ms": float(step_ms.min()),
         "max_ms": float(step_ms.max()),
-        "ahead_ms": ahead_ms,
-        "gap_ms": float(np.median(step_ms)) - ahead_ms,
+        "ahead_ms": 1e3 * ahead_s,
+        "gap_ms": float(np.median(step_ms)) - 1e3 * ahead_s,
         "kernels": kernels_of(program),
         "tokens_per_s": tokens_per_s,
         "mfu": flops / peak if peak else None,
@@ -608,6 +612,11 @@ def parse(argv):
         fail(f"--micro_tokens={args.micro_tokens}: wanted numbers with commas between them")
     if (args.steps is not None and args.steps < 1) or not 1 <= args.shard_tokens <= 10**9:
         fail(f"--steps={args.steps} --shard_tokens={args.shard_tokens}: wanted 1 or more, to 1e9")
+    others = ["loader", *FILES, "attention", "torch"]  # than the stages
+    chosen = [f"--{name}" for name in others if getattr(args, name)]
+    for name in ("micro_tokens", "trace"):
+        if chosen and getattr(args, name):
+            fail(f"--{name} is of the stages alone; leave it out, or {' and '.join(chosen)}")
     args.micro_tokens = sorted(int(text) for text in args.micro_tokens.split(",") if text)
     args.peers = {}
     for name, file in FILES.items():
