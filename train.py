@@ -799,6 +799,11 @@ def gated(y_BTN, gate_BTH):
     return y_BTHK.reshape(y_BTN.shape).astype(y_BTN.dtype)
 
 
+def first_keys(document_BT, window):
+    """The first key that each query sees, [B, T]: within the window and the document."""
+    return jnp.maximum(document_BT, jnp.arange(document_BT.shape[1])[None] - window)
+
+
 def query_blocks(first_BT, last_1T, window):
     """(queries, keys, visible_BTS) of blocks of at most 512 queries: two slices and a mask.
 
@@ -827,14 +832,16 @@ def heads_of(q_BTN, k_BTN, v_BTN, table, cfg):
     return (z.astype(cfg.compute_dtype) for z in (q_BTHK, k_BTGK, v_BTGK))
 
 
-def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
-    """Gated attention, [B, T, HK], for any machine. Query t sees the keys first_BT[:, t] .. t.
+def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, document_BT, table, window, cfg):
+    """Gated attention, [B, T, HK], for any machine: causal, within the window and the document.
 
-    q [B, T, HK], k and v [B, T, GK] are raw projections; table is rotary's.
+    q [B, T, HK], k and v [B, T, GK] are raw projections; document_BT tells where each position's
+    document begins; table is rotary's.
     """
     q_BTHK, k_BTGK, v_BTGK = heads_of(q_BTN, k_BTN, v_BTN, table, cfg)
     q_BGRTK = rearrange(q_BTHK, "B T (G R) K -> B G R T K", G=cfg.kv_heads)
     k_BGSK, v_BGSK = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
+    first_BT = first_keys(document_BT, window)
     position_1T = jnp.arange(q_BTN.shape[1])[None]
     outputs = []
     for here, keys, visible_BTS in query_blocks(first_BT, position_1T, window):
@@ -844,7 +851,7 @@ def attention_xla(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     return gated(rearrange(y_BGRTK, "B G R T K -> B T (G R K)"), gate_BTH)
 
 
-def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
+def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, document_BT, table, window, cfg):
     """Gated attention by cuDNN's kernels, for GPUs.
 
     They know causality and window, and skip what lies outside. The mask adds the documents.
@@ -856,7 +863,7 @@ def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg)
         q_BTHK,
         k_BTGK,
         v_BTGK,
-        mask=key_111S >= first_BT[:, None, :, None],
+        mask=key_111S >= document_BT[:, None, :, None],
         scale=1.0,
         is_causal=True,
         local_window_size=(window, 0) if window < q_BTN.shape[1] else None,
@@ -865,7 +872,7 @@ def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg)
     return gated(rearrange(y_BTHK, "B T H K -> B T (H K)"), gate_BTH)
 
 
-def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
+def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, document_BT, table, window, cfg):
     """Gated attention by the kernels at the end of this file, for rows of a multiple of 256 tokens.
 
     cos and sin are in compute_dtype.
@@ -874,6 +881,7 @@ def attention_band(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg):
     length = q_BTN.shape[1]
     band = Band(length, window, math.gcd(length, 1024), scale, cfg.num_heads)
     inputs = (z.astype(cfg.compute_dtype) for z in (q_BTN, k_BTN, v_BTN, cos_TK, sin_TK))
+    first_BT = first_keys(document_BT, window)
     return banded((first_BT[:, None, None], gate_BTH.mT[:, :, None], *inputs), band)
 
 
@@ -1010,11 +1018,6 @@ def document_starts(tokens_BT, cfg):
     return lax.cummax(jnp.where(starts_BT, position_1T, 0), axis=1)
 
 
-def first_keys(document_BT, window):
-    """The first key that each query sees, [B, T]: within the window and the document."""
-    return jnp.maximum(document_BT, jnp.arange(document_BT.shape[1])[None] - window)
-
-
 def attend_row(tokens_BT, stage, cfg):
     """attend(layer, q, k, v, gate) over whole rows: within the window and the document."""
     position_1T = jnp.arange(tokens_BT.shape[1])[None]
@@ -1025,9 +1028,8 @@ def attend_row(tokens_BT, stage, cfg):
         window = window_of(layer, stage, cfg)
         if layer in cfg.offset_layers:
             k_BTN = offset_keys(k_BTN, document_BT == position_1T, cfg)
-        first_BT = first_keys(document_BT, window)
         core = ATTENTION.get(cfg.attention, attention_xla)  # xla where auto was not settled
-        return core(q_BTN, k_BTN, v_BTN, gate_BTH, first_BT, table, window, cfg)
+        return core(q_BTN, k_BTN, v_BTN, gate_BTH, document_BT, table, window, cfg)
 
     return attend
 

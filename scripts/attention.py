@@ -18,7 +18,7 @@ import numpy as np
 from einops import reduce
 
 import train
-from train import ATTENTION, UsageError, f32, first_keys, replace, require, rotary
+from train import ATTENTION, UsageError, f32, replace, require, rotary
 
 FASTEST = {"gpu": "cudnn", "tpu": "band"}
 HEAD_DIMS = (128, 256)
@@ -52,14 +52,14 @@ def draw_inputs(num_rows, length, cfg):
 
 
 def make_run(name, window, cfg):
-    """jit of (first_BT, *draw_inputs) -> {array: the output, or a gradient}."""
+    """jit of (document_BT, *draw_inputs) -> {array: the output, or a gradient}."""
 
-    def run(first_BT, *inputs):
+    def run(document_BT, *inputs):
         *inputs, dy_BTN = inputs
-        table = rotary(first_BT.shape[1], cfg.stages[-1], cfg)
+        table = rotary(document_BT.shape[1], cfg.stages[-1], cfg)
 
         def attend(*inputs):
-            return ATTENTION[name](*inputs, first_BT, table, window, cfg)
+            return ATTENTION[name](*inputs, document_BT, table, window, cfg)
 
         y_BTN, pull_back = jax.vjp(attend, *inputs)
         return dict(zip(ARRAYS, (y_BTN, *pull_back(dy_BTN)), strict=True))
@@ -107,14 +107,13 @@ def compare(name, head_dim, window, num_calls, cfg):
     )
     length = max(stage.seq_len for stage in cfg.stages)
     document_BT = document_starts(cfg.tokens_at_once // length, length)
-    first_BT = first_keys(document_BT, window or length)
-    inputs = first_BT, *draw_inputs(*first_BT.shape, cfg)
+    inputs = document_BT, *draw_inputs(*document_BT.shape, cfg)
     runs = {who: make_run(who, window or length, cfg) for who in (name, "xla")}
     fast, plain = (run(*inputs) for run in runs.values())
     wide = [x.astype(f32) for x in inputs[1:]]
     with jax.default_matmul_precision("float32"):
         run = make_run("xla", window or length, replace(cfg, compute_dtype="float32"))
-        exact = run(first_BT, *wide)
+        exact = run(document_BT, *wide)
     row = {}
     for array in ARRAYS:
         row[array] = errors_of(fast[array], plain[array], exact[array])

@@ -351,32 +351,38 @@ def test_yarn_counts_a_window_without_limit_as_the_row_and_waits_until_one_passe
 # ---- Attention -----------------------------------------------------------------------------------
 
 
-def attention_and_gradients(window, q_BTN, k_BSN, v_BSN, gate_BTH, first_BT, g_BTN, name="xla"):
+def attention_and_gradients(window, q_BTN, k_BSN, v_BSN, gate_BTH, document_BT, g_BTN, name="xla"):
     """(output, gradients of output . cotangent)."""
     table = rotary(q_BTN.shape[1], ROW, BASE)
 
     def attend(*given):
-        return train.ATTENTION[name](*given, first_BT, table, window, BASE)
+        return train.ATTENTION[name](*given, document_BT, table, window, BASE)
 
     y, pull = jax.vjp(attend, q_BTN, k_BSN, v_BSN, gate_BTH)
     return y, pull(g_BTN)
 
 
-def attention_inputs(window, length):
+def attention_inputs(length):
     rng = np.random.default_rng(0)
     heads = (6, 6, 2, 2)
     q, g, k, v = (np.float32(rng.standard_normal((2, length, n * 12))) for n in heads)
     place, begins = np.arange(length)[None], rng.random((2, length)) < 0.15
-    first = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    document = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
     gate = np.float32(rng.random((2, length, 6)))
-    return q, k, v, gate, np.maximum(first, place - window), g
+    return q, k, v, gate, document, g
+
+
+def written_out(window, q, k, v, gate, document, g):
+    """attention_and_gradients in float64."""
+    first = np.maximum(document, np.arange(q.shape[1])[None] - window)
+    return numpy_gpt.attention_and_gradients(q, k, v, gate, first, g, BASE)
 
 
 def test_attention_and_its_gradients_are_those_written_out_in_float64():
     """From raw queries and keys, in two blocks: of 12 and 11 queries."""
-    inputs = attention_inputs(7, 23)
+    inputs = attention_inputs(23)
     found = jit(functools.partial(attention_and_gradients, 7))(*inputs)
-    expected = numpy_gpt.attention_and_gradients(*inputs, BASE)
+    expected = written_out(7, *inputs)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
 
@@ -393,10 +399,10 @@ def test_cudnn_is_asked_for_the_same_attention_and_for_causality_and_window_by_i
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
     for window in (7, 23):  # the row has 23 tokens
-        inputs = attention_inputs(window, 23)
+        inputs = attention_inputs(23)
         run = functools.partial(attention_and_gradients, window, name="cudnn")
         found = jit(run)(*inputs)
-        expected = numpy_gpt.attention_and_gradients(*inputs, BASE)
+        expected = written_out(window, *inputs)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
     assert asked == [("cudnn", True, (7, 0)), ("cudnn", True, None)]
 
@@ -404,7 +410,7 @@ def test_cudnn_is_asked_for_the_same_attention_and_for_causality_and_window_by_i
 def test_blocks_do_not_compute_the_keys_that_causality_and_window_put_out_of_reach():
     def num_scores(window):
         run = functools.partial(attention_and_gradients, window)
-        made = [dot.outvars[0].aval for dot in dots(run, *attention_inputs(window, 40))]
+        made = [dot.outvars[0].aval for dot in dots(run, *attention_inputs(40))]
         return sum(array.size for array in made if 12 not in array.shape)  # the head's width
 
     assert num_scores(40) * (20 + 27) == num_scores(7) * (20 + 40)  # keys of two blocks of 20

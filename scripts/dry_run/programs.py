@@ -104,15 +104,15 @@ def attention_jobs(stage, model, mesh, cfg):
     q = shape(one, cfg.compute_dtype, B, T, cfg.num_heads * cfg.head_dim)
     k = shape(one, cfg.compute_dtype, B, T, cfg.kv_heads * cfg.head_dim)
     gate_BTH = shape(one, f32, B, T, cfg.num_heads)
-    first_BT = shape(one, jnp.int32, B, T)
+    document_BT = shape(one, jnp.int32, B, T)
 
     def core(window):
-        def attention(q, k, v, gate_BTH, first_BT, g):
+        def attention(q, k, v, gate_BTH, document_BT, g):
             table = train.rotary(T, stage, cfg)
 
             def attend(q, k, v, gate_BTH):
                 attend = train.ATTENTION[cfg.attention]
-                return attend(q, k, v, gate_BTH, first_BT, table, window, cfg)
+                return attend(q, k, v, gate_BTH, document_BT, table, window, cfg)
 
             return jax.vjp(attend, q, k, v, gate_BTH)[1](g)
 
@@ -120,7 +120,7 @@ def attention_jobs(stage, model, mesh, cfg):
 
     jobs = []
     for window in sorted({train.window_of(i, stage, cfg) for i in range(cfg.num_layers)}):
-        arguments = q, k, k, gate_BTH, first_BT, q
+        arguments = q, k, k, gate_BTH, document_BT, q
         name = f"attention_{window}"
         jobs.append(Job(name, core(window), arguments, one, stage, B * T, chips=mesh.size))
     return jobs
