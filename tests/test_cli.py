@@ -258,10 +258,15 @@ def test_only_an_nvidia_gpu_has_a_compute_capability():
 @pytest.mark.parametrize(
     ("limit", "micro_tokens"), [(40, 32768), (24, 16384), (9, 8192), (1, None), (0, None)]
 )
-def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allow(
-    monkeypatch, limit, micro_tokens
+@pytest.mark.parametrize(("num_devices", "fullest"), [(1, "train_3"), (8, "train_1")])
+def test_on_a_gpu_micro_steps_are_as_large_as_memory_and_the_fullest_stage_allow(
+    monkeypatch, limit, micro_tokens, num_devices, fullest
 ):
-    """A program of n tokens at once needs n units here, memory has 1000 x limit."""
+    """A program of n tokens at once needs n units here, memory has 1000 x limit.
+
+    A stage's share of eight GPUs is 16384, 32768, 49152 or 40960 tokens, in equal micro-steps.
+    """
+    mesh = types.SimpleNamespace(size=num_devices)
 
     def list_programs(model, mesh, cfg):
         sizes = "argument_size_in_bytes alias_size_in_bytes temp_size_in_bytes output_size_in_bytes"
@@ -275,7 +280,8 @@ def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allo
             return program
 
         lowered = types.SimpleNamespace(compile=compile)
-        return {"train_3": (types.SimpleNamespace(lower=lambda: lowered), ())}
+        number = fullest if cfg.micro_tokens == 32768 else "train_3"
+        return {number: (types.SimpleNamespace(lower=lambda: lowered), ())}
 
     stats = {"bytes_limit": 1000 * limit} if limit else None  # of an allocator that states none
     device = types.SimpleNamespace(memory_stats=lambda: stats)
@@ -284,9 +290,9 @@ def test_on_a_gpu_micro_steps_are_as_large_as_its_memory_and_the_last_stage_allo
     monkeypatch.setattr(train, "list_programs", list_programs)
     for platform, wanted in (("gpu", micro_tokens), ("tpu", None)):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        assert train.fit_memory(train.GPT, None, SPEEDRUN).micro_tokens == wanted
+        assert train.fit_memory(train.GPT, mesh, SPEEDRUN).micro_tokens == wanted
         given = replace(SPEEDRUN, micro_tokens=8192)
-        assert train.fit_memory(train.GPT, None, given) == given
+        assert train.fit_memory(train.GPT, mesh, given) == given
 
 
 def test_what_cudnn_refuses_is_one_sentence_and_other_errors_stay_what_they_are():

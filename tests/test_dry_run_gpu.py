@@ -228,6 +228,6 @@ def test_micro_steps_are_as_large_as_95_percent_of_the_pool_hold(capsys):
             mock.patch.object(gpu, "compile_job", compiled),
             mock.patch.object(train, "memory_of", lambda program: program.bytes),
         ):
-            settled, _ = gpu.fit_memory(model, None, kind, cfg)
+            settled, _ = gpu.fit_memory(model, mock.Mock(size=1), kind, cfg)
         assert settled.micro_tokens == micro_tokens
     assert "of 0.95 * 24.00" in capsys.readouterr().out

@@ -242,14 +242,13 @@ def compile_job(job, kind, cfg):
 def fit_memory(model, mesh, kind, cfg):
     """(Config with --micro_tokens=none settled, {name: (program, seconds)} of what was compiled).
 
-    As train.fit_memory does on a GPU: the last stage is compiled until it fits.
+    As train.fit_memory does on a GPU: the stage that needs most is compiled until it fits.
     """
     if cfg.micro_tokens:
         return cfg, {}
-    number = len(cfg.stages) - 1
     for micro_tokens in (32768, 16384, 8192, 4096):
         cfg = replace(cfg, micro_tokens=micro_tokens)
-        (job,) = list_jobs(model, mesh, cfg, number)
+        (job,) = list_jobs(model, mesh, cfg, train.fullest_stage(mesh, cfg))
         compiled = compile_job(job, kind, cfg)
         gib = train.memory_of(compiled[0]) / 2**30
         words = f"--micro_tokens={micro_tokens}: {job.name} needs {gib:.2f} GiB"
