@@ -43,6 +43,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -183,8 +184,8 @@ class Config:
     val: Stage = Stage(seq_len=8192, short=768, long=2560)  # --val.seq_len=..., --val.short=...
     val_tokens: int = 10_485_760  # targets scored, each once, from the first validation shard
     val_context: int = 2048  # first tokens of a validation row, context only (record 21)
-    micro_tokens: int | None = None  # tokens per device and micro-step, at least one row; None: on
-    # a GPU up to 32768, as its memory allows, else 4096
+    micro_tokens: int | None = None  # tokens per device and micro-step, at least one row; None:
+    # 4096, on a GPU the largest of 32768, 16384 and 8192 that its memory holds
     warmup_steps: int = 0  # the learning rate rises linearly over these
     cooldown_frac: float = 0.6  # share of the steps before final_frac in which the rates fall
     final_lr_scale: float = 0.15  # what they fall to, of the base rates
@@ -226,6 +227,11 @@ class Config:
         """Rows of the tables: whole registers, and equal shares of eight devices."""
         unit = 512 if self.vocab_size > 8192 else 128
         return -(-self.vocab_size // unit) * unit
+
+    @property
+    def is_packed(self):
+        """Whether rows hold documents, not a plain stream."""
+        return any(stage.doc_len for stage in self.stages)
 
     @property
     def stream_dtype(self):
@@ -295,35 +301,9 @@ MAY_DIFFER = {  # between a run and its resumption; a hash guards the data
     "multihost",
     "micro_tokens",
     "head_block",
+    "attention",
     "train_files",
     "val_files",
-}
-RETIRED = {  # flags of earlier versions or other programs, and what they are here
-    "attn_block": "it is chosen by the row's length",
-    "batch_size": "it is --stages.batch_tokens",
-    "batch_tokens": "it is now --stages.batch_tokens",
-    "embed_lr": "it is now --adam_lr, for embedding, head and gates",
-    "embed_std": "it is now a constant in param_specs",
-    "fsdp": "it is gone: weights and optimizer state are always split over the devices",
-    "gate_lr": "it is now --adam_lr, for embedding, head and gates",
-    "head_lr": "it is now --adam_lr, for embedding, head and gates",
-    "learning_rate": "they are --muon_lr, --adam_lr and --scalar_lr; --stages.lr multiplies all",
-    "lr": "they are --muon_lr, --adam_lr and --scalar_lr; --stages.lr multiplies all",
-    "max_doc_len": "it is now --stages.doc_len",
-    "mtp": "it is now --stages.ahead",
-    "muon_beta2": "it is now a constant in equalize_units",
-    "ns_steps": "it is now the rows of POLAR_EXPRESS",
-    "profile": "it is now python -m scripts.trace_run",
-    "rope_base": "it is now a constant in rotary",
-    "seq_len": "it is now --stages.seq_len",
-    "stage_ends": "it is now --stages.end",
-    "stage_lr": "it is now --stages.lr",
-    "tied_stages": "it is now --stages.tied",
-    "val_seq_len": "it is now --val.seq_len",
-    "val_window_long": "it is now --val.long",
-    "val_window_short": "it is now --val.short",
-    "window_long": "it is now --stages.long",
-    "window_short": "it is now --stages.short",
 }
 
 
@@ -424,9 +404,9 @@ def parse_texts(texts, preset, presets):
     names = flag_names(type(cfg))
     for flag in sorted(texts, key=lambda flag: flag != "stages.end"):  # the number of rows first
         if flag not in names:
-            near = difflib.get_close_matches(flag, names, n=1, cutoff=0)[0]
-            what = RETIRED.get(flag, f"the nearest is --{near}=VALUE, see --help")
-            raise UsageError(f"--{flag}={texts[flag]}: there is no such flag; {what}")
+            near = ", --".join(difflib.get_close_matches(flag, names, n=3, cutoff=0))
+            said = f"there is no such flag; the nearest are --{near}, see --help"
+            raise UsageError(f"--{flag}={texts[flag]}: {said}")
         try:
             cfg = set_flag(cfg, flag, texts[flag])
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
@@ -863,7 +843,7 @@ def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, document_BT, table, window, c
         q_BTHK,
         k_BTGK,
         v_BTGK,
-        mask=key_111S >= document_BT[:, None, :, None],
+        mask=key_111S >= document_BT[:, None, :, None] if cfg.is_packed else None,
         scale=1.0,
         is_causal=True,
         local_window_size=(window, 0) if window < q_BTN.shape[1] else None,
@@ -894,6 +874,11 @@ def compute_capability(device):
     return float(stated) if re.fullmatch(r"\d+\.\d+", stated) else 0.0
 
 
+def this_machine():
+    """(backend, compute capability): what attention is chosen by."""
+    return jax.default_backend(), compute_capability(jax.devices()[0])
+
+
 def heads_of_128(cfg):
     """The flags that give as many dims in heads of 128; "" where none do."""
     share = cfg.head_dim / 128
@@ -908,7 +893,7 @@ def lacking(cfg, backend, capability):
     rows = [stage.seq_len for stage in (*cfg.stages, cfg.val)]
     is_bfloat16 = "--compute_dtype=bfloat16", cfg.compute_dtype == "bfloat16"
     longest = (1 << 21) // max(cfg.head_dim, cfg.copy_dim)  # keys of a row fit into fast memory
-    widest = {8: 128, 9: 256}.get(int(capability), 128)  # of which cuDNN has the gradient
+    widest = 256 if int(capability) == 9 else 128  # of which every cuDNN has the gradient
     flags = heads_of_128(cfg)
     narrow_heads = f"heads of at most {widest}" + f", such as {flags}" * bool(flags)
     wants = {
@@ -929,14 +914,12 @@ def lacking(cfg, backend, capability):
             ("a multiple of 8 as head_dim", cfg.head_dim % 8 == 0),
             ("rows of an even number of tokens", all(row % 2 == 0 for row in rows)),
         ],
-        "xla": [],
     }
     lacks = {}
-    for name, conditions in wants.items():
+    for name, ((device, is_here), *conditions) in wants.items():
         missing = [wanted for wanted, is_there in conditions if not is_there]
-        on_another_device = missing and missing[0] == conditions[0][0]
-        lacks[name] = missing[0] if on_another_device else ", ".join(missing)
-    return lacks
+        lacks[name] = ", ".join(missing) if is_here else device
+    return lacks | {"xla": ""}
 
 
 def choose_attention(cfg, backend, capability=0.0):
@@ -949,11 +932,10 @@ def choose_attention(cfg, backend, capability=0.0):
     return cfg
 
 
-def attention_note(cfg):
+def attention_note(cfg, backend, capability):
     """A line for the log: which attention runs, and why it is not the one made for this machine."""
-    backend = jax.default_backend()
     best = {"tpu": "band", "gpu": "cudnn"}.get(backend, "xla")
-    lack = lacking(cfg, backend, compute_capability(jax.devices()[0]))[best]
+    lack = lacking(cfg, backend, capability)[best]
     return f"attention: {cfg.attention}" + f"; {best} wants {lack}" * bool(lack)
 
 
@@ -1013,8 +995,7 @@ def mlp(x_BTD, p):
 def document_starts(tokens_BT, cfg):
     """Where each position's document begins: at a BOS where rows are packed, else at 0."""
     position_1T = jnp.arange(tokens_BT.shape[1])[None]
-    packed = any(row.doc_len for row in cfg.stages)
-    starts_BT = (tokens_BT == cfg.bos_id) & packed
+    starts_BT = (tokens_BT == cfg.bos_id) & cfg.is_packed
     return lax.cummax(jnp.where(starts_BT, position_1T, 0), axis=1)
 
 
@@ -2394,31 +2375,38 @@ def fullest_stage(mesh, cfg):
     return max(range(len(cfg.stages)), key=size)
 
 
+MICRO_TOKENS = (32768, 16384, 8192)  # that are tried on a GPU
+
+
 def fits_in_memory(model, mesh, cfg, limit):
     """Whether the stage that needs most leaves a twentieth of the limit.
 
-    Raises UsageError as memory_errors, but for memory.
+    What fits because XLA computes things twice (.remat) does not count: it is slower. A refusal of
+    cuDNN raises UsageError.
     """
     function, arguments = list_programs(model, mesh, cfg)[f"train_{fullest_stage(mesh, cfg)}"]
     options = compiler_options(mesh, cfg)
     try:
-        with memory_errors(cfg):
+        with device_errors(cfg):
             program = function.lower(*arguments).compile(compiler_options=options)
     except OutOfMemory:
         return False
-    return memory_of(program) < 0.95 * limit
+    return memory_of(program) < 0.95 * limit and ".remat" not in program.as_text()
 
 
-def fit_memory(model, mesh, cfg):
-    """The Config with --micro_tokens=none settled for a GPU: the most that its memory holds.
+def fit_memory(model, mesh, cfg, saved=None):
+    """The Config with --micro_tokens=none settled for a GPU: the largest size that fits.
 
     Larger micro-steps launch fewer kernels. Each size is compiled until one fits. Where none does,
-    and on other machines, the Config stays as it is.
+    and on other machines, the Config stays as it is. saved: the size that a resumed run had, the
+    largest to be tried.
     """
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if cfg.micro_tokens or jax.default_backend() != "gpu" or not limit:
+    if cfg.micro_tokens or jax.default_backend() != "gpu":
         return cfg
-    for micro_tokens in (32768, 16384, 8192):
+    limits = [(gpu.memory_stats() or {}).get("bytes_limit", 0) for gpu in jax.local_devices()]
+    limit = multihost_utils.process_allgather(np.float32(min(limits))).min()
+    sizes = [size for size in MICRO_TOKENS if size <= (saved or MICRO_TOKENS[0])]
+    for micro_tokens in sizes if limit else ():
         larger = replace(cfg, micro_tokens=micro_tokens)
         print(f"compiling to see whether --micro_tokens={micro_tokens} fits ...", flush=True)
         fits = fits_in_memory(model, mesh, larger, limit)
@@ -2458,14 +2446,18 @@ PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it, found by the f
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
+    "B200": 2250e12,
+    "RTX 4090": 165e12,
+    "L40S": 362e12,
+    "L4": 121e12,
 }
 
 
 def peak_flops():
-    """Of all devices together; 0 where it is not known."""
+    """Of all devices together; 0 where it is not known, as of a part of a GPU (MIG)."""
     kind = jax.devices()[0].device_kind
-    known = (peak for name, peak in PEAK_FLOPS.items() if name in kind)
-    return next(known, 0) * jax.device_count()
+    known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind))
+    return 0 if "MIG" in kind else next(known, 0) * jax.device_count()
 
 
 # ---- Checkpoint ----------------------------------------------------------------------------------
@@ -2664,11 +2656,14 @@ def versions():
     """What may change the bits or the speed of a run: {name: text}."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*\S)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    gpu = ("jax-cuda", "nvidia-cublas", "nvidia-cudnn", "nvidia-nccl")
+    packages = {each.name: each.version for each in importlib.metadata.distributions()}
     flags = {name: os.environ[name] for name in os.environ if name[:4] in ("JAX_", "XLA_", "LIBT")}
     return {
         "python": platform.python_version(),
         "jax": jax.__version__,
         "numpy": np.__version__,
+        **{name: packages[name] for name in sorted(packages) if name.startswith(gpu)},
         "platform": platform.platform(),
         "backend": " ".join(jax.devices()[0].client.platform_version.split()),
         "processor": [*names, platform.machine()][0],  # a CPU sums bfloat16 in its own order
@@ -2741,7 +2736,7 @@ class Log:
             f"config: {json.dumps(config)}",
             "versions: " + " ".join(map("=".join, versions().items())),
             f"devices: {devices}, {jax.process_count()} processes, {os.cpu_count()} host cores",
-            attention_note(self.cfg),
+            attention_note(self.cfg, *this_machine()),
         ]
         for path, tokens, digest in train.rows() + val.rows():
             facts.append(f"data: {path.name} tokens:{len(tokens)} sha256:{digest}")
@@ -2932,6 +2927,9 @@ def choose_preset(train_files):
     """
     real = f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`"
     if jax.default_backend() == "cpu":
+        has_shards = train_files == SPEEDRUN.train_files and find_shards(train_files)
+        said = f"JAX sees only a CPU, but shards match {train_files}. Mend JAX, see README"
+        require(not has_shards, f"{said}; or --preset=demo or speedrun, on this CPU")
         return "demo", (
             "JAX sees only a CPU, so a small byte-level model learns Python from this machine's "
             f"standard library. The real thing, on a TPU VM or a GPU machine: {real}"
@@ -2974,8 +2972,7 @@ def configure(argv, presets=PRESETS):
         preset, why = choose_preset(texts.get("train_files", presets[preset].train_files))
     cfg = parse_texts(texts, preset, presets)
     set_up_jax(cfg)
-    capability = compute_capability(jax.devices()[0])
-    return choose_attention(cfg, jax.default_backend(), capability), why
+    return choose_attention(cfg, *this_machine()), why
 
 
 def hash_of(*things):
@@ -3006,20 +3003,28 @@ def warm_up(programs, mesh, cfg):
         multihost_utils.process_allgather((state.params, state.opt_state), tiled=True)
 
 
+CUDNN_REFUSES = re.compile("fmha|dot_product_attention|NOT_SUPPORTED|execution plan", re.IGNORECASE)
+
+
 @contextlib.contextmanager
-def memory_errors(cfg):
+def device_errors(cfg):
     """Too little memory and a refusal of cuDNN become UsageErrors that say what to turn."""
     try:
         yield
     except RuntimeError as error:
+        lines = [line[:300] for line in str(error).splitlines()]
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise OutOfMemory(
-                f"out of memory. Halve --micro_tokens={cfg.tokens_at_once}, down to one row of "
-                f"stages.seq_len, or --head_block={cfg.head_block}: the update stays the same"
-            ) from error
-        if cfg.attention == "cudnn" and "cudnn" in str(error).lower():
-            said = str(error).split("\n")[0][:200]
-            raise UsageError(f"cuDNN refuses ({said}); take --attention=xla") from error
+            way_out = (
+                f"Halve --micro_tokens={cfg.tokens_at_once}, down to one row of stages.seq_len, or "
+                f"--head_block={cfg.head_block}: the update stays the same"
+            )
+            if "command buffer" in str(error):  # the driver's, which JAX leaves a quarter
+                way_out = "Leave the driver more: XLA_CLIENT_MEM_FRACTION=0.7"
+            raise OutOfMemory(f"out of memory. {way_out} ({lines[0]})") from error
+        refusals = [line for line in lines if CUDNN_REFUSES.search(line)]
+        if cfg.attention == "cudnn" and refusals:
+            said = f"cuDNN refuses ({refusals[0]}); take --attention=xla"
+            raise UsageError(said) from error
         raise
 
 
@@ -3137,8 +3142,8 @@ def main(argv=None, model=GPT, hook=lambda step: False):
     with contextlib.ExitStack() as owned:
         if checkpoint:  # a new folder is made later: no other process knows it
             owned.enter_context(own(folder))
-        cfg = fit_memory(model, mesh, cfg)
-        owned.enter_context(memory_errors(cfg))
+        cfg = fit_memory(model, mesh, cfg, manifest.get("config", {}).get("micro_tokens"))
+        owned.enter_context(device_errors(cfg))
         specs = model.specs(cfg)
         log = Log(folder, specs, cfg, manifest)
         programs, notes = compile_all(model, mesh, cfg)

@@ -1,7 +1,8 @@
 """Is this machine's fast attention as exact as the plain one, and what does it cost? For bench.
 
 A case is a width of a head and a window. Its rows are of the longest stage: the first is one
-document, the second has documents of one token, the others have documents of 500 on average. Both
+document, the second has documents of one token, the others have documents of 500 on average (of a
+config that packs no documents each row is one). Both
 attentions get the same raw projections in bfloat16; what is right is attention_xla in float32.
 
 The fast one passes where its rounding is like the plain one's. In each block of 128 tokens, of the
@@ -107,6 +108,8 @@ def compare(name, head_dim, window, num_calls, cfg):
     )
     length = max(stage.seq_len for stage in cfg.stages)
     document_BT = document_starts(cfg.tokens_at_once // length, length)
+    if not cfg.is_packed:  # then no attention is asked to see documents
+        document_BT = jnp.zeros_like(document_BT)
     inputs = document_BT, *draw_inputs(*document_BT.shape, cfg)
     runs = {who: make_run(who, window or length, cfg) for who in (name, "xla")}
     fast, plain = (run(*inputs) for run in runs.values())

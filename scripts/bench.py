@@ -217,7 +217,7 @@ def time_stages(args):
     sizes = args.micro_tokens or [train.fit_memory(GPT, mesh, cfg).tokens_at_once]
     count = train.count_params(GPT.specs(cfg))
     yield f"{count} parameters; {num_steps} steps after {WARMUP}", None
-    yield train.attention_note(cfg), None
+    yield train.attention_note(cfg, *train.this_machine()), None
     yield HEAD, None
     for micro_tokens in sizes:
         cfg = replace(cfg, micro_tokens=micro_tokens)
@@ -254,7 +254,8 @@ def ours(cfg):
         return train.to_devices([[row] for row in tokens_BT1], stage, mesh, cfg)
 
     function = train.make_train_step(stage, GPT, mesh, cfg)
-    program, compile_s = compile_step(function, (state, put([])), {})
+    options = train.compiler_options(mesh, cfg)
+    program, compile_s = compile_step(function, (state, put([])), options)
 
     def step(batch):
         nonlocal state

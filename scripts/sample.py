@@ -183,8 +183,8 @@ def open_checkpoint(path):
 def start_jax(cfg):
     """The Config with this machine's attention, once JAX is set up for it. Raises UsageError."""
     train.start_devices(replace(cfg, cpu_devices=1, multihost=""))
-    capability = train.compute_capability(jax.devices()[0])
-    cfg = train.choose_attention(replace(cfg, attention="auto"), jax.default_backend(), capability)
+    cfg = replace(cfg, attention="auto", micro_tokens=None)  # these were the training machine's
+    cfg = train.choose_attention(cfg, *train.this_machine())
     train.set_up_jax(cfg)
     return cfg
 

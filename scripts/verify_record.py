@@ -66,7 +66,7 @@ LINES = re.compile(  # of a log, from the source to the result
 RESULT = r"\nstep:(\d+)/\1 .*val_loss:"  # of a run that came to its end
 SHARED = ("preset", "devices", "files", "scored", "parameters")  # what all runs say
 MAY_DIFFER = {"seed", "log_dir", "save_every", "resume"}  # flags, between the runs of a record
-RERUN_MAY_DIFFER = {"log_dir", "resume", "versions", "devices"}
+RERUN_MAY_DIFFER = {"log_dir", "resume", "versions", "devices", "attention", "micro_tokens"}
 ELSEWHERE = r"(?:^| )(?:platform|JAX_COMPILATION_CACHE_DIR)=.*?(?= [A-Za-z]\w*=|$)"  # versions
 LOSS_ERROR = 0.501e-4  # half of the last digit that is written, and a little for the arithmetic
 TIME_ERROR = 1.01e-3  # s, of a difference of two times

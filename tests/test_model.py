@@ -25,6 +25,7 @@ FLAGS = """
 """
 BASE = replace(train.parse_flags(FLAGS.split()), stages=(ROW,), val=Stage(seq_len=LENGTH))
 config = functools.partial(replace, BASE)
+OF_DOCUMENTS = config(stages=(replace(ROW, doc_len=9),), attention="xla")
 WITHOUT = {"skips": (), "late_inputs": (), "backout": (), "gate_dims": 0, "smear": False}
 PLAIN = config(**WITHOUT, num_layers=2, num_kv_heads=None, offset_layers=(1,))
 GROWING = [
@@ -351,12 +352,12 @@ def test_yarn_counts_a_window_without_limit_as_the_row_and_waits_until_one_passe
 # ---- Attention -----------------------------------------------------------------------------------
 
 
-def attention_and_gradients(window, q_BTN, k_BSN, v_BSN, gate_BTH, document_BT, g_BTN, name="xla"):
+def attention_and_gradients(window, cfg, q_BTN, k_BSN, v_BSN, gate_BTH, document_BT, g_BTN):
     """(output, gradients of output . cotangent)."""
     table = rotary(q_BTN.shape[1], ROW, BASE)
 
     def attend(*given):
-        return train.ATTENTION[name](*given, document_BT, table, window, BASE)
+        return train.ATTENTION[cfg.attention](*given, document_BT, table, window, cfg)
 
     y, pull = jax.vjp(attend, q_BTN, k_BSN, v_BSN, gate_BTH)
     return y, pull(g_BTN)
@@ -381,7 +382,7 @@ def written_out(window, q, k, v, gate, document, g):
 def test_attention_and_its_gradients_are_those_written_out_in_float64():
     """From raw queries and keys, in two blocks: of 12 and 11 queries."""
     inputs = attention_inputs(23)
-    found = jit(functools.partial(attention_and_gradients, 7))(*inputs)
+    found = jit(functools.partial(attention_and_gradients, 7, OF_DOCUMENTS))(*inputs)
     expected = written_out(7, *inputs)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
@@ -394,22 +395,31 @@ def test_cudnn_is_asked_for_the_same_attention_and_for_causality_and_window_by_i
     asked = []
 
     def answer(*arrays, implementation, **settings):
-        asked.append((implementation, settings["is_causal"], settings["local_window_size"]))
+        has_mask = settings["mask"] is not None
+        window = settings["local_window_size"]
+        asked.append((implementation, settings["is_causal"], window, has_mask))
         return plain(*arrays, implementation="xla", **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
     for window in (7, 23):  # the row has 23 tokens
         inputs = attention_inputs(23)
-        run = functools.partial(attention_and_gradients, window, name="cudnn")
+        cfg = replace(OF_DOCUMENTS, attention="cudnn")
+        run = functools.partial(attention_and_gradients, window, cfg)
         found = jit(run)(*inputs)
         expected = written_out(window, *inputs)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
-    assert asked == [("cudnn", True, (7, 0)), ("cudnn", True, None)]
+    q, k, v, gate, document, g = inputs
+    run = functools.partial(attention_and_gradients, 7, replace(BASE, attention="cudnn"))
+    found = jit(run)(q, k, v, gate, 0 * document, g)
+    expected = written_out(7, q, k, v, gate, 0 * document, g)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
+    masked = [("cudnn", True, (7, 0), True), ("cudnn", True, None, True)]
+    assert asked == [*masked, ("cudnn", True, (7, 0), False)]
 
 
 def test_blocks_do_not_compute_the_keys_that_causality_and_window_put_out_of_reach():
     def num_scores(window):
-        run = functools.partial(attention_and_gradients, window)
+        run = functools.partial(attention_and_gradients, window, OF_DOCUMENTS)
         made = [dot.outvars[0].aval for dot in dots(run, *attention_inputs(40))]
         return sum(array.size for array in made if 12 not in array.shape)  # the head's width
 

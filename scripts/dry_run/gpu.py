@@ -159,7 +159,7 @@ def target_config(kind):
         "core_count": kind.cores,
         "fpus_per_core": kind.lanes,
         "clock_rate_ghz": kind.clock_ghz,
-        "device_memory_size": kind.memory,
+        "device_memory_size": int(POOL * kind.memory / 0.8),  # of which XLA counts on 0.8
         "memory_bandwidth": int(kind.bandwidth),
         "l2_cache_size": kind.l2,
         "threads_per_core_limit": kind.threads,
@@ -246,14 +246,16 @@ def fit_memory(model, mesh, kind, cfg):
     """
     if cfg.micro_tokens:
         return cfg, {}
-    for micro_tokens in (32768, 16384, 8192, 4096):
+    for micro_tokens in (*train.MICRO_TOKENS, 4096):
         cfg = replace(cfg, micro_tokens=micro_tokens)
         (job,) = list_jobs(model, mesh, cfg, train.fullest_stage(mesh, cfg))
         compiled = compile_job(job, kind, cfg)
         gib = train.memory_of(compiled[0]) / 2**30
+        computed_twice = ".remat" in compiled[0].as_text()
         words = f"--micro_tokens={micro_tokens}: {job.name} needs {gib:.2f} GiB"
-        print(f"{words} of {ROOM} * {kind.pool_gib:.2f}", flush=True)
-        if gib < ROOM * kind.pool_gib:
+        twice = ", with things computed twice" * computed_twice
+        print(f"{words} of {ROOM} * {kind.pool_gib:.2f}{twice}", flush=True)
+        if gib < ROOM * kind.pool_gib and not computed_twice:
             break
     return cfg, {job.name: compiled}
 
@@ -381,10 +383,10 @@ def run(args, cfg, model):
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read without a GPU
     kind, count = read_topology(args.topology, args.memory_gib)
     mesh = train.make_mesh(gpu_devices(kind, count))
-    words = (
-        f"{args.topology}: {count} x {kind.name}, preset {cfg.preset}, attention {cfg.attention}"
-    )
-    print(f"{words}; nothing below was measured", flush=True)
+    said = "--deterministic=1: wanted 0, for the compiler needs the GPU to choose such kernels"
+    train.require(not cfg.deterministic, said)
+    print(f"{args.topology}: {count} x {kind.name}, preset {cfg.preset}; nothing was measured")
+    print(train.attention_note(cfg, "gpu", float(kind.capability)), flush=True)
     if args.dump:
         Path(args.dump).mkdir(parents=True, exist_ok=True)
     ready = {}
