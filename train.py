@@ -2394,19 +2394,20 @@ def fits_in_memory(model, mesh, cfg, limit):
     return memory_of(program) < 0.95 * limit and ".remat" not in program.as_text()
 
 
-def fit_memory(model, mesh, cfg, saved=None):
+def fit_memory(model, mesh, cfg, manifest):
     """The Config with --micro_tokens=none settled for a GPU: the largest size that fits.
 
     Larger micro-steps launch fewer kernels. Each size is compiled until one fits. Where none does,
-    and on other machines, the Config stays as it is. saved: the size that a resumed run had, the
-    largest to be tried.
+    and on other machines, the Config stays as it is. A run that goes on takes none larger than
+    before: manifest is its checkpoint's, else {}.
     """
     if cfg.micro_tokens or jax.default_backend() != "gpu":
         return cfg
     limits = [(gpu.memory_stats() or {}).get("bytes_limit", 0) for gpu in jax.local_devices()]
     limit = multihost_utils.process_allgather(np.float32(min(limits))).min()
-    sizes = [size for size in MICRO_TOKENS if size <= (saved or MICRO_TOKENS[0])]
-    for micro_tokens in sizes if limit else ():
+    largest = manifest.get("config", {}).get("micro_tokens") or MICRO_TOKENS[0]
+    sizes = [size for size in MICRO_TOKENS if size <= largest and limit]
+    for micro_tokens in sizes:
         larger = replace(cfg, micro_tokens=micro_tokens)
         print(f"compiling to see whether --micro_tokens={micro_tokens} fits ...", flush=True)
         fits = fits_in_memory(model, mesh, larger, limit)
@@ -3142,12 +3143,11 @@ def main(argv=None, model=GPT, hook=lambda step: False):
     with contextlib.ExitStack() as owned:
         if checkpoint:  # a new folder is made later: no other process knows it
             owned.enter_context(own(folder))
-        cfg = fit_memory(model, mesh, cfg, manifest.get("config", {}).get("micro_tokens"))
+        cfg = fit_memory(model, mesh, cfg, manifest)
         owned.enter_context(device_errors(cfg))
-        specs = model.specs(cfg)
-        log = Log(folder, specs, cfg, manifest)
+        log = Log(folder, model.specs(cfg), cfg, manifest)
         programs, notes = compile_all(model, mesh, cfg)
-        notes = [data_note, f"parameters: {count_params(specs)}", *notes]
+        notes = [data_note, f"parameters: {count_params(model.specs(cfg))}", *notes]
         if not checkpoint:
             owned.enter_context(own(folder))
         log.begin(source, why, argv, train, val, notes)

@@ -214,7 +214,7 @@ def time_stages(args):
     cfg = configure(args.flags)
     mesh = train.make_mesh()
     num_steps = args.steps or 5
-    sizes = args.micro_tokens or [train.fit_memory(GPT, mesh, cfg).tokens_at_once]
+    sizes = args.micro_tokens or [train.fit_memory(GPT, mesh, cfg, {}).tokens_at_once]
     count = train.count_params(GPT.specs(cfg))
     yield f"{count} parameters; {num_steps} steps after {WARMUP}", None
     yield train.attention_note(cfg, *train.this_machine()), None
@@ -521,7 +521,7 @@ def time_torch(args):
     wanted = "wanted as many, as the GPT in PyTorch has"
     require(cfg.kv_heads == cfg.num_heads, f"--num_kv_heads={cfg.num_kv_heads}: {wanted}")
     cfg = replace(cfg, stages=(replace(cfg.stages[-1], end=1.0),))
-    cfg = train.fit_memory(GPT, mesh, cfg)
+    cfg = train.fit_memory(GPT, mesh, cfg, {})
     rows = []
     try:
         programs = {"ours": (cfg, *ours(cfg)), "torch": (cfg, *torch_gpt(cfg))}

@@ -182,7 +182,7 @@ def test_micro_steps_that_nobody_asks_for_are_as_large_as_training_makes_them(mo
     def list_programs(model, mesh, cfg):
         raise LookupError(f"asked for {cfg.micro_tokens}")
 
-    def fit_memory(model, mesh, cfg):
+    def fit_memory(model, mesh, cfg, manifest):
         return train.replace(cfg, micro_tokens=8192)
 
     monkeypatch.setattr(train, "list_programs", list_programs)

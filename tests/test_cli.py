@@ -262,6 +262,7 @@ def test_on_a_gpu_micro_steps_are_as_large_as_memory_and_the_fullest_stage_allow
     """
     mesh = types.SimpleNamespace(size=num_devices)
     computed_twice = None
+    saved = {"config": {"micro_tokens": 16384}}
 
     def list_programs(model, mesh, cfg):
         sizes = "argument_size_in_bytes alias_size_in_bytes temp_size_in_bytes output_size_in_bytes"
@@ -286,13 +287,13 @@ def test_on_a_gpu_micro_steps_are_as_large_as_memory_and_the_fullest_stage_allow
     monkeypatch.setattr(train, "list_programs", list_programs)
     for platform, wanted in (("gpu", micro_tokens), ("tpu", None)):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        assert train.fit_memory(train.GPT, mesh, SPEEDRUN).micro_tokens == wanted
+        assert train.fit_memory(train.GPT, mesh, SPEEDRUN, {}).micro_tokens == wanted
         given = replace(SPEEDRUN, micro_tokens=8192)
-        assert train.fit_memory(train.GPT, mesh, given) == given
-        resumed = train.fit_memory(train.GPT, mesh, SPEEDRUN, saved=16384).micro_tokens
+        assert train.fit_memory(train.GPT, mesh, given, {}) == given
+        resumed = train.fit_memory(train.GPT, mesh, SPEEDRUN, saved).micro_tokens
         assert resumed == (wanted and min(wanted, 16384))
         computed_twice = 16384
-        resumed = train.fit_memory(train.GPT, mesh, SPEEDRUN, saved=16384).micro_tokens
+        resumed = train.fit_memory(train.GPT, mesh, SPEEDRUN, saved).micro_tokens
         assert resumed == (wanted and 8192)
         computed_twice = None
 
