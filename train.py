@@ -2342,7 +2342,7 @@ def compiler_options(mesh, cfg):
 
 
 def compile_all(model, mesh, cfg):
-    """({name: compiled program}, a line about each), compiled in parallel, before the clock.
+    """({name: compiled program}, lines about them), compiled in parallel, before the clock.
 
     Raises UsageError.
     """
@@ -2361,8 +2361,9 @@ def compile_all(model, mesh, cfg):
         gib = memory_of(programs[name]) / 2**30
         return f"compiled: {name} in {seconds:.1f}s, {gib:.2f} GiB per device"
 
+    notes = [f"parameters: {count_params(model.specs(cfg))}"]
     with ThreadPoolExecutor() as pool:
-        return programs, list(pool.map(build, listed))
+        return programs, notes + list(pool.map(build, listed))
 
 
 def fullest_stage(mesh, cfg):
@@ -3147,10 +3148,9 @@ def main(argv=None, model=GPT, hook=lambda step: False):
         owned.enter_context(device_errors(cfg))
         log = Log(folder, model.specs(cfg), cfg, manifest)
         programs, notes = compile_all(model, mesh, cfg)
-        notes = [data_note, f"parameters: {count_params(model.specs(cfg))}", *notes]
         if not checkpoint:
             owned.enter_context(own(folder))
-        log.begin(source, why, argv, train, val, notes)
+        log.begin(source, why, argv, train, val, [data_note, *notes])
         warm_up(programs, mesh, cfg)
         state = first_or_saved(programs, checkpoint, manifest, model, log)
         val_rows = to_devices(plan_val(val, cfg), cfg.val, mesh, cfg)
