@@ -214,20 +214,30 @@ PROGRAM = """
 
 ENTRY %main (w: f32[8]) -> f32[8] {
   %w = f32[8] parameter(0)
+  %s = s32[] constant(0)
   %f = f32[8] copy-start(%w)
   %g = f32[8] copy-done(%f)
   %h = (f32[8]) tuple(%g)
   %i = (f32[8]) while(%h), condition=%any, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %j = f32[8] get-tuple-element(%i), index=0
-  ROOT %k = f32[8] call(%j), to_apply=%graph
+  %k = f32[8] call(%j), to_apply=%graph
+  %l = (f32[8], f32[8]) all-reduce-start(%k), replica_groups={{0,1}}, to_apply=%sum
+  %m = f32[8] all-reduce-done(%l)
+  %n = ((f32[8]), f32[8], s32[]) call-start(%m), to_apply=%body
+  %o = f32[8] call-done(%n)
+  %q = f32[8] opt-barrier(%o)
+  %r = (f32[8]) conditional(%s, %q, %q), branch_computations={%body, %graph}
+  ROOT %u = f32[8] get-tuple-element(%r), index=0
 }
 """
 
 
-def test_kernels_are_counted_as_often_as_loops_run_and_a_fusion_is_one():
-    assert Module(PROGRAM).num_kernels() == 1 + 5 * 2 + 1
-    unknown = PROGRAM.replace("known_trip_count", "unknown")
-    assert math.isnan(Module(unknown).num_kernels())
+def test_kernels_are_counted_as_often_as_they_run_and_a_fusion_is_one():
+    body, graph, copy, reduction = 2, 1, 1, 1
+    loop, conditional = 5 * body, (body + graph) / 2
+    total = copy + loop + graph + reduction + body + conditional
+    assert Module(PROGRAM).num_kernels() == total
+    assert Module(PROGRAM.replace("known_trip_count", "unknown")).num_kernels() is None
 
 
 # ---- The fast attention ----

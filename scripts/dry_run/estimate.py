@@ -180,9 +180,8 @@ class Walk:
                     self.unknown.append(i.name)
                 yield from self.rows(i.called("body"), calls * (trips or 1), True)
             elif i.op == "conditional":
-                branches = branches_of(i)
-                for branch in branches:  # taken as equally likely
-                    yield from self.rows(branch, calls / len(branches), in_loop)
+                for branch in i.branches:  # taken as equally likely
+                    yield from self.rows(branch, calls / len(i.branches), in_loop)
             elif i.op == "call":
                 yield from self.rows(i.called("to_apply"), calls, in_loop)
             elif i.op not in FREE:
@@ -266,14 +265,6 @@ class Walk:
         kind = "matmul" if flops else i.op
         numbers = {"flops": flops, "hbm_bytes": moved}
         return [self.row(i, kind, low_s=low, est_s=high, high_s=high, **numbers)]
-
-
-def branches_of(conditional):
-    """Names of the computations of which one runs."""
-    listed = conditional.find(r"branch_computations=\{([^}]*)\}")
-    if listed:
-        return [name.strip().lstrip("%") for name in listed.split(",")]
-    return [conditional.called("true_computation"), conditional.called("false_computation")]
 
 
 def waits(rows):

@@ -300,11 +300,12 @@ def describe(job, row, cost, kind, cfg):
     """Lines about a program: its memory and time, then what the time consists of."""
     steps = f"{job.steps} steps of " if job.steps else ""
     model = f"model {job.flops / job.mesh.size / 1e12:.2f} TFLOP, " if job.flops else ""
+    launches = "an unknown number of" if cost.launches is None else f"{cost.launches:.0f}"
     lines = [
         f"{job.name}: {steps}{job.tokens} tokens, {row['peak_gib']:.2f} of the "
         f"{row['pool_gib']:.2f} GiB of JAX's pool per GPU, compiled in {row['compile_s']:.1f} s",
         f"  at least {describe_bounds(row, cost)}",
-        f"  per GPU: {cost.launches:.0f} kernels launched; {model}outside of FMHA compiled "
+        f"  per GPU: {launches} kernels launched; {model}outside of FMHA compiled "
         f"{cost.flops / 1e12:.2f} TFLOP and {cost.hbm_bytes / 1e9:.1f} GB of memory traffic",
     ]
     if job.chips:

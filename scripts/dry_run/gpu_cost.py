@@ -163,7 +163,7 @@ class Cost(NamedTuple):
     table_share: float  # of the FLOPs outside of FMHA
     flops: float  # without FMHA
     hbm_bytes: float  # without FMHA
-    launches: float
+    launches: float | None  # collectives and copies too; None where a trip count is unknown
     wait_s: float  # for collectives; in both bounds
     fmha_calls: float
     fmha_flops: float
@@ -257,7 +257,7 @@ def gpu_cost(text, job, kind, cfg):
         table_share=share,
         flops=total("flops", others),
         hbm_bytes=total("hbm_bytes", others),
-        launches=sum(row.calls for row in kernels),
+        launches=module.num_kernels(),
         wait_s=wait_s,
         fmha_calls=sum(row.calls for row in fmha),
         fmha_flops=total("flops", fmha),

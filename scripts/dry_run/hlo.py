@@ -37,6 +37,9 @@ NO_WORK = {  # what a GPU launches nothing for; nor for the ends of asynchronous
     "get-tuple-element",
     "bitcast",
     "after-all",
+    "opt-barrier",
+    "add-dependency",
+    "domain",
     "partition-id",
     "replica-id",
 }
@@ -76,6 +79,14 @@ class Instruction(NamedTuple):
     def called(self, key):
         """The computation that an attribute names, as in calls=%fused."""
         return self.find(key + r"=%?([\w.\-]+)")
+
+    @property
+    def branches(self):
+        """Of a conditional: the computations of which one runs."""
+        listed = self.find(r"branch_computations=\{([^}]*)\}")
+        if listed:
+            return [name.strip().lstrip("%") for name in listed.split(",")]
+        return [self.called("true_computation"), self.called("false_computation")]
 
     @property
     def is_kernel(self):
@@ -360,18 +371,24 @@ class Module:
         largest = max(self.integers_in(loop.called("condition")), default=0)
         return largest if largest > 0 else None
 
-    def num_kernels(self, name=None):
-        """Kernels that a GPU runs for a computation, by default for the program.
+    def num_kernels(self):
+        """Kernels that a GPU launches for the program; None where a trip count is not known.
 
-        A copy, a collective and a call of a library count as one. NaN where a trip count is not
-        known.
+        A copy, a collective and a call of a library count as one.
         """
+        count = self.kernels_in(self.entry)
+        return None if math.isnan(count) else count
+
+    def kernels_in(self, name):
+        """The same of a computation, but NaN where it is not known."""
         count = 0
-        for i in self.computations[name or self.entry].values():
+        for i in self.computations[name].values():
             if i.op == "while":
-                count += (self.trip_count(i) or math.nan) * self.num_kernels(i.called("body"))
-            elif i.op == "call":  # of a CUDA graph, say
-                count += self.num_kernels(i.called("to_apply"))
+                count += (self.trip_count(i) or math.nan) * self.kernels_in(i.called("body"))
+            elif i.op == "conditional":  # its branches are taken as equally likely
+                count += sum(map(self.kernels_in, i.branches)) / len(i.branches)
+            elif i.op in ("call", "call-start", "async-start"):  # of a CUDA graph, say
+                count += self.kernels_in(i.called("to_apply") or i.called("calls"))
             elif i.op not in NO_WORK and not i.op.endswith(("-done", "-update")):
                 count += 1
         return count
