@@ -209,7 +209,10 @@ PROGRAM = """
 
 %graph (z: f32[8]) -> f32[8] {
   %z = f32[8] parameter(0)
-  ROOT %e = f32[8] fusion(%z), kind=kLoop, calls=%fused
+  %e = f32[8] fusion(%z), kind=kLoop, calls=%fused
+  %v = f32[8] copy(%e)
+  %bits = s32[8] bitcast(%v)
+  ROOT %sorted = s32[8] sort(%bits), dimensions={0}, to_apply=%less
 }
 
 ENTRY %main (w: f32[8]) -> f32[8] {
@@ -233,7 +236,7 @@ ENTRY %main (w: f32[8]) -> f32[8] {
 
 
 def test_kernels_are_counted_as_often_as_they_run_and_a_fusion_is_one():
-    body, graph, copy, reduction = 2, 1, 1, 1
+    body, graph, copy, reduction = 2, 3, 1, 1
     loop, conditional = 5 * body, (body + graph) / 2
     total = copy + loop + graph + reduction + body + conditional
     assert Module(PROGRAM).num_kernels() == total

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import types
 from unittest import mock
 
 import jax
@@ -16,9 +17,10 @@ from test_dry_run import SMALL, arrays_of, whole_logits
 
 import train
 from scripts.dry_run import command as dry_run
-from scripts.dry_run import gpu
+from scripts.dry_run import gpu, gpu_cost
 from scripts.dry_run.gpu_cost import GpuWalk, gpu_chip, matmul_sizes, scores_and_masks
 from scripts.dry_run.hlo import Array, Module
+from scripts.dry_run.programs import Job
 from train import UsageError
 
 needs_compiler = pytest.mark.skipif(
@@ -159,9 +161,173 @@ def test_fmha_counts_the_scores_in_the_band_and_its_mask_is_no_score():
         for row in rows
         for array in module.computations["main"][row.name].arrays
     ]
-    scores, masks = scores_and_masks(written, walk, ROW)
+    scores, masks = scores_and_masks(written, walk, ROW, dry_run.config(FLAGS))
     assert scores == [(1, Array("f32", (2, 3, 512, 512), 0))]
     assert masks == [(1, Array("bf16", (2, 512, 512), 0))]
+    for no_window in ("0", "9999"):
+        walk = GpuWalk(Module(FMHA.replace("129", no_window)), gpu_chip(gpu.KINDS["h100"]))
+        list(walk.rows("main"))
+        (call,) = walk.fmha.values()
+        assert call.flops == 2 * 2 * 2 * 3 * 64 * visible_scores(ROW)
+
+
+SQUARE = """
+ENTRY %main () -> f32[4,512,512] {
+  %q = bf16[16,512,64]{2,1,0} parameter(0)
+  %k = bf16[16,64,512]{2,1,0} parameter(1)
+  %x = bf16[2,512,512]{2,1,0} parameter(2)
+  %w = bf16[512,512]{1,0} parameter(3)
+  %score = f32[16,512,512]{2,1,0} fusion(%q, %k), kind=kCustom, calls=%gemm
+  %value = f32[16,512,64]{2,1,0} dot(%score, %k), lhs_batch_dims={0}, lhs_contracting_dims={2}, \
+rhs_batch_dims={0}, rhs_contracting_dims={2}
+  %h = f32[2,512,512]{2,1,0} dot(%x, %w), lhs_contracting_dims={2}, rhs_contracting_dims={0}
+  ROOT %moment = f32[4,512,512]{2,1,0} multiply(%m, %m)
+}
+
+%gemm (a: bf16[16,512,64], b: bf16[16,64,512]) -> f32[16,512,512] {
+  %a = bf16[16,512,64]{2,1,0} parameter(0)
+  %b = bf16[16,64,512]{2,1,0} parameter(1)
+  ROOT %dot = f32[16,512,512]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, \
+rhs_batch_dims={0}, rhs_contracting_dims={1}
+}
+"""
+
+
+def test_where_a_row_is_as_long_as_the_model_is_wide_weights_are_no_scores():
+    module = Module(SQUARE)
+    walk = GpuWalk(module, gpu_chip(gpu.KINDS["h100"]))
+    written = list(gpu_cost.arrays_written(module, list(walk.rows("main"))))
+    for width, wanted in ((512, [16]), (384, [16, 2, 4])):
+        cfg = dry_run.config([*FLAGS, f"--model_dim={width}"])
+        scores, _ = scores_and_masks(written, walk, ROW, cfg)
+        assert [array.dims[0] for _, array in scores] == wanted
+
+
+STEP = """
+%body (p: (bf16[256,128])) -> (bf16[256,128]) {
+  %p = (bf16[256,128]{1,0}) parameter(0)
+  %x = bf16[256,128]{1,0} get-tuple-element(%p), index=0
+  %head = bf16[128,1536]{1,0} get-tuple-element(%p), index=1
+  %q = bf16[2,512,3,64]{3,2,1,0} get-tuple-element(%p), index=2
+  %block = f32[256,1536]{1,0} dot(%x, %head), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %half = bf16[256,1536]{1,0} convert(%block)
+  %y = (bf16[2,3,512,64]{3,1,2,0}, u8[9]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %t = (bf16[256,128]{1,0}) tuple(%x)
+}
+
+ENTRY %main () -> f32[128,1536] {
+  %tokens = bf16[1024,128]{1,0} parameter(0)
+  %w = bf16[128,1536]{1,0} parameter(1)
+  %part = bf16[16,128]{1,0} parameter(2)
+  %turned = f32[8,128]{1,0} parameter(3)
+  %ag = (bf16[16,128]{1,0}, bf16[128,128]{1,0}) all-gather-start(%part), replica_groups=[1,8]<=[8]
+  %weight = bf16[128,128]{1,0} all-gather-done(%ag)
+  %aa = (f32[8,128]{1,0}, f32[8,128]{1,0}) all-to-all-start(%turned), replica_groups=[1,8]<=[8]
+  %rows = f32[8,128]{1,0} all-to-all-done(%aa)
+  %loop = (bf16[256,128]{1,0}) while(%t0), condition=%any, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %begun = ((bf16[1024,128]{1,0}, bf16[128,1536]{1,0}), f32[1024,1536]{1,0}, u32[]) \
+fusion-start(%tokens, %w), kind=kCustom, calls=%gemm
+  %all = f32[1024,1536]{1,0} fusion-done(%begun)
+  %sorted = f32[8]{0} custom-call(%rows), custom_call_target="mystery"
+  ROOT %grad = f32[128,1536]{1,0} dot(%tokens, %all), lhs_contracting_dims={0}, \
+rhs_contracting_dims={0}
+}
+
+%gemm (a: bf16[1024,128], b: bf16[128,1536]) -> f32[1024,1536] {
+  %a = bf16[1024,128]{1,0} parameter(0)
+  %b = bf16[128,1536]{1,0} parameter(1)
+  ROOT %dot = f32[1024,1536]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+DOT_FLOPS = {
+    "block": 2 * 256 * 128 * 1536,
+    "all": 2 * 1024 * 128 * 1536,
+    "grad": 2 * 1024 * 128 * 1536,
+}
+DOT_BYTES = {
+    "block": 2 * 256 * 128 + 2 * 128 * 1536 + 4 * 256 * 1536,
+    "all": 2 * 1024 * 128 + 2 * 128 * 1536 + 4 * 1024 * 1536,
+    "grad": 2 * 1024 * 128 + 4 * 1024 * 1536 + 4 * 128 * 1536,
+}
+TABLE = {(1, 256, 128, 1536): 5e-6, (1, 1024, 128, 1536): 1e-9}  # slower, and faster than bytes
+
+
+@pytest.fixture
+def judged(monkeypatch, capsys):
+    """Judge STEP, changed, as a program that needs so many GiB: (row, Cost, what was printed)."""
+    monkeypatch.setattr(gpu_cost, "table_seconds", lambda device, *sizes: TABLE.get(sizes))
+    monkeypatch.setattr(train, "memory_of", lambda program: program.gib * 2**30)
+    costs = []
+
+    def keep(*args):
+        costs.append(gpu_cost.gpu_cost(*args))
+        return costs[-1]
+
+    monkeypatch.setattr(gpu, "gpu_cost", keep)
+
+    def judge(text=STEP, gib=59.0):
+        cfg = dry_run.config([*FLAGS, "--attention=xla"])
+        mesh = train.make_mesh()
+        job = Job("train_0", None, (), mesh, cfg.stages[0], 1024, chips=mesh.size)
+        program = types.SimpleNamespace(as_text=lambda: text, gib=gib)
+        row = gpu.judge(job, gpu.KINDS["h100"], (program, 1.0), cfg)
+        return row, costs[-1], capsys.readouterr().out
+
+    return judge
+
+
+def test_costs_of_a_program_are_those_of_a_pencil(judged):
+    row, cost, _ = judged()
+    peak, bandwidth, link = 989.4e12, 3352e9, 450e9
+    calls = {"block": 3, "all": 1, "grad": 1}
+    bytes_of_half = (4 + 2) * 256 * 1536
+    assert cost.flops == sum(calls[name] * DOT_FLOPS[name] for name in calls)
+    moved = sum(calls[name] * DOT_BYTES[name] for name in calls)
+    assert cost.hbm_bytes == moved + 3 * bytes_of_half
+    gather, turn = (entry for entry in cost.rows if entry.op)
+    assert gather.sent_bytes == 7 / 8 * 2 * 128 * 128 and turn.sent_bytes == 7 / 8 * 4 * 8 * 128
+    assert gather.link_s == pytest.approx(3e-6 + gather.sent_bytes / link)
+    assert row["collective_bytes"] == gather.sent_bytes + turn.sent_bytes
+    assert all(DOT_FLOPS[name] / peak < DOT_BYTES[name] / bandwidth for name in calls)
+    waited = gather.link_s + turn.link_s
+    assert cost.roofline_s == pytest.approx(cost.hbm_bytes / bandwidth + waited)
+    slower = 3 * (5e-6 - DOT_BYTES["block"] / bandwidth)
+    assert cost.table_s == pytest.approx(cost.roofline_s + slower)
+    assert cost.table_share == pytest.approx(1 - DOT_FLOPS["grad"] / cost.flops)
+    assert (cost.fmha_calls, cost.launches) == (3, 3 * 3 + 5)
+    assert cost.fmha_flops == 3 * 2 * 2 * 2 * 3 * 64 * visible_scores(ROW)
+    blocks, whole = Array("f32", (256, 1536), 0), Array("f32", (1024, 1536), 0)
+    assert sorted(cost.logits) == [(1, whole), (3, blocks)]  # not the gradient of the head
+    assert cost.uncosted == {"mystery": 1}
+
+
+def test_what_the_bounds_leave_out_is_said(judged):
+    _, _, said = judged()
+    for words in (
+        "14 kernels launched",
+        "a step of this stage holds 2 of these per GPU",
+        "[T, T] scores: none\n  float32",
+        "logits of blocks of 256 of a micro-step's 1024 tokens: f32[256, 1536] 3 times, f32[1024",
+        "not in the bounds: 1 calls of mystery",
+    ):
+        assert words in said
+    assert "trip count unknown" not in said
+    row, _, said = judged(STEP.replace("known_trip_count", "n"))
+    assert row["launches"] is None and "trip count unknown, taken as 1: loop" in said
+    assert "an unknown number of kernels" in said
+    _, _, said = judged(STEP.replace("cudnn$fmha", "other").replace("f32[", "f16["))
+    assert "FMHA (cuDNN's attention): none, attention is xla" in said
+    assert "tokens: none" in said
+    many = [(1000, Array("f32", (500, 1000), 0)), (500, Array("f32", (500, 1000), 0))]
+    assert gpu.describe_arrays(many) == "f32[500, 1000] 1500 times, 3.00 GB written"
+
+
+def test_a_program_that_jax_s_pool_does_not_hold_ends_with_exit_code_2(judged, capsys):
+    assert train.command(lambda: judged(gib=60.0)) == 2  # of the GPU's 79.1
+    error = capsys.readouterr().err
+    assert error.startswith("error: train_0 does not fit") and error.count("\n") == 1
 
 
 def test_sizes_of_a_matmul_are_those_of_its_einsum():
@@ -200,11 +366,14 @@ def test_without_the_plugin_the_error_names_the_package():
 
 
 def test_a_wrong_flag_is_an_error_before_anything_compiles():
+    assert [gpu.read_topology(name)[1] for name in ("h100", "h100:8", "h100:99")] == [1, 8, 99]
     for argv, words in (
         (["h100:0"], "h100:0: wanted h100:DEVICES with 1 to 99 devices, such as h100:8"),
+        (["h100:100"], "wanted h100:DEVICES"),
         (["h100:2x4"], "wanted h100:DEVICES"),
         (["h300:8"], "h300:8: no such topology.*h100:1, h100:8, h200:1, h200:8"),
         (["h100:1", "--memory_gib=0"], "--memory_gib=0: wanted the memory of a device"),
+        (["h100:1", "--memory_gib=nan"], "--memory_gib=nan: wanted the memory of a device"),
         (["v6e:1x1", "--memory_gib=80"], "--memory_gib=80: it is for GPUs, not v6e:1x1"),
         (["h100:1", "--attention=band"], "--attention=band: wanted a TPU"),
     ):
@@ -217,17 +386,21 @@ def test_micro_steps_are_as_large_as_95_percent_of_the_pool_hold(capsys):
     assert kind.pool_gib == pytest.approx(24)
     cfg = dry_run.config([], platform="gpu", capability=9.0)
     model = train.GPT._replace()
+
+    def list_jobs(model, mesh, cfg, number):
+        return [types.SimpleNamespace(name=f"train_{number}")]
+
     for gib_of_32768, micro_tokens in ((22.7, 32768), (22.9, 16384), (60.0, 8192), (200.0, 4096)):
 
         def compiled(job, kind, cfg, gib=gib_of_32768):
-            bytes_needed = gib * 2**30 * cfg.micro_tokens / 32768
-            return mock.Mock(bytes=bytes_needed), 0.0
+            return gib * 2**30 * cfg.micro_tokens / 32768, 0.0  # a program is its bytes
 
         with (
-            mock.patch.object(gpu, "list_jobs", lambda *args: [mock.Mock()]),
+            mock.patch.object(gpu, "list_jobs", list_jobs),
             mock.patch.object(gpu, "compile_job", compiled),
-            mock.patch.object(train, "memory_of", lambda program: program.bytes),
+            mock.patch.object(train, "memory_of", lambda program: program),
         ):
-            settled, _ = gpu.fit_memory(model, mock.Mock(size=1), kind, cfg)
+            settled, ready = gpu.fit_memory(model, mock.Mock(size=1), kind, cfg)
         assert settled.micro_tokens == micro_tokens
+        assert ready == {"train_3": compiled(None, kind, settled)}  # of speedrun's four stages
     assert "of 0.95 * 24.00" in capsys.readouterr().out

@@ -207,12 +207,30 @@ def arrays_written(module, rows):
                 yield from ((i.name, calls[i.name], array) for array in i.arrays)
 
 
-def scores_and_masks(written, walk, length):
-    """Two lists of (calls, Array): of arrays with two axes of a row's length."""
+def multiplies_heads(sizes, length, cfg):
+    """Whether a matmul sums over the dims of a head, or of the copy pointer, for a row's keys."""
+    _, rows, summed, columns = sizes
+    return summed in (cfg.head_dim, cfg.copy_dim) and length in (rows, columns)
+
+
+def scores_and_masks(written, walk, length, cfg):
+    """Two lists of (calls, Array): of arrays with two axes of a row's length.
+
+    Where a row is as long as the model is wide, weights and activations have two such axes too.
+    Then only what a matmul of queries and keys writes is taken for scores.
+    """
     made = {call.mask for call in walk.fmha.values()}
     found = [entry for entry in written if entry[2].dims.count(length) >= 2]
-    scores = [entry[1:] for entry in found if entry[0] not in made]
-    return scores, [entry[1:] for entry in found if entry[0] in made]
+    masks = [entry[1:] for entry in found if entry[0] in made]
+    others = [entry for entry in found if entry[0] not in made]
+    widths = cfg.model_dim, cfg.mlp_dim, cfg.num_heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    if length in widths:
+        heads = set()
+        for name, matmuls in walk.matmuls.items():
+            if any(multiplies_heads(sizes, length, cfg) for sizes in matmuls):
+                heads.add(name)
+        others = [entry for entry in others if entry[0] in heads]
+    return [entry[1:] for entry in others], masks
 
 
 def logits_among(written, num_ids, sizes):
@@ -237,9 +255,8 @@ def gpu_cost(text, job, kind, cfg):
     module = Module(text)
     walk = GpuWalk(module, gpu_chip(kind))
     rows = list(walk.rows(module.entry))
-    kernels = [row for row in rows if row.kind != "done" and not row.op]
-    fmha = [row for row in kernels if row.kind == "fmha"]
-    others = [row for row in kernels if row.kind != "fmha"]
+    fmha = [row for row in rows if row.kind == "fmha"]
+    others = [row for row in rows if row.kind != "fmha"]
 
     def total(field, among):
         return sum(row.calls * getattr(row, field) for row in among)
@@ -248,7 +265,7 @@ def gpu_cost(text, job, kind, cfg):
     roofline_s = total("low_s", others) + wait_s
     added_s, share = by_table(walk, others, job.mesh.devices.flat[0])
     written = list(arrays_written(module, rows))
-    scores, masks = scores_and_masks(written, walk, job.stage.seq_len)
+    scores, masks = scores_and_masks(written, walk, job.stage.seq_len, cfg)
     num_ids = job.stage.candidates or cfg.padded_vocab
     return Cost(
         rows=rows,
