@@ -283,6 +283,27 @@ def test_an_attention_that_rounds_as_the_plain_one_passes_and_one_token_of_windo
         check(local_window_size=(99, 0))
 
 
+def test_rows_are_one_document_documents_of_one_token_and_documents_of_500():
+    whole_T, ones_T, *others = np.asarray(attention.document_starts(5, 20_000))
+    position_T = np.arange(20_000)
+    assert (whole_T == 0).all() and (ones_T == position_T).all()
+    num_starts = sum((start_T == position_T).sum() for start_T in others)
+    assert len(others) == 3 and num_starts == pytest.approx(60_000 / 500, rel=0.3)
+
+
+def test_a_wrong_gradient_alone_is_an_error_of_the_attention(check, monkeypatch):
+    right = jax.nn.dot_product_attention
+
+    def wrong(q, k, v, **settings):
+        wide = v.astype(np.float32)
+        same = 1.125 * wide - jax.lax.stop_gradient(0.125 * wide)  # exactly v, for 8 bits of it
+        return right(q, k, same.astype(v.dtype), **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", wrong)
+    with pytest.raises(UsageError, match="errs over 3 times"):
+        check()
+
+
 def test_a_value_that_is_no_number_is_an_error_of_the_attention(check, monkeypatch):
     ones = np.ones((1, 256, 8), np.float32)
     errors = attention.errors_of(np.where(ones.cumsum(axis=1) == 200, math.nan, ones), ones, ones)
