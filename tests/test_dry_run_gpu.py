@@ -82,6 +82,7 @@ def test_a_step_calls_fmha_and_writes_no_scores_and_no_whole_logits(step):
         ("bf16", 2, 2 * ROW * ROW)
     }
     assert row["score_arrays"] == 0 and "[T, T] scores: none" in said
+    assert "which FMHA reads: bf16[2, 512, 512]" in said
     assert whole_logits(module) == []
 
 
@@ -127,6 +128,17 @@ def test_a_piece_calls_fmha_where_it_is_asked_for_and_must_fit(tmp_path):
     words = r"needs [\d.]+ GiB of JAX's pool of 0.01, .* --micro_tokens=\d+, --head_block"
     with pytest.raises(UsageError, match=words):
         run(tmp_path, *flags, "--memory_gib=0.01")
+
+
+@needs_compiler
+@pytest.mark.system
+def test_the_table_knows_a_large_matmul_on_an_h100_and_has_none_of_another_gpu():
+    sizes = (1, 4096, 4096, 4096)
+    (device,) = gpu.gpu_devices(gpu.KINDS["h100"], 1)
+    assert 1 < gpu_cost.table_seconds(device, *sizes) / (2 * 4096**3 / 989.4e12) < 4
+    for name in ("a100", "rtx4090"):
+        (device,) = gpu.gpu_devices(gpu.KINDS[name], 1)
+        assert gpu_cost.table_seconds(device, *sizes) is None
 
 
 # ---- Without the compiler ----
@@ -209,6 +221,9 @@ STEP = """
   %x = bf16[256,128]{1,0} get-tuple-element(%p), index=0
   %head = bf16[128,1536]{1,0} get-tuple-element(%p), index=1
   %q = bf16[2,512,3,64]{3,2,1,0} get-tuple-element(%p), index=2
+  %turned = f32[8,128]{1,0} get-tuple-element(%p), index=3
+  %aa = (f32[8,128]{1,0}, f32[8,128]{1,0}) all-to-all-start(%turned), replica_groups=[1,8]<=[8]
+  %rows = f32[8,128]{1,0} all-to-all-done(%aa)
   %block = f32[256,1536]{1,0} dot(%x, %head), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %half = bf16[256,1536]{1,0} convert(%block)
   %y = (bf16[2,3,512,64]{3,1,2,0}, u8[9]{0}) custom-call(%q, %q, %q), \
@@ -220,17 +235,14 @@ ENTRY %main () -> f32[128,1536] {
   %tokens = bf16[1024,128]{1,0} parameter(0)
   %w = bf16[128,1536]{1,0} parameter(1)
   %part = bf16[16,128]{1,0} parameter(2)
-  %turned = f32[8,128]{1,0} parameter(3)
   %ag = (bf16[16,128]{1,0}, bf16[128,128]{1,0}) all-gather-start(%part), replica_groups=[1,8]<=[8]
   %weight = bf16[128,128]{1,0} all-gather-done(%ag)
-  %aa = (f32[8,128]{1,0}, f32[8,128]{1,0}) all-to-all-start(%turned), replica_groups=[1,8]<=[8]
-  %rows = f32[8,128]{1,0} all-to-all-done(%aa)
   %loop = (bf16[256,128]{1,0}) while(%t0), condition=%any, body=%body, \
 backend_config={"known_trip_count":{"n":"3"}}
   %begun = ((bf16[1024,128]{1,0}, bf16[128,1536]{1,0}), f32[1024,1536]{1,0}, u32[]) \
 fusion-start(%tokens, %w), kind=kCustom, calls=%gemm
   %all = f32[1024,1536]{1,0} fusion-done(%begun)
-  %sorted = f32[8]{0} custom-call(%rows), custom_call_target="mystery"
+  %sorted = f32[8]{0} custom-call(%part), custom_call_target="mystery"
   ROOT %grad = f32[128,1536]{1,0} dot(%tokens, %all), lhs_contracting_dims={0}, \
 rhs_contracting_dims={0}
 }
@@ -289,14 +301,14 @@ def test_costs_of_a_program_are_those_of_a_pencil(judged):
     gather, turn = (entry for entry in cost.rows if entry.op)
     assert gather.sent_bytes == 7 / 8 * 2 * 128 * 128 and turn.sent_bytes == 7 / 8 * 4 * 8 * 128
     assert gather.link_s == pytest.approx(3e-6 + gather.sent_bytes / link)
-    assert row["collective_bytes"] == gather.sent_bytes + turn.sent_bytes
+    assert row["collective_bytes"] == gather.sent_bytes + 3 * turn.sent_bytes
     assert all(DOT_FLOPS[name] / peak < DOT_BYTES[name] / bandwidth for name in calls)
-    waited = gather.link_s + turn.link_s
+    waited = gather.link_s + 3 * turn.link_s
     assert cost.roofline_s == pytest.approx(cost.hbm_bytes / bandwidth + waited)
     slower = 3 * (5e-6 - DOT_BYTES["block"] / bandwidth)
     assert cost.table_s == pytest.approx(cost.roofline_s + slower)
     assert cost.table_share == pytest.approx(1 - DOT_FLOPS["grad"] / cost.flops)
-    assert (cost.fmha_calls, cost.launches) == (3, 3 * 3 + 5)
+    assert (cost.fmha_calls, cost.launches) == (3, 3 * 4 + 4)
     assert cost.fmha_flops == 3 * 2 * 2 * 2 * 3 * 64 * visible_scores(ROW)
     blocks, whole = Array("f32", (256, 1536), 0), Array("f32", (1024, 1536), 0)
     assert sorted(cost.logits) == [(1, whole), (3, blocks)]  # not the gradient of the head
@@ -306,7 +318,8 @@ def test_costs_of_a_program_are_those_of_a_pencil(judged):
 def test_what_the_bounds_leave_out_is_said(judged):
     _, _, said = judged()
     for words in (
-        "14 kernels launched",
+        "16 kernels launched",
+        "all-to-all, in a loop: 3 times",
         "a step of this stage holds 2 of these per GPU",
         "[T, T] scores: none\n  float32",
         "logits of blocks of 256 of a micro-step's 1024 tokens: f32[256, 1536] 3 times, f32[1024",
@@ -379,6 +392,17 @@ def test_a_wrong_flag_is_an_error_before_anything_compiles():
     ):
         with pytest.raises(UsageError, match=words):
             dry_run.main(argv)
+
+
+def test_a_piece_is_sized_without_compiling_a_step(monkeypatch):
+    def compile_job(job, kind, cfg):
+        raise LookupError(f"{job.name} of {cfg.micro_tokens}")
+
+    monkeypatch.setattr(gpu, "gpu_devices", lambda *_: jax.devices())
+    monkeypatch.setattr(gpu, "compile_job", compile_job)
+    flags = [flag for flag in FLAGS if not flag.startswith("--micro_tokens")]
+    with pytest.raises(LookupError, match="head of 32768"):
+        dry_run.main(["h100:8", "--piece=head", *flags])
 
 
 def test_micro_steps_are_as_large_as_95_percent_of_the_pool_hold(capsys):
