@@ -414,17 +414,25 @@ def test_micro_steps_are_as_large_as_95_percent_of_the_pool_hold(capsys):
     def list_jobs(model, mesh, cfg, number):
         return [types.SimpleNamespace(name=f"train_{number}")]
 
-    for gib_of_32768, micro_tokens in ((22.7, 32768), (22.9, 16384), (60.0, 8192), (200.0, 4096)):
+    for gib_of_32768, name, micro_tokens in (
+        (22.7, "%fusion.1", 32768),
+        (22.9, "%fusion.1", 16384),
+        (60.0, "%fusion.1", 8192),
+        (200.0, "%fusion.1", 4096),
+        (8.0, "%fusion.1.remat", 4096),  # it fits because things are computed twice
+    ):
 
-        def compiled(job, kind, cfg, gib=gib_of_32768):
-            return gib * 2**30 * cfg.micro_tokens / 32768, 0.0  # a program is its bytes
+        def compiled(job, kind, cfg, gib=gib_of_32768, name=name):
+            size = gib * 2**30 * cfg.micro_tokens / 32768
+            return types.SimpleNamespace(size=size, as_text=lambda: f"  {name} = f32[]"), 0.0
 
         with (
             mock.patch.object(gpu, "list_jobs", list_jobs),
             mock.patch.object(gpu, "compile_job", compiled),
-            mock.patch.object(train, "memory_of", lambda program: program),
+            mock.patch.object(train, "memory_of", lambda program: program.size),
         ):
             settled, ready = gpu.fit_memory(model, mock.Mock(size=1), kind, cfg)
         assert settled.micro_tokens == micro_tokens
-        assert ready == {"train_3": compiled(None, kind, settled)}  # of speedrun's four stages
+        (program, _) = ready["train_3"]  # of speedrun's four stages
+        assert program.size == gib_of_32768 * 2**30 * micro_tokens / 32768
     assert "of 0.95 * 24.00" in capsys.readouterr().out
