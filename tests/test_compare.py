@@ -111,7 +111,7 @@ WRONG_LISTS = {
     "a: --steps=3\n": "wanted base: first",
     "base:\na:\na:\n": "there already",
     "sense: up\nbase:\n": "minus or plus",
-    "base: --step=3\n": "line 1, 'base': .*the nearest is --steps",
+    "base: --step=3\n": "line 1, 'base': .*the nearest are --steps",
     "base: --skips='3\n": "line 1, .*quot",
     "base: model=nanogtp\n": "model=nanogtp: wanted record2025, nanogpt",
     "base: patch=none.diff\n": "there is no file .*none.diff",
