@@ -909,6 +909,7 @@ def lacking(cfg, backend, capability):
             # before, JAX also makes the gradient of the mask, [T, T] of each row (jax #39512)
             ("JAX 0.11.2 or newer", jax.__version_info__ >= (0, 11, 2)),
             is_bfloat16,
+            # whether its gradient repeats to the bit, nobody has tried
             ("no --deterministic", not cfg.deterministic),
             (narrow_heads, cfg.head_dim <= widest),
             ("a multiple of 8 as head_dim", cfg.head_dim % 8 == 0),
@@ -3120,8 +3121,8 @@ def main(argv=None, model=GPT, hook=lambda step: False):
     argv: flags, by default the command line's. model: another architecture for the same loop.
     hook(step): called after each dispatched step; where it returns true, the loop saves and leaves.
 
-    Raises UsageError, before anything is compiled but for memory; NonFiniteLoss; OSError where the
-    disk refuses; SystemExit of 75 when told to leave.
+    Raises UsageError, before anything is compiled but for what the device refuses; NonFiniteLoss;
+    OSError where the disk refuses; SystemExit of 75 when told to leave.
     """
     source = Path(__file__).read_text(encoding="utf-8")
     argv = sys.argv[1:] if argv is None else argv

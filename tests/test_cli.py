@@ -320,6 +320,20 @@ def test_what_a_device_refuses_is_one_sentence_that_says_what_to_turn():
 # ---- python train.py ----
 
 
+def test_the_mfu_is_of_known_devices_and_whole_ones(monkeypatch):
+    for kind, peak in (
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", 0),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 0),
+        ("TPU v5 lite", 197e12),
+    ):
+        device = types.SimpleNamespace(device_kind=kind)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert train.peak_flops() == peak * jax.device_count(), kind
+
+
 def test_where_jax_sees_only_a_cpu_shards_that_are_there_are_not_passed_over_for_the_demo(
     tmp_path, monkeypatch
 ):

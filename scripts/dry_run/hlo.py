@@ -1,6 +1,6 @@
-"""The text of a compiled TPU program: its instructions, with the FLOPs and HBM bytes of each.
+"""The text of a compiled program: its instructions, with the FLOPs and HBM bytes of each.
 
-What the TPU compiler writes (`compiled.as_text()`) is a list of computations. Each is a list of
+What a compiler writes (`compiled.as_text()`) is a list of computations. Each is a list of
 instructions in the order in which they run:
 
     %fused (p0: bf16[256,512], p1: bf16[512,384]) -> bf16[256,384] {
