@@ -254,7 +254,7 @@ def put(slots_NSK, z_B1GK, position, cfg):
 
 
 def starts_document(tokens, cfg):
-    return (tokens == cfg.bos_id) & any(stage.doc_len for stage in cfg.stages)
+    return (tokens == cfg.bos_id) & cfg.is_packed
 
 
 def prefill(weights, tokens_BT, length, capacity, cfg):
