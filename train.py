@@ -2319,6 +2319,11 @@ def memory_of(program):
     return use.temp_size_in_bytes + arguments + use.output_size_in_bytes
 
 
+def computes_twice(program):
+    """Whether XLA saved memory by that: its copies of instructions are called name.remat."""
+    return re.search(r"\.remat(?!erialized)", program.as_text()) is not None
+
+
 # Gradients and weights travel by the SparseCores (predicted for a v6e-8: 1.4 ms of 67 less), but
 # lookups do not, as from JAX 0.11 on they would (0.5 ms of 61 more; on a v7x jax #40553 saw 57 %)
 TPU_OPTIONS = {
@@ -2368,11 +2373,18 @@ def compile_all(model, mesh, cfg):
 
 
 def fullest_stage(mesh, cfg):
-    """The number of the stage that needs most memory: of most tokens at once, the last of these."""
+    """The number of the stage that needs most memory, of equal ones the last.
+
+    Roughly, as compiled for H100s: 40 bytes for each layer and dim of a token, 6 for each logit.
+    """
 
     def size(number):
-        _, num_rows, width = batch_shape(cfg.stages[number], mesh.size, cfg)
-        return num_rows * (width - 1), number
+        stage = cfg.stages[number]
+        _, num_rows, width = batch_shape(stage, mesh.size, cfg)
+        tokens = num_rows // mesh.size * (width - 1)
+        block = cfg.head_block if tokens % cfg.head_block == 0 else tokens
+        num_logits = block * (stage.candidates or cfg.padded_vocab)
+        return 40 * cfg.num_layers * cfg.model_dim * tokens + 6 * num_logits, number
 
     return max(range(len(cfg.stages)), key=size)
 
@@ -2383,8 +2395,8 @@ MICRO_TOKENS = (32768, 16384, 8192)  # that are tried on a GPU
 def fits_in_memory(model, mesh, cfg, limit):
     """Whether the stage that needs most leaves a twentieth of the limit.
 
-    What fits because XLA computes things twice (.remat) does not count: it is slower. A refusal of
-    cuDNN raises UsageError.
+    What fits because XLA computes things twice does not count: it is slower. A refusal of cuDNN
+    raises UsageError.
     """
     function, arguments = list_programs(model, mesh, cfg)[f"train_{fullest_stage(mesh, cfg)}"]
     options = compiler_options(mesh, cfg)
@@ -2393,29 +2405,29 @@ def fits_in_memory(model, mesh, cfg, limit):
             program = function.lower(*arguments).compile(compiler_options=options)
     except OutOfMemory:
         return False
-    return memory_of(program) < 0.95 * limit and ".remat" not in program.as_text()
+    return memory_of(program) < 0.95 * limit and not computes_twice(program)
 
 
 def fit_memory(model, mesh, cfg, manifest):
     """The Config with --micro_tokens=none settled for a GPU: the largest size that fits.
 
     Larger micro-steps launch fewer kernels. Each size is compiled until one fits. Where none does,
-    and on other machines, the Config stays as it is. A run that goes on takes none larger than
-    before: manifest is its checkpoint's, else {}.
+    and on other machines, the Config stays as it is. A run that goes on keeps its size or takes a
+    smaller one: manifest is its checkpoint's, else {}.
     """
     if cfg.micro_tokens or jax.default_backend() != "gpu":
         return cfg
     limits = [(gpu.memory_stats() or {}).get("bytes_limit", 0) for gpu in jax.local_devices()]
     limit = multihost_utils.process_allgather(np.float32(min(limits))).min()
-    largest = manifest.get("config", {}).get("micro_tokens") or MICRO_TOKENS[0]
-    sizes = [size for size in MICRO_TOKENS if size <= largest and limit]
+    before = manifest.get("config", {}).get("micro_tokens") or 4096
+    sizes = [size for size in MICRO_TOKENS if limit and (not manifest or size <= before)]
     for micro_tokens in sizes:
         larger = replace(cfg, micro_tokens=micro_tokens)
         print(f"compiling to see whether --micro_tokens={micro_tokens} fits ...", flush=True)
         fits = fits_in_memory(model, mesh, larger, limit)
         if multihost_utils.process_allgather(np.array(fits)).all():
             return larger
-    return cfg
+    return replace(cfg, micro_tokens=before) if manifest and before < MICRO_TOKENS[-1] else cfg
 
 
 def flops_per_token(stage, specs, cfg):
@@ -2443,12 +2455,16 @@ PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it, found by the f
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
     "TPU v5": 459e12,
+    "TPU v5p": 459e12,
     "TPU v6": 918e12,
+    "TPU v6e": 918e12,
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "B200": 2250e12,
     "RTX 4090": 165e12,
     "L40S": 362e12,
@@ -2457,10 +2473,11 @@ PEAK_FLOPS = {  # dense bf16 per device, as the vendors state it, found by the f
 
 
 def peak_flops():
-    """Of all devices together; 0 where it is not known, as of a part of a GPU (MIG)."""
+    """Of all devices together; 0 where it is not known, as of a part of a GPU, or a smaller one."""
     kind = jax.devices()[0].device_kind
     known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind))
-    return 0 if "MIG" in kind else next(known, 0) * jax.device_count()
+    is_less = re.search("MIG|Laptop|4090 D", kind)
+    return 0 if is_less else next(known, 0) * jax.device_count()
 
 
 # ---- Checkpoint ----------------------------------------------------------------------------------
@@ -2598,6 +2615,9 @@ def find_checkpoint(cfg, data, like=None):
             if like is not None:
                 check_tensors(folder / "params.safetensors", like.params)
                 check_tensors(folder / "opt.safetensors", like.opt_state)
+            was = manifest["config"].get("attention")
+            if was not in (None, cfg.attention):
+                print(f"{folder} was trained with --attention={was}, now it is {cfg.attention}")
             return folder.resolve(), manifest
         except UsageError as error:
             problem = error
@@ -2660,13 +2680,16 @@ def versions():
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*\S)", cpuinfo.read_text()) if cpuinfo.exists() else []
     gpu = ("jax-cuda", "nvidia-cublas", "nvidia-cudnn", "nvidia-nccl")
-    packages = {each.name: each.version for each in importlib.metadata.distributions()}
+    packages = {}
+    for found in importlib.metadata.distributions():
+        if (found.name or "").startswith(gpu):  # a damaged one has no name
+            packages.setdefault(found.name, found.version)  # the first is what Python imports
     flags = {name: os.environ[name] for name in os.environ if name[:4] in ("JAX_", "XLA_", "LIBT")}
     return {
         "python": platform.python_version(),
         "jax": jax.__version__,
         "numpy": np.__version__,
-        **{name: packages[name] for name in sorted(packages) if name.startswith(gpu)},
+        **dict(sorted(packages.items())),
         "platform": platform.platform(),
         "backend": " ".join(jax.devices()[0].client.platform_version.split()),
         "processor": [*names, platform.machine()][0],  # a CPU sums bfloat16 in its own order
@@ -2926,7 +2949,7 @@ def start_devices(cfg):
 def choose_preset(train_files):
     """(preset, why): what this machine can do.
 
-    Raises UsageError on an accelerator without shards.
+    Raises UsageError on an accelerator without shards, and on a CPU where they lie for another.
     """
     real = f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`"
     if jax.default_backend() == "cpu":
@@ -3006,7 +3029,11 @@ def warm_up(programs, mesh, cfg):
         multihost_utils.process_allgather((state.params, state.opt_state), tiled=True)
 
 
-CUDNN_REFUSES = re.compile("fmha|dot_product_attention|NOT_SUPPORTED|execution plan", re.IGNORECASE)
+CUDNN_REFUSES = re.compile(  # an error's line, which is no other's fault
+    "fmha|dot_product_attention|NOT_SUPPORTED|execution plan|no supported engine|graph failed|"
+    "cudnn (is )?not (found|detected)",
+    re.IGNORECASE,
+)
 
 
 @contextlib.contextmanager
@@ -3015,7 +3042,7 @@ def device_errors(cfg):
     try:
         yield
     except RuntimeError as error:
-        lines = [line[:300] for line in str(error).splitlines()]
+        lines = str(error).splitlines()
         if "RESOURCE_EXHAUSTED" in str(error):
             way_out = (
                 f"Halve --micro_tokens={cfg.tokens_at_once}, down to one row of stages.seq_len, or "
@@ -3023,10 +3050,10 @@ def device_errors(cfg):
             )
             if "command buffer" in str(error):  # the driver's, which JAX leaves a quarter
                 way_out = "Leave the driver more: XLA_CLIENT_MEM_FRACTION=0.7"
-            raise OutOfMemory(f"out of memory. {way_out} ({lines[0]})") from error
+            raise OutOfMemory(f"out of memory. {way_out} ({lines[0][:300]})") from error
         refusals = [line for line in lines if CUDNN_REFUSES.search(line)]
         if cfg.attention == "cudnn" and refusals:
-            said = f"cuDNN refuses ({refusals[0]}); take --attention=xla"
+            said = f"cuDNN refuses ({refusals[0][:300]}); take --attention=xla"
             raise UsageError(said) from error
         raise
 

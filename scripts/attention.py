@@ -65,7 +65,8 @@ def make_run(name, window, cfg):
         y_BTN, pull_back = jax.vjp(attend, *inputs)
         return dict(zip(ARRAYS, (y_BTN, *pull_back(dy_BTN)), strict=True))
 
-    return jax.jit(run)
+    options = train.compiler_options(train.make_mesh(), cfg)  # as training rounds
+    return jax.jit(run, compiler_options=options)
 
 
 def block_rms(x_BTN):

@@ -68,7 +68,8 @@ except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is none
 else:
     WHY = ""
 
-OF_A_RUN = MAY_DIFFER | verify_record.MAY_DIFFER  # fields that may differ within a curve
+OF_A_RUN = MAY_DIFFER - {"attention"}  # fields that may differ within a curve
+OF_A_RUN |= verify_record.MAY_DIFFER
 LOSSES = ("train_loss", "val_loss")
 PANELS = {  # fields of a row
     "lr": "Learning rate, as a multiple of each weight's own",

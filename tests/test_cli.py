@@ -161,7 +161,8 @@ def test_a_preset_is_named_by_a_flag_or_a_file():
     assert all(preset in refusal("--preset=dmeo") for preset in ("speedrun", "demo"))
 
 
-def test_a_cpu_trains_the_demo_and_says_how_to_get_the_real_thing():
+def test_a_cpu_trains_the_demo_and_says_how_to_get_the_real_thing(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     cfg, why = train.configure([])
     assert cfg == replace(DEMO, attention="xla")
     assert "CPU" in why and "python cached_fineweb10B.py" in why
@@ -261,6 +262,7 @@ def test_on_a_gpu_micro_steps_are_as_large_as_memory_and_the_fullest_stage_allow
     A stage's share of eight GPUs is 16384, 32768, 49152 or 40960 tokens, in equal micro-steps.
     """
     mesh = types.SimpleNamespace(size=num_devices)
+    speedrun = replace(SPEEDRUN, vocab_size=50257)
     computed_twice = None
     saved = {"config": {"micro_tokens": 16384}}
 
@@ -268,7 +270,8 @@ def test_on_a_gpu_micro_steps_are_as_large_as_memory_and_the_fullest_stage_allow
         sizes = "argument_size_in_bytes alias_size_in_bytes temp_size_in_bytes output_size_in_bytes"
         use = types.SimpleNamespace(**dict.fromkeys(sizes.split(), 0))
         use.temp_size_in_bytes = cfg.micro_tokens
-        text = "%fusion.1.remat = f32[]" if cfg.micro_tokens == computed_twice else "%fusion.1"
+        twice = cfg.micro_tokens == computed_twice
+        text = "%fusion.1.remat2 = f32[]" if twice else "%zeros.1.rematerialized = f32[]"
         program = types.SimpleNamespace(memory_analysis=lambda: use, as_text=lambda: text)
 
         def compile(compiler_options):
@@ -287,13 +290,16 @@ def test_on_a_gpu_micro_steps_are_as_large_as_memory_and_the_fullest_stage_allow
     monkeypatch.setattr(train, "list_programs", list_programs)
     for platform, wanted in (("gpu", micro_tokens), ("tpu", None)):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        assert train.fit_memory(train.GPT, mesh, SPEEDRUN, {}).micro_tokens == wanted
-        given = replace(SPEEDRUN, micro_tokens=8192)
+        assert train.fit_memory(train.GPT, mesh, speedrun, {}).micro_tokens == wanted
+        given = replace(speedrun, micro_tokens=8192)
         assert train.fit_memory(train.GPT, mesh, given, {}) == given
-        resumed = train.fit_memory(train.GPT, mesh, SPEEDRUN, saved).micro_tokens
+        resumed = train.fit_memory(train.GPT, mesh, speedrun, saved).micro_tokens
         assert resumed == (wanted and min(wanted, 16384))
+        small = {"config": {"micro_tokens": 2048}}
+        resumed = train.fit_memory(train.GPT, mesh, speedrun, small).micro_tokens
+        assert resumed == (2048 if platform == "gpu" else None)
         computed_twice = 16384
-        resumed = train.fit_memory(train.GPT, mesh, SPEEDRUN, saved).micro_tokens
+        resumed = train.fit_memory(train.GPT, mesh, speedrun, saved).micro_tokens
         assert resumed == (wanted and 8192)
         computed_twice = None
 
@@ -304,6 +310,8 @@ def test_what_a_device_refuses_is_one_sentence_that_says_what_to_turn():
         ("RESOURCE_EXHAUSTED: Out of memory\nmore", r"Halve --micro_tokens=8192.*\(RESOURCE.*y\)$"),
         ("RESOURCE_EXHAUSTED: to instantiate command buffer\nmore", "XLA_CLIENT_MEM_FRACTION=0.7"),
         ("INTERNAL: first\nCUDNN_STATUS_NOT_SUPPORTED", r"NOT_SUPPORTED\); take --attention=xla"),
+        ("cuDNN not found.", r"cuDNN refuses \(cuDNN not found"),
+        ("INTERNAL: cuDNN reports no supported engine for the graph", "take --attention=xla"),
     ):
         with pytest.raises(UsageError, match=said), train.device_errors(cfg):
             raise jax.errors.JaxRuntimeError(error)
@@ -327,7 +335,12 @@ def test_the_mfu_is_of_known_devices_and_whole_ones(monkeypatch):
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 0),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
+        ("NVIDIA GH200 480GB", 989e12),
         ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v6e", 918e12),
     ):
         device = types.SimpleNamespace(device_kind=kind)
         monkeypatch.setattr(jax, "devices", lambda device=device: [device])

@@ -193,6 +193,9 @@ ENTRY %main () -> f32[4,512,512] {
   %value = f32[16,512,64]{2,1,0} dot(%score, %k), lhs_batch_dims={0}, lhs_contracting_dims={2}, \
 rhs_batch_dims={0}, rhs_contracting_dims={2}
   %h = f32[2,512,512]{2,1,0} dot(%x, %w), lhs_contracting_dims={2}, rhs_contracting_dims={0}
+  %l = bf16[8,64,512]{2,1,0} parameter(4)
+  %grad = f32[8,512,512]{2,1,0} dot(%l, %l), lhs_batch_dims={0}, lhs_contracting_dims={1}, \
+rhs_batch_dims={0}, rhs_contracting_dims={1}, metadata={op_name="transpose(jvp(BTN,BTD->ND))/dot"}
   ROOT %moment = f32[4,512,512]{2,1,0} multiply(%m, %m)
 }
 
@@ -209,7 +212,7 @@ def test_where_a_row_is_as_long_as_the_model_is_wide_weights_are_no_scores():
     module = Module(SQUARE)
     walk = GpuWalk(module, gpu_chip(gpu.KINDS["h100"]))
     written = list(gpu_cost.arrays_written(module, list(walk.rows("main"))))
-    for width, wanted in ((512, [16]), (384, [16, 2, 4])):
+    for width, wanted in ((512, [16]), (384, [16, 2, 8, 4])):
         cfg = dry_run.config([*FLAGS, f"--model_dim={width}"])
         scores, _ = scores_and_masks(written, walk, ROW, cfg)
         assert [array.dims[0] for _, array in scores] == wanted

@@ -251,11 +251,11 @@ def fit_memory(model, mesh, kind, cfg):
         (job,) = list_jobs(model, mesh, cfg, train.fullest_stage(mesh, cfg))
         compiled = compile_job(job, kind, cfg)
         gib = train.memory_of(compiled[0]) / 2**30
-        computed_twice = ".remat" in compiled[0].as_text()
+        computes_twice = train.computes_twice(compiled[0])
         words = f"--micro_tokens={micro_tokens}: {job.name} needs {gib:.2f} GiB"
-        twice = ", with things computed twice" * computed_twice
+        twice = ", with things computed twice" * computes_twice
         print(f"{words} of {ROOM} * {kind.pool_gib:.2f}{twice}", flush=True)
-        if gib < ROOM * kind.pool_gib and not computed_twice:
+        if gib < ROOM * kind.pool_gib and not computes_twice:
             break
     return cfg, {job.name: compiled}
 

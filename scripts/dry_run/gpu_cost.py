@@ -95,6 +95,7 @@ class GpuWalk(Walk):
         super().__init__(module, chip)
         self.fmha = {}  # {instruction: Fmha}
         self.matmuls = {}  # {instruction: [(batch, M, K, N)]}
+        self.of_weights = set()  # matmuls whose einsum ends in two axes, as weights' gradients do
         self.uncosted = collections.Counter()  # {target of a custom call: instructions}
 
     def matmuls_in(self, i, computation):
@@ -118,6 +119,8 @@ class GpuWalk(Walk):
         sizes = self.matmuls_in(i, computation)
         if sizes:
             self.matmuls[i.name] = sizes
+            if re.search(r"->\w\w\)", i.find(r'op_name="([^"]*)"', "")):
+                self.of_weights.add(i.name)
         return rows
 
     def collective(self, i, computation, hidden):
@@ -224,7 +227,7 @@ def scores_and_masks(written, walk, length, cfg):
         for name, matmuls in walk.matmuls.items():
             if any(summed in of_keys for _, _, summed, _ in matmuls):
                 makers.add(name)
-        others = [entry for entry in others if entry[0] in makers]
+        others = [entry for entry in others if entry[0] in makers - walk.of_weights]
     return [entry[1:] for entry in others], masks
 
 
