@@ -305,7 +305,8 @@ def validate(parts, params, mesh, cfg, token_bytes=None):
     bits_per_byte is None without token_bytes, and where no target is text. Raises NonFiniteLoss.
     """
     cfg = replace(cfg, val_tokens=max(count for _, _, count in parts))  # of the largest, for its B
-    step = train.make_eval_step(GPT, mesh, cfg)
+    options = train.compiler_options(mesh, cfg)  # as the trainer rounds
+    step = jax.jit(train.make_eval_step(GPT, mesh, cfg), compiler_options=options)
     _, size, _ = train.batch_shape(cfg.val, mesh.size, cfg)
     micro_step = replace(cfg.val, batch_tokens=size * cfg.val.seq_len)
 

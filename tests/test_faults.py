@@ -250,6 +250,14 @@ def test_only_a_difference_in_where_and_how_often_to_write_may_be_resumed(run, c
             assert f"saved with {name}=" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_with_the_attention_and_micro_steps_of_another_machine(run, capsys):
+    folder, cfg, data = run
+    other = train.replace(cfg, attention="cudnn", micro_tokens=32768)
+    assert train.find_checkpoint(other, data)[0] == folder / LAST
+    said = f"{folder / LAST} was trained with --attention=xla, now it is cudnn"
+    assert capsys.readouterr().out == said + "\n"
+
+
 def test_a_run_on_other_shards_is_not_gone_on_with(run, tmp_path):
     """What counts is what the shards hold, whatever they are called."""
     folder, _, _ = run

@@ -7,6 +7,7 @@ resumed, on a clock by which everything takes a time of its own; and one that wr
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
@@ -424,3 +425,21 @@ def test_deterministic_and_the_platform_choose_options_that_the_compiler_knows(f
     chip = types.SimpleNamespace(platform="tpu")
     mesh = types.SimpleNamespace(devices=np.array([chip]))
     assert train.compiler_options(mesh, finished.cfg) == train.TPU_OPTIONS
+    chip.platform = "gpu"
+    options = train.compiler_options(mesh, finished.cfg)
+    assert options == {"xla_allow_excess_precision": False}  # streams are as narrow as they say
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=options)
+
+
+def test_the_log_names_the_packages_that_a_gpu_runs_by_and_a_damaged_one_harms_nothing(monkeypatch):
+    found = [
+        types.SimpleNamespace(name=None, version=None),  # a pip that was stopped
+        types.SimpleNamespace(name="nvidia-cudnn-cu13", version="9.12.0"),
+        types.SimpleNamespace(name="jax-cuda13-plugin", version="0.12.0"),
+        types.SimpleNamespace(name="nvidia-cudnn-cu13", version="8.9"),  # later on the path
+        types.SimpleNamespace(name="pytest", version="8"),
+    ]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
+    versions = train.versions()
+    assert versions["nvidia-cudnn-cu13"] == "9.12.0" and versions["jax-cuda13-plugin"] == "0.12.0"
+    assert versions["jax"] == jax.__version__ and "pytest" not in versions

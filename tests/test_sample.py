@@ -218,6 +218,12 @@ def run_folder(tmp_path_factory):
     return byte_run.make_run(tmp_path_factory.mktemp("run"))
 
 
+def test_attention_and_micro_steps_are_this_machines_and_not_those_of_the_training(run_folder):
+    theirs = open_checkpoint(run_folder).cfg
+    ours = sample.start_jax(replace(theirs, attention="cudnn", micro_tokens=32768))
+    assert (ours.attention, ours.micro_tokens) == ("xla", None)
+
+
 @pytest.fixture(scope="module")
 def model(run_folder):
     """(weights, config) of the run."""

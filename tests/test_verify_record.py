@@ -408,6 +408,9 @@ shutil.copy({str(log)!r}, folder + "/run")
     assert reasons(capfd) == [f"{apart} 0.003", f"{apart} nan"]
     assert check(record, "--rerun=0", "--tolerance=0.01") == 0
 
+    edit(log, field("attention", '"cudnn"'))
+    assert check(record, "--rerun=0", "--tolerance=0.01") == 0  # another machine's
+
     edit(log, field("muon_lr", 0.03))
     capfd.readouterr()
     assert check(record, "--rerun=0", "--tolerance=0.01") == 1
