@@ -579,6 +579,15 @@ def time_loader(args):
 # ---- Command line --------------------------------------------------------------------------------
 
 
+def check_parts(args, fail):
+    """The flags of the stages say nothing where other parts run."""
+    others = ["loader", *FILES, "attention", "torch"]
+    chosen = [f"--{name}" for name in others if getattr(args, name)]
+    for name in ("micro_tokens", "trace"):
+        if chosen and getattr(args, name):
+            fail(f"--{name} is of the stages alone; leave it out, or {' and '.join(chosen)}")
+
+
 def parse(argv):
     """Raises UsageError."""
 
@@ -611,11 +620,7 @@ def parse(argv):
         fail(f"--micro_tokens={args.micro_tokens}: wanted numbers with commas between them")
     if (args.steps is not None and args.steps < 1) or not 1 <= args.shard_tokens <= 10**9:
         fail(f"--steps={args.steps} --shard_tokens={args.shard_tokens}: wanted 1 or more, to 1e9")
-    others = ["loader", *FILES, "attention", "torch"]  # than the stages
-    chosen = [f"--{name}" for name in others if getattr(args, name)]
-    for name in ("micro_tokens", "trace"):
-        if chosen and getattr(args, name):
-            fail(f"--{name} is of the stages alone; leave it out, or {' and '.join(chosen)}")
+    check_parts(args, fail)
     args.micro_tokens = sorted(int(text) for text in args.micro_tokens.split(",") if text)
     args.peers = {}
     for name, file in FILES.items():
