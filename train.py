@@ -835,7 +835,7 @@ def attention_cudnn(q_BTN, k_BTN, v_BTN, gate_BTH, document_BT, table, window, c
     """Gated attention by cuDNN's kernels, for GPUs.
 
     They know causality and window, and skip what lies outside. The mask adds the documents.
-    Predicted for an H100, stage 2, by the roofline: 427 ms a step, attention_xla 614.
+    Predicted for an H100, stage 2, by the roofline: 427 ms a step, attention_xla 596.
     """
     q_BTHK, k_BTGK, v_BTGK = heads_of(q_BTN, k_BTN, v_BTN, table, cfg)
     key_111S = jnp.arange(q_BTN.shape[1])[None, None, None]
@@ -893,7 +893,7 @@ def lacking(cfg, backend, capability):
     rows = [stage.seq_len for stage in (*cfg.stages, cfg.val)]
     is_bfloat16 = "--compute_dtype=bfloat16", cfg.compute_dtype == "bfloat16"
     longest = (1 << 21) // max(cfg.head_dim, cfg.copy_dim)  # keys of a row fit into fast memory
-    widest = 256 if int(capability) == 9 else 128  # of which every cuDNN has the gradient
+    widest = 256 if int(capability) == 9 else 128  # heads whose gradient every cuDNN has
     flags = heads_of_128(cfg)
     narrow_heads = f"heads of at most {widest}" + f", such as {flags}" * bool(flags)
     wants = {
@@ -2320,7 +2320,7 @@ def memory_of(program):
 
 
 def computes_twice(program):
-    """Whether XLA saved memory by that: its copies of instructions are called name.remat."""
+    """Whether XLA computes some things again to save memory: the copies are called name.remat."""
     return re.search(r"\.remat(?!erialized)", program.as_text()) is not None
 
 
@@ -2949,13 +2949,13 @@ def start_devices(cfg):
 def choose_preset(train_files):
     """(preset, why): what this machine can do.
 
-    Raises UsageError on an accelerator without shards, and on a CPU where they lie for another.
+    Raises UsageError on an accelerator without shards, and on a CPU beside the speedrun's.
     """
     real = f"`python cached_fineweb10B.py {SPEEDRUN_SHARDS}`, then `python train.py`"
     if jax.default_backend() == "cpu":
         has_shards = train_files == SPEEDRUN.train_files and find_shards(train_files)
-        said = f"JAX sees only a CPU, but shards match {train_files}. Mend JAX, see README"
-        require(not has_shards, f"{said}; or --preset=demo or speedrun, on this CPU")
+        said = f"JAX sees only a CPU, but shards match {train_files}. Mend JAX, as README says"
+        require(not has_shards, f"{said}, or name the preset to train on this CPU: --preset=demo")
         return "demo", (
             "JAX sees only a CPU, so a small byte-level model learns Python from this machine's "
             f"standard library. The real thing, on a TPU VM or a GPU machine: {real}"
@@ -3029,7 +3029,7 @@ def warm_up(programs, mesh, cfg):
         multihost_utils.process_allgather((state.params, state.opt_state), tiled=True)
 
 
-CUDNN_REFUSES = re.compile(  # an error's line, which is no other's fault
+CUDNN_REFUSES = re.compile(  # a line of an error that is attention's, not of other uses of cuDNN
     "fmha|dot_product_attention|NOT_SUPPORTED|execution plan|no supported engine|graph failed|"
     "cudnn (is )?not (found|detected)",
     re.IGNORECASE,
