@@ -79,7 +79,8 @@ def rows_of(tmp_path, *argv):
     return json.loads((tmp_path / "rows.json").read_text()), done.stdout
 
 
-def test_a_wrong_flag_is_an_error_before_anything_is_timed(monkeypatch):
+def test_a_wrong_flag_is_an_error_before_anything_is_timed(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where no shards are
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # main's are for its own process
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for argv, words in (
