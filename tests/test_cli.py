@@ -251,9 +251,12 @@ def test_only_an_nvidia_gpu_has_a_compute_capability():
 
 
 @pytest.mark.parametrize(
-    ("limit", "micro_tokens"), [(40, 32768), (24, 16384), (9, 8192), (1, None), (0, None)]
+    ("limit", "micro_tokens"),
+    [(60, 49152), (40, 32768), (24, 16384), (9, 8192), (1, None), (0, None)],
 )
-@pytest.mark.parametrize(("num_devices", "fullest"), [(1, "train_3"), (8, "train_1")])
+@pytest.mark.parametrize(
+    ("num_devices", "fullest"), [(1, {}), (8, {49152: "train_2", 32768: "train_1"})]
+)
 def test_on_a_gpu_micro_steps_are_as_large_as_memory_and_the_fullest_stage_allow(
     monkeypatch, limit, micro_tokens, num_devices, fullest
 ):
@@ -280,7 +283,7 @@ def test_on_a_gpu_micro_steps_are_as_large_as_memory_and_the_fullest_stage_allow
             return program
 
         lowered = types.SimpleNamespace(compile=compile)
-        number = fullest if cfg.micro_tokens == 32768 else "train_3"
+        number = fullest.get(cfg.micro_tokens, "train_3")
         return {number: (types.SimpleNamespace(lower=lambda: lowered), ())}
 
     stats = {"bytes_limit": 1000 * limit} if limit else None  # of an allocator that states none

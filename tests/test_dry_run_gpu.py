@@ -418,6 +418,7 @@ def test_micro_steps_are_as_large_as_95_percent_of_the_pool_hold(capsys):
         return [types.SimpleNamespace(name=f"train_{number}")]
 
     for gib_of_32768, name, micro_tokens in (
+        (15.1, "%fusion.1", 49152),
         (22.7, "%fusion.1", 32768),
         (22.9, "%fusion.1", 16384),
         (60.0, "%fusion.1", 8192),
