@@ -255,7 +255,7 @@ def test_only_an_nvidia_gpu_has_a_compute_capability():
     [(60, 49152), (40, 32768), (24, 16384), (9, 8192), (1, None), (0, None)],
 )
 @pytest.mark.parametrize(
-    ("num_devices", "fullest"), [(1, {}), (8, {49152: "train_2", 32768: "train_1"})]
+    ("num_devices", "fullest"), [(1, {49152: "train_2"}), (8, {49152: "train_2", 32768: "train_1"})]
 )
 def test_on_a_gpu_micro_steps_are_as_large_as_memory_and_the_fullest_stage_allow(
     monkeypatch, limit, micro_tokens, num_devices, fullest

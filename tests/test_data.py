@@ -377,6 +377,13 @@ def test_micro_steps_divide_a_batch_without_losing_a_row():
         assert sum(shares, []) == [np.concatenate(row).tolist() for row in rows]  # in order
 
 
+def test_a_few_more_micro_steps_are_taken_where_they_leave_no_place_empty():
+    for num_rows, at_once, wanted in ((80, 12, (8, 10, 17)), (214, 4, (54, 4, 17))):
+        stage = Stage(1.0, 16 * num_rows, 16)
+        cfg = config(stage, micro_tokens=16 * at_once)
+        assert train.batch_shape(stage, 1, cfg) == wanted
+
+
 def test_an_error_in_the_prefetch_thread_is_raised_in_the_loop(monkeypatch):
     cfg, shards = next(plans())
     made, real = itertools.count(1), train.to_devices
