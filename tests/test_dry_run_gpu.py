@@ -437,6 +437,7 @@ def test_micro_steps_are_as_large_as_95_percent_of_the_pool_hold(capsys):
         ):
             settled, ready = gpu.fit_memory(model, mock.Mock(size=1), kind, cfg)
         assert settled.micro_tokens == micro_tokens
-        (program, _) = ready["train_3"]  # of speedrun's four stages
+        fullest = "train_2" if micro_tokens == 49152 else "train_3"  # of speedrun's four stages
+        (program, _) = ready[fullest]
         assert program.size == gib_of_32768 * 2**30 * micro_tokens / 32768
     assert "of 0.95 * 24.00" in capsys.readouterr().out

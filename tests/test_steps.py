@@ -554,7 +554,7 @@ def test_evaluation_scores_each_target_once_after_the_context_it_should_see():
 # ---- Batches and rows ----
 
 
-def test_a_batch_shape_holds_every_row_in_as_few_micro_steps_as_the_limit_allows():
+def test_a_batch_shape_holds_every_row_in_about_as_few_micro_steps_as_the_limit_allows():
     for num_rows, devices, micro_rows in itertools.product((1, 11, 24, 40), (1, 3, 8), (1, 5, 99)):
         cfg = config(micro_tokens=micro_rows * 16)
         stage = replace(STAGE, batch_tokens=num_rows * 16)
@@ -562,7 +562,10 @@ def test_a_batch_shape_holds_every_row_in_as_few_micro_steps_as_the_limit_allows
         per_device = math.ceil(num_rows / devices)
         limit = min(micro_rows, per_device)
         assert width == 17 and rows % devices == 0 and num_micro * rows >= num_rows
-        assert rows // devices <= limit and num_micro == math.ceil(per_device / limit)
+        fewest = math.ceil(per_device / limit)
+        assert rows // devices <= limit and fewest <= num_micro <= 1.25 * fewest
+        if num_micro > fewest:  # no place is empty then
+            assert num_micro * rows == per_device * devices and per_device % fewest
     assert batch_shape(STAGE, 8, config(micro_tokens=3)) == (3, 8, 17)  # at least a row
 
 
