@@ -1858,9 +1858,9 @@ def batch_shape(stage, num_devices, cfg):
         require(whole, f"--stages.candidates={stage.candidates}: {said}")
     per_group = math.ceil(num_rows / num_parts)
     at_least = math.ceil(per_group / max(1, cfg.tokens_at_once // stage.seq_len))
-    # With candidates spare places would shift rows into other groups. Without, they cost time, as
-    # do smaller micro-steps: a fourth more of these at most.
-    at_most = per_group if stage.candidates else 5 * at_least // 4
+    # With candidates spare places would shift rows into other groups. Without, they cost time, so
+    # up to a seventh more micro-steps are taken where none is left.
+    at_most = per_group if stage.candidates else 8 * at_least // 7
     whole = (n for n in range(at_least, at_most + 1) if per_group % n == 0)
     num_micro = next(whole, at_least)
     num_groups = num_parts // num_devices
@@ -2375,6 +2375,13 @@ def compile_all(model, mesh, cfg):
         return programs, notes + list(pool.map(build, listed))
 
 
+def tokens_of_micro_step(stage, num_devices, cfg):
+    """(all, those whose logits exist at a time) on one device."""
+    _, num_rows, width = batch_shape(stage, num_devices, cfg)
+    tokens = num_rows // num_devices * (width - 1)
+    return tokens, cfg.head_block if tokens % cfg.head_block == 0 else tokens
+
+
 def fullest_stage(mesh, cfg):
     """The number of the stage that needs most memory, of equal ones the last.
 
@@ -2383,9 +2390,7 @@ def fullest_stage(mesh, cfg):
 
     def size(number):
         stage = cfg.stages[number]
-        _, num_rows, width = batch_shape(stage, mesh.size, cfg)
-        tokens = num_rows // mesh.size * (width - 1)
-        block = cfg.head_block if tokens % cfg.head_block == 0 else tokens
+        tokens, block = tokens_of_micro_step(stage, mesh.size, cfg)
         num_logits = block * (stage.candidates or cfg.padded_vocab)
         return 40 * cfg.num_layers * cfg.model_dim * tokens + 6 * num_logits, number
 
@@ -2395,10 +2400,11 @@ def fullest_stage(mesh, cfg):
 # Tried on a GPU. Predicted for 8 H100s, stage 2: 49152 launch 1,170 kernels, 32768 2,289; by the
 # roofline 53.2 and 54.6 ms
 MICRO_TOKENS = (49152, 32768, 16384, 8192)
+ROOM = 0.95  # of the memory is for what was compiled
 
 
 def fits_in_memory(model, mesh, cfg, limit):
-    """Whether the stage that needs most leaves a twentieth of the limit.
+    """Whether the stage that needs most takes no more than ROOM of the limit.
 
     What fits because XLA computes things twice does not count: it is slower. A refusal of cuDNN
     raises UsageError.
@@ -2410,7 +2416,7 @@ def fits_in_memory(model, mesh, cfg, limit):
             program = function.lower(*arguments).compile(compiler_options=options)
     except OutOfMemory:
         return False
-    return memory_of(program) < 0.95 * limit and not computes_twice(program)
+    return memory_of(program) < ROOM * limit and not computes_twice(program)
 
 
 def fit_memory(model, mesh, cfg, manifest):

@@ -1,7 +1,7 @@
 """What does a training step cost on this machine, and beside the same step of other programs?
 
     python -m scripts.bench                          each stage of what train.py would run here
-    python -m scripts.bench --micro_tokens=8192,16384,32768 -- --preset=speedrun       on a GPU
+    python -m scripts.bench --micro_tokens=16384,32768,49152 -- --preset=speedrun      on a GPU
     python -m scripts.bench --attention -- --preset=speedrun  is the fast attention right? GPU, TPU
     python -m scripts.bench --torch -- --preset=speedrun   in turns with a plain GPT in PyTorch
     python -m scripts.bench --nanogpt=DIR --modded_jax=DIR         in turns with peers, on one core

@@ -22,13 +22,12 @@ from jax.experimental import topologies
 
 import train
 from scripts.dry_run.estimate import collective_lines
-from scripts.dry_run.gpu_cost import FMHA_SHARE, gpu_cost, tokens_at_once
+from scripts.dry_run.gpu_cost import FMHA_SHARE, gpu_cost
 from scripts.dry_run.programs import list_jobs, out_of_memory
 from scripts.files import write_whole
 from train import UsageError
 
 POOL = 0.75  # of a device's memory is what JAX takes and gives to programs
-ROOM = 0.95  # of the pool is what train.fit_memory fills
 CUDNN = (9, 12, 0)  # what jax[cuda13] 0.12 is built against; a window with a mask wants 9.10.2
 
 
@@ -254,8 +253,8 @@ def fit_memory(model, mesh, kind, cfg):
         computes_twice = train.computes_twice(compiled[0])
         words = f"--micro_tokens={micro_tokens}: {job.name} needs {gib:.2f} GiB"
         twice = ", with things computed twice" * computes_twice
-        print(f"{words} of {ROOM} * {kind.pool_gib:.2f}{twice}", flush=True)
-        if gib < ROOM * kind.pool_gib and not computes_twice:
+        print(f"{words} of {train.ROOM} * {kind.pool_gib:.2f}{twice}", flush=True)
+        if gib < train.ROOM * kind.pool_gib and not computes_twice:
             break
     return cfg, {job.name: compiled}
 
@@ -317,7 +316,7 @@ def describe(job, row, cost, kind, cfg):
     if cost.masks:
         masks = describe_arrays(cost.masks)
         lines.append(f"  [T, T] masks of documents, which FMHA reads: {masks}")
-    tokens, block = tokens_at_once(job, cfg)
+    tokens, block = train.tokens_of_micro_step(job.stage, job.mesh.size, cfg)
     of = f"blocks of {block} of a micro-step's {tokens} tokens" if block < tokens else "all tokens"
     lines.append(f"  float32 logits of {of}: " + describe_arrays(cost.logits, "none"))
     for target, number in cost.uncosted.items():

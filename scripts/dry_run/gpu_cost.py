@@ -241,13 +241,6 @@ def logits_among(written, num_ids, sizes):
     return logits
 
 
-def tokens_at_once(job, cfg):
-    """(of a micro-step of a device, of a block of the head)."""
-    _, num_rows, width = train.batch_shape(job.stage, job.mesh.size, cfg)
-    tokens = num_rows // job.mesh.size * (width - 1)
-    return tokens, cfg.head_block if tokens % cfg.head_block == 0 else tokens
-
-
 def gpu_cost(text, job, kind, cfg):
     """Cost of a compiled program's text."""
     module = Module(text)
@@ -265,6 +258,7 @@ def gpu_cost(text, job, kind, cfg):
     written = list(arrays_written(module, rows))
     scores, masks = scores_and_masks(written, walk, job.stage.seq_len, cfg)
     num_ids = job.stage.candidates or cfg.padded_vocab
+    sizes = train.tokens_of_micro_step(job.stage, job.mesh.size, cfg)
     return Cost(
         rows=rows,
         roofline_s=roofline_s,
@@ -279,7 +273,7 @@ def gpu_cost(text, job, kind, cfg):
         fmha_s=total("low_s", fmha),
         scores=scores,
         masks=masks,
-        logits=logits_among(written, num_ids, tokens_at_once(job, cfg)),
+        logits=logits_among(written, num_ids, sizes),
         uncosted=dict(walk.uncosted),
         unknown_trip_counts=walk.unknown,
     )
